@@ -1,9 +1,9 @@
-"""RE-tune: incremental fine-tuning of biomedical vision-language models for multi-label chest X-ray diagnosis.
+"""RE-tune: incremental fine-tuning of biomedical vision-language models for multi-label chest X-rays.
 
 The whole method is in this file, in the order in which a run uses it: prompts, radiographs, frozen encoders,
-embeddings, model, loss, scenarios, metrics, training, report, command line. Beside it stand `prompts.json`, the
-default encoder `tiny/`, and modules imported only where they are asked for by name: `phantoms` (the demo),
-`public_data` and `public_encoders` (layouts of published data sets and weights), `baselines`.
+embeddings, model, loss, scenarios, metrics, training, report, command line. It needs `prompts.json` and an
+encoder, such as `tiny/`. Imported only when asked for by name: `phantoms` (the demo), `public_data` and
+`public_encoders` (the layouts of published data sets and weights), `baselines`.
 
     python retune.py --scenario data --epochs 5                       # embedded demo, nothing to download
     python retune.py --data csv --data-dir my_xrays --scenario class  # your own images
@@ -55,7 +55,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, a file or folder; rename it to `path` on success, remove it on an error.
+    """Yield a temporary path beside `path`, a file or folder; rename it on success, remove it on an error.
 
     The temporary name is always the same, so the next process overwrites what a killed one left.
     """
@@ -72,7 +72,7 @@ def atomic(path: Path) -> Iterator[Path]:
 def locked(folder: Path, wait: bool) -> Iterator[None]:
     """Hold `folder` for this process: wait for another one, or raise InputError at once.
 
-    The lock is on the folder itself: it leaves no file and ends with the process. Windows cannot lock folders.
+    The lock is on the folder itself: it leaves no file and ends with the process. Windows has none.
     """
     try:
         import fcntl
@@ -85,9 +85,7 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
-                raise InputError(
-                    f"{folder}: another process is writing here; choose another --output"
-                ) from None
+                raise InputError(f"{folder}: another process is writing here; use another --output") from None
             say(f"{folder}: waiting for another process")
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -153,16 +151,16 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------ 1. Prompts
+# ------------------------------------------------------------------------------------------------- 1. Prompts
 
 
 def load_prompts(path: Path, class_names: Sequence[str], wording: str = "specific") -> dict[str, dict]:
     """Positive and negative prompts of every class, {class: {"positive": [...], "negative": [...]}}.
 
-    The JSON file maps a finding to such a pair or to the name of a synonymous finding; "default" holds templates
-    with `{finding}` for all others. Names match without regard to case, `_` and `-`. `wording="generic"` uses
-    the templates for every class (ours). InputError for a missing finding, an empty list or bad JSON.
-    Source: FACTS "Authors' prompt templates"; the wording is ours.
+    The JSON file maps a finding to such a pair or to the name of a synonymous finding; "default" holds
+    templates with `{finding}` for all others. Names match without regard to case, `_` and `-`.
+    `wording="generic"` uses the templates for every class (ours). InputError for a missing finding, an empty
+    list or bad JSON. The wording is ours, in the spirit of the authors' templates.
     """
     content = read_json(path)
 
@@ -177,24 +175,23 @@ def load_prompts(path: Path, class_names: Sequence[str], wording: str = "specifi
         entry = entries.get(plain(entry)) if isinstance(entry, str) else entry
         if not isinstance(entry, dict):
             raise InputError(
-                f'{path}: no prompts for finding {name!r}, and no "default" templates; add either'
+                f"{path}: finding {name!r} has no prompts and 'default' no templates; add either"
             )
         prompts[name] = {}
         for polarity in ("positive", "negative"):
             texts = entry.get(polarity)
-            if not (
-                isinstance(texts, list) and texts and all(isinstance(t, str) and t.strip() for t in texts)
-            ):
+            good = isinstance(texts, list) and all(isinstance(t, str) and t.strip() for t in texts)
+            if not good or not texts:
                 raise InputError(
-                    f"{path}: {polarity!r} of finding {name!r} must be a list of one or more texts"
+                    f"{path}: {polarity!r} of finding {name!r} must be a list of texts, at least one"
                 )
             prompts[name][polarity] = [text.replace("{finding}", plain(name)) for text in texts]
     return prompts
 
 
-# -------------------------------------------------------------------------------------------------- 2. Radiographs
+# --------------------------------------------------------------------------------------------- 2. Radiographs
 
-THIRDS = {"train": 0.7, "val": 0.1, "test": 0.2}  # shares of the patients where a data set has no splits
+SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # shares of the patients where a data set has no splits
 MAX_PIXELS = 80_000_000  # a larger image is refused before it is decoded (decompression bombs)
 
 
@@ -202,7 +199,7 @@ MAX_PIXELS = 80_000_000  # a larger image is refused before it is decoded (decom
 class Radiographs:
     """A data set: N images with the labels of C findings.
 
-    images: paths, or uint8 [N, H, W] (an array, or anything that yields [H, W] by row and draws it on demand).
+    images: paths, or uint8 [N, H, W] (an array, or what yields [H, W] by row and draws it on demand).
     labels: float32 [N, C], 1 / 0 / nan; nan is unknown: never trained on, never scored.
     patients, split: [N] texts; split is "train", "val" or "test". names: [N], what reports call an image.
     rows: [N], where each image's labels stand ("labels.csv row 7"). reports: [N] texts, if there are any.
@@ -227,12 +224,10 @@ class Radiographs:
         self.names = [f"image-{i:06d}" for i in range(n)] if self.names is None else list(self.names)
         self.rows = [f"row {i + 2}" for i in range(n)] if self.rows is None else list(self.rows)
         if {len(self.labels), len(self.patients), len(self.split), len(self.names), len(self.rows)} != {n}:
-            raise InputError(
-                f"labels, patients, split, names and rows must have one entry for each of {n} images"
-            )
+            raise InputError(f"labels, patients, split, names, rows: give one for each of {n} images")
         if self.labels.shape != (n, len(self.class_names)):
             raise InputError(
-                f"labels {self.labels.shape} must be {n} images x {len(self.class_names)} classes"
+                f"labels {self.labels.shape} are not {n} images x {len(self.class_names)} classes"
             )
         if not (np.isnan(self.labels) | (self.labels == 0) | (self.labels == 1)).all():
             raise InputError("labels must be 1, 0 or nan")
@@ -254,11 +249,10 @@ def patient_split(patients: Sequence[str], shares: dict[str, float]) -> np.ndarr
 
 
 def read_table(path: Path, required: Sequence[str] = ()) -> dict[str, list[str]]:
-    """A CSV (or CSV.gz) as {column: values}, stripped; InputError names file, row and column. Row 1 is the header."""
+    """A CSV (or .gz) as {column: stripped values}; InputError names file and row. Row 1 is the header."""
     try:
-        with (gzip.open if Path(path).suffix == ".gz" else open)(
-            path, "rt", encoding="utf-8-sig", newline=""
-        ) as file:
+        opener = gzip.open if Path(path).suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             header, *rows = [[value.strip() for value in row] for row in csv.reader(file)] or [[]]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -295,15 +289,13 @@ def parse_labels(
             if value not in meaning:
                 row = table[name].index(original) + 2
                 raise InputError(
-                    f"{path} row {row}, column {name!r}: label {original!r} is not 1, 0, -1 or blank"
+                    f"{path} row {row}, column {name!r}: label {original!r} is not 1, 0, -1, blank"
                 )
             if value in counts:
                 counts[value] += times
         labels[:, j] = np.array([meaning[value] for value in plain])[inverse]
-    return (
-        labels,
-        f"{counts['-1']:,} uncertain (-1) labels -> {uncertain}, {counts['']:,} blank labels -> {blank}",
-    )
+    note = f"labels: {counts['-1']:,} uncertain (-1) -> {uncertain}, {counts['']:,} blank -> {blank}"
+    return labels, note
 
 
 real_folder = functools.lru_cache(maxsize=100_000)(Path.resolve)
@@ -318,31 +310,29 @@ def safe_path(root: Path, relative: str, row: str) -> Path:
     path = root.joinpath(*pure.parts)
     real = path.resolve() if path.is_symlink() else real_folder(path.parent)
     if not real.is_relative_to(real_folder(root)):
-        raise InputError(
-            f"{row}: path {relative!r} is a link that leaves {root}; use the real folder as --data-dir"
-        )
+        raise InputError(f"{row}: path {relative!r} is a link out of {root}; use real folders")
     return path
 
 
 def load_demo(config: Config) -> Radiographs:
-    """Synthetic radiographs of `phantoms.py`, drawn when they are needed. Numbers on them are not clinical."""
+    """Synthetic radiographs of `phantoms.py`, drawn when needed. Numbers on them are not clinical."""
     import phantoms
 
     demo = phantoms.make_phantoms(config.demo_images, seed=0, domain="demo")
     names = [f"phantom-{i:06d}" for i in range(len(demo.labels))]
     source = hashlib.sha256(Path(phantoms.__file__).read_bytes()).hexdigest()
     return Radiographs(
-        demo.images, demo.labels, demo.class_names, demo.patients, patient_split(demo.patients, THIRDS), names,
-        reports=demo.reports, key=f"{config.demo_images} phantoms of {source}",
+        demo.images, demo.labels, demo.class_names, demo.patients, patient_split(demo.patients, SHARES),
+        names, reports=demo.reports, key=f"{config.demo_images} phantoms of {source}",
         note="DEMO: synthetic phantoms, not patients; these numbers say nothing about clinical performance.",
     )  # fmt: skip
 
 
 def load_csv(config: Config) -> Radiographs:
-    """Anybody's own data: `path`, one column per finding (1/0/-1/blank), optional `patient`, `split`, `report`.
+    """Anybody's own data: `path`, a column per finding (1/0/-1/blank), optional `patient`, `split`, `report`.
 
-    Paths are relative to --data-dir, which holds the only CSV unless --labels-csv names one. Without `split`,
-    70/10/20% of the patients by hash; without `patient`, each image counts as a patient of its own, and we say so.
+    Paths are relative to --data-dir, which holds the only CSV unless --labels-csv names one. Without `split`:
+    70/10/20% of the patients by hash. Without `patient` each image counts as a patient, and we say so.
     """
     path = Path(config.labels_csv) if config.labels_csv else one_file(config.root, ["*.csv"])
     table = read_table(path, ["path"])
@@ -354,11 +344,11 @@ def load_csv(config: Config) -> Radiographs:
     labels, note = parse_labels(table, classes, path, config.uncertain, config.blank or "ignore")
     note += "" if "patient" in table else "; no `patient` column: each image counts as a patient of its own"
     patients = table.get("patient", names)
-    split = table.get("split") or patient_split(patients, THIRDS)
+    split = table.get("split") or patient_split(patients, SHARES)
     for patient, value, row in zip(patients, split, rows):
         if not patient or value not in ("train", "val", "test"):
             raise InputError(
-                f"{row}: patient {patient!r}, split {str(value)!r}; give an id and train, val or test"
+                f"{row}: patient {patient!r}, split {str(value)!r}; need an id; train, val, test"
             )
     return Radiographs(images, labels, classes, patients, split, names, rows, table.get("report"), note)
 
@@ -398,14 +388,10 @@ def load_radiographs(config: Config) -> Radiographs:
         if first.setdefault(name, row) is not row:
             raise InputError(f"{row}: image {name!r} is there twice, first in {first[name]}")
         if home.setdefault(patient, split) != split:
-            raise InputError(
-                f"{row}: patient {str(patient)!r} is in both {home[patient]} and {split}; choose one"
-            )
+            raise InputError(f"{row}: patient {str(patient)!r} is in {home[patient]} and in {split}")
     for split in ("train", "val", "test"):
         if not (data.split == split).any():
-            raise InputError(
-                f"--data {config.data}: the {split} split is empty; add patients or a split column"
-            )
+            raise InputError(f"--data {config.data}: the {split} split is empty; add patients or splits")
     return data
 
 
@@ -461,13 +447,13 @@ def read_dicom(path: Path) -> torch.Tensor:
     return stretch(-pixels if image.get("PhotometricInterpretation") == "MONOCHROME1" else pixels)
 
 
-# ----------------------------------------------------------------------------------------------- 3. Frozen encoders
+# ----------------------------------------------------------------------------------------- 3. Frozen encoders
 
 
 def transform_image(image: torch.Tensor, resize, crop, interpolation, mean, std) -> torch.Tensor:
     """uint8 image [1 or 3,H,W] -> normalised float pixels [3,h,w]; a single channel is repeated to three.
 
-    `resize`: length of the shorter side, or [height, width] whatever the proportions; `crop`: side of the central
+    `resize`: length of the shorter side, or [height, width] in any proportion; `crop`: side of the central
     square, or None. Resizing is antialiased and rounds to uint8, as PIL's does.
     """
     from torchvision.transforms import InterpolationMode
@@ -489,24 +475,24 @@ class Normalize(nn.Module):
 
 
 POOLS = ("cls", "mean", "last", "pooler", "pre_norm_mean", "none")
-LAYERS = "Linear Conv2d BatchNorm2d LayerNorm ReLU GELU AdaptiveAvgPool2d Flatten Unflatten TransformerEncoderLayer"
-LAYERS = {"Normalize": Normalize} | {name: getattr(nn, name) for name in LAYERS.split()}
+LAYERS = {layer.__name__: layer for layer in (
+    Normalize, nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.ReLU, nn.GELU, nn.AdaptiveAvgPool2d,
+    nn.Flatten, nn.Unflatten, nn.TransformerEncoderLayer,
+)}  # fmt: skip
 
 
 class Tower(nn.Module):
     """Pixels [B,3,H,W], or tokens and their mask [M,T], -> embeddings [B or M,D]: a tower, a pool and a head.
 
-    `config` is config.json's "image" or "text". Pools: the CLS token, the mean of the tokens or of the map, the last
-    token, the model's own pooler, CLEFT's mean before the last norm (FACTS 3), or none: the head gets everything.
+    `config` is config.json's "image" or "text". Pools: the CLS token, the mean of the tokens or of the map, the
+    last token, the model's own pooler, CLEFT's mean before the last norm, or none: the head gets everything.
     """
 
     def __init__(self, config: dict):
         super().__init__()
         model, self.pool, head = config["model"], config["pool"], config["head"]
         if unknown := {name for name, _ in head} - set(LAYERS) | {self.pool} - set(POOLS):
-            raise InputError(
-                f"encoder config: unknown {unknown}: use a pool of {POOLS}, layers of {[*LAYERS]}"
-            )
+            raise InputError(f"encoder config: unknown {unknown}; pools: {POOLS}, layers: {[*LAYERS]}")
         self.head = nn.Sequential(*(LAYERS[name](**options) for name, options in head))
         if config.get("library") == "torchvision":
             from torchvision.models import get_model
@@ -544,7 +530,7 @@ class Tower(nn.Module):
 
 
 class DualEncoder(nn.Module):
-    """A frozen image tower and text tower of one joint dimension, with their tokenizer and image transform."""
+    """A frozen image tower and text tower of one joint dimension, with tokenizer and image transform."""
 
     def __init__(self, config: dict, tokenizer):
         super().__init__()
@@ -555,14 +541,12 @@ class DualEncoder(nn.Module):
 
     @torch.inference_mode()
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Transformed pixels [B,3,H,W] on the encoder's device -> embeddings [B,D], float32, not normalised."""
+        """Transformed pixels [B,3,H,W] on the encoder's device -> embeddings [B,D] float32, not normalised."""
         return self.image(pixels).float()
 
     @torch.inference_mode()
-    def encode_texts(
-        self, texts: Sequence[str], truncate: bool = False, batch_size: int = 64
-    ) -> torch.Tensor:
-        """M texts -> embeddings [M,D], float32, not normalised; InputError where a text exceeds the context."""
+    def encode_texts(self, texts: Sequence[str], truncate=False, batch_size: int = 64) -> torch.Tensor:
+        """M texts -> embeddings [M,D] float32, not normalised; InputError for one longer than the context."""
         device, embeddings = next(self.parameters()).device, []
         for start in range(0, len(texts), batch_size):
             tokens = self.tokenize(texts[start : start + batch_size], truncate)
@@ -579,9 +563,7 @@ class DualEncoder(nn.Module):
         texts = [text.rstrip(config.get("strip", "")) for text in texts]
         for text, ids in zip(texts, self.tokenizer(texts, verbose=False)["input_ids"], strict=True):
             if len(ids) > length and not truncate:
-                raise InputError(
-                    f"a text has {len(ids)} tokens, the encoder reads {length}; shorten it: {text!r}"
-                )
+                raise InputError(f"a text has {len(ids)} tokens, the encoder takes {length}: {text!r}")
         options = {"padding": padding, "padding_side": "right", "truncation": True, "max_length": length}
         tokens = self.tokenizer(texts, return_tensors="pt", return_attention_mask=True, **options)
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
@@ -639,11 +621,11 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def load(cls, name: str, directory: str | Path | None = None, crop: int | None = None) -> DualEncoder:
-        """The encoder `name`: tiny, biomedclip, biovil, a folder, or the hub id of a transformers CLIP or SigLIP.
+        """The encoder `name`: tiny, biomedclip, biovil, a folder, or the hub id of a CLIP or SigLIP.
 
-        `directory` holds its files exactly as published, or as `save` wrote them, and rules out network access;
-        without it they come from the hub's cache or are downloaded. `crop` replaces a convolutional tower's crop
-        (BioViL: RE-tune's 512, FACTS 1; its own is 480). InputError if a file is missing or unfit.
+        `directory` holds its files exactly as published, or as `save` wrote them, and rules out network
+        access; without it they come from the hub's cache or are downloaded. `crop` replaces the crop of a
+        convolutional tower (BioViL: RE-tune's 512; its own is 480). InputError if a file is missing or unfit.
         """
         folder = Path(directory or (HERE / "tiny" if name == "tiny" else name))
         if is_ours(folder):
@@ -691,7 +673,7 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, torch.Tensor], object]:
     return read_json(folder / "config.json"), state, tokenizer
 
 
-# --------------------------------------------------------------------------------------------------- 4. Embeddings
+# ---------------------------------------------------------------------------------------------- 4. Embeddings
 
 CHUNK = 1024  # images a chunk: the most that a killed process loses; batches never straddle chunks
 
@@ -720,9 +702,8 @@ def collate(items: list) -> tuple[list[int], torch.Tensor | None, list[tuple[int
 
 def embedding_key(encoder: DualEncoder, data: Radiographs, precision: str, store: str) -> str:
     """A hash of all that shapes the embeddings: encoder with transform, image names and sizes, precision."""
-    digest = hashlib.sha256(
-        f"{encoder.fingerprint()} {precision} {store} {len(data.images)} {data.key}".encode()
-    )
+    settings = f"{encoder.fingerprint()} {precision} {store} {len(data.images)} {data.key}"
+    digest = hashlib.sha256(settings.encode())
     if data.key is None and isinstance(data.images, np.ndarray):
         digest.update(np.ascontiguousarray(data.images).data)
     elif data.key is None:
@@ -737,8 +718,8 @@ def embed(
 ) -> np.memmap:  # fmt: skip
     """Embed every image once: a read-only memory map [N, D], float32 or float16 (`store`), not normalised.
 
-    The rows are cut into chunks, each written whole into the cache key's folder; ranks take chunks in turn, a
-    restarted process skips finished ones, and the first rank joins and checks them. An unreadable image raises
+    The rows are cut into chunks, each written whole into the cache key's folder; ranks take chunks in turn,
+    a restarted process skips finished ones, and the first rank joins them. An unreadable image raises
     InputError, or with `skip_bad_images` is a row of nan, listed by `embedding_facts`.
     """
     folder = Path(cache_dir) / embedding_key(encoder, data, precision, store)
@@ -756,20 +737,20 @@ def embed(
             if rank == 0:
                 assemble(folder, data, chunks, shape, dtype)
         barrier()
+        for chunk in chunks if rank == 0 else ():
+            chunk.unlink(missing_ok=True)
     embeddings = open_embeddings(folder, shape, dtype)
     bad = embedding_facts(embeddings)["unreadable"]
     if bad and not skip_bad_images:
-        raise InputError(f"{next(iter(bad.values()))}; --skip-bad-images goes on without such images")
+        raise InputError(f"{next(iter(bad.values()))}; --skip-bad-images leaves such out")
     return embeddings
 
 
 def embed_chunks(encoder, data, chunks, dtype, batch_size, workers, precision, device, skip_bad) -> None:
     """Run the encoder over {file: rows} and write each chunk, followed by the seconds that it took."""
-    batches = [
-        list(rows[i : i + batch_size]) for rows in chunks.values() for i in range(0, len(rows), batch_size)
-    ]
+    pieces = [rows[i : i + batch_size] for rows in chunks.values() for i in range(0, len(rows), batch_size)]
     stream = iter(torch.utils.data.DataLoader(
-        Images(data.images, encoder.transform), batch_sampler=batches, num_workers=min(workers, len(batches)),
+        Images(data.images, encoder.transform), batch_sampler=pieces, num_workers=min(workers, len(pieces)),
         collate_fn=collate, pin_memory=device.startswith("cuda"),
     ))  # fmt: skip
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -780,13 +761,13 @@ def embed_chunks(encoder, data, chunks, dtype, batch_size, workers, precision, d
             for _ in range(0, len(rows), batch_size):
                 good, pixels, bad = next(stream)
                 for row, reason in [] if skip_bad else bad:
-                    raise InputError(
-                        f"{data.rows[row]}: {reason}; --skip-bad-images goes on without such images"
-                    )
+                    raise InputError(f"{data.rows[row]}: {reason}; --skip-bad-images leaves such out")
                 if good:
                     with torch.autocast(device.split(":")[0], low, enabled=low is not None):
                         features = encoder.encode_images(pixels.to(device, non_blocking=True))
                     block[np.array(good) - rows.start] = features.cpu().numpy()
+                    if not np.isfinite(block[np.array(good) - rows.start]).all():
+                        raise InputError(f"{data.rows[good[0]]}: its batch embeds to nan; use fp32")
                 bar.update(len(good) + len(bad))
             with atomic(file) as partial, open(partial, "wb") as output:
                 np.save(output, block)
@@ -809,15 +790,11 @@ def assemble(folder: Path, data: Radiographs, chunks: dict[Path, range], shape, 
             digest.update(block.data)
             seconds += float(took)
             for row in np.flatnonzero(np.isnan(block[:, 0])) + rows.start:
-                unreadable[int(row)] = (
-                    f"{data.rows[row]}: {Images(data.images, lambda pixels: pixels)[row][2]}"
-                )
+                reason = Images(data.images, lambda pixels: pixels)[row][2]
+                unreadable[int(row)] = f"{data.rows[row]}: {reason}"
         whole.flush()
-    write_json(
-        folder / "facts.json", {"sha256": digest.hexdigest(), "seconds": seconds, "unreadable": unreadable}
-    )
-    for chunk in chunks:
-        chunk.unlink()
+    facts = {"sha256": digest.hexdigest(), "seconds": seconds, "unreadable": unreadable}
+    write_json(folder / "facts.json", facts)
 
 
 def embedding_facts(embeddings: np.memmap) -> dict:
@@ -860,7 +837,7 @@ def read_rows(embeddings: np.ndarray, rows: torch.Tensor) -> torch.Tensor:
     return out
 
 
-# -------------------------------------------------------------------------------------------------------- 5. Model
+# --------------------------------------------------------------------------------------------------- 5. Model
 
 
 class Adaptor(nn.Module):
@@ -922,7 +899,7 @@ def embed_prompts(encoder: DualEncoder, prompts: dict[str, dict[str, list[str]]]
 
 
 class RETune(nn.Module):
-    """Two adaptors on a frozen pair of encoders; each class asks: positive or negative prompts? (FACTS 1 "Model")
+    """Two adaptors on a frozen pair of encoders; each class asks: positive or negative prompts?
 
     adapt: both (default), shared (one module for both towers), image, text; none is zero-shot.
     pool: mean of a group's adapted prompts; max of their cosines per image; single, the first prompt alone.
@@ -942,7 +919,7 @@ class RETune(nn.Module):
             self.text_adaptor = self.image_adaptor
 
     def forward(self, images: torch.Tensor, prompts: PromptBank) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines (positive [B, C], negative [B, C]) of image embeddings [B, D], which need no normalisation."""
+        """Cosines (positive [B, C], negative [B, C]) of image embeddings [B, D], not normalised."""
         v = self.image_adaptor(images)  # [B, D]
         t = self.text_adaptor(prompts.embeddings)  # [M, D]
         if self.pool != "max":
@@ -962,30 +939,30 @@ class RETune(nn.Module):
         return self.logit_scale * (positive - negative if self.negatives else positive)
 
     def scores(self, images: torch.Tensor, prompts: PromptBank, rule: str = "diff") -> tuple:
-        """(scores in [0, 1], decisions 0 or 1), both [B, C]. diff: (cos+ - cos- + 2) / 4; pos: (cos+ + 1) / 2."""
+        """Scores in [0, 1] and decisions 0/1, [B, C]. diff: (cos+ - cos- + 2) / 4; pos: (cos+ + 1) / 2."""
         positive, negative = self(images, prompts)
         decisions = positive > (negative if self.negatives else 0)
         diff = rule == "diff" and self.negatives
         return (positive - negative + 2) / 4 if diff else (positive + 1) / 2, decisions.float()
 
 
-# --------------------------------------------------------------------------------------------------------- 6. Loss
+# ---------------------------------------------------------------------------------------------------- 6. Loss
 
 
 def prompt_contrastive_loss(
     logits: torch.Tensor, labels: torch.Tensor, count: int | None = None
 ) -> torch.Tensor:
-    """Mean binary cross-entropy with logits over the known labels; both [B, C], nan is unknown (FACTS 1 "Loss").
+    """Mean binary cross-entropy with logits over the known labels; both [B, C], nan is unknown.
 
-    All unknown gives 0 with a graph. `count` divides instead of the known labels here: the whole batch's, when
-    this rank holds a part of it.
+    All unknown gives 0 with a graph. `count` divides instead of the number known here: the whole batch's,
+    when this rank holds a part of it.
     """
     known = ~labels.isnan()
     loss = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
     return (loss * known).sum() / max(1, int(known.sum()) if count is None else count)
 
 
-# ---------------------------------------------------------------------------------------------------- 7. Scenarios
+# ----------------------------------------------------------------------------------------------- 7. Scenarios
 
 
 @dataclass(frozen=True)
@@ -1004,11 +981,11 @@ def make_tasks(
 ) -> list[Task]:  # fmt: skip
     """Cut training rows 0..N-1 with labels [N, C] into the tasks of a scenario (FACTS 1 "Scenarios").
 
-    data: `parts` (5) parts train all classes. class: part t trains the t-th class (with fewer parts than classes,
-    the t-th group of them); label: part t trains classes 0..t. joint: one task; zero: none. Parts are disjoint
-    and share no patient; `contiguous` is the authors' cut, ceil(N / parts) rows in file order. `positives_only`:
-    class-incremental task t has all positives of its classes instead, so an image with two findings comes twice.
-    `order` names the classes in the order of their arrival.
+    data: `parts` (5) parts train all classes. class: part t trains the t-th class (with fewer parts than
+    classes, the t-th group of them); label: part t trains classes 0..t. joint: one task; zero: none. Parts are
+    disjoint and share no patient; `contiguous` is the authors' cut, ceil(N / parts) rows in file order.
+    `positives_only`: class-incremental task t has all positives of its classes instead, so that an image with
+    two findings comes twice. `order` names the classes in the order of their arrival.
     """
     n, names = len(labels), list(class_names)
     if unknown := [name for name in order or () if name not in names]:
@@ -1020,9 +997,7 @@ def make_tasks(
         return [Task("joint", np.arange(n), everything)] if scenario == "joint" else []
     parts = parts or (5 if scenario == "data" else len(names))
     if scenario != "data" and parts > len(names):
-        raise InputError(
-            f"--parts {parts}: {scenario}-incremental has at most one part per class ({len(names)})"
-        )
+        raise InputError(f"--parts {parts}: {scenario}-incremental has one per class at most ({len(names)})")
     part, groups = part_of_rows(n, parts, seed, patients, contiguous), np.array_split(columns, parts)
     tasks = []
     for t, group in enumerate(groups if scenario != "data" else range(parts)):
@@ -1053,14 +1028,14 @@ def part_of_rows(
     return part[patient]
 
 
-# ------------------------------------------------------------------------------------------------------ 8. Metrics
+# ------------------------------------------------------------------------------------------------- 8. Metrics
 
 
 def evaluate(scores: np.ndarray, predictions: np.ndarray, labels: np.ndarray, class_names=None) -> dict:
     """Multi-label metrics of scores, 0/1 predictions and labels, each [N, C]; nan labels are not scored.
 
-    A class whose known labels are all alike is nan, named in a warning and left out of the means. Weighted means
-    weigh by positives; accuracy is the exact match of fully labelled images. scikit-learn computes each class.
+    A class whose known labels are all alike is nan, named in a warning and left out of the means. Weighted
+    means weigh by positives; accuracy is the exact match of fully labelled images. scikit-learn computes them.
     """
     from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score
 
@@ -1128,9 +1103,9 @@ def bootstrap_ci(
 
 
 def continual_metrics(auroc: np.ndarray, tasks: Sequence[Task], zero: np.ndarray) -> dict[str, float]:
-    """Average AUROC, forgetting, backward and forward transfer (README "Definitions"); nan for a mean over nothing.
+    """Average AUROC, forgetting, backward and forward transfer (README "Definitions"); nan without a class.
 
-    auroc [T, C]: test AUROC of class c after task t; zero [C]: zero-shot. Classes without a score are left out.
+    auroc [T, C]: test AUROC of class c after task t; zero [C]: zero-shot. Unscored classes are left out.
     """
     grid = np.vstack([zero, *auroc])  # [T + 1, C]; row 0 is zero-shot
     last, mean = len(grid) - 1, lambda values: float(np.mean(values)) if values else math.nan
@@ -1146,12 +1121,14 @@ def continual_metrics(auroc: np.ndarray, tasks: Sequence[Task], zero: np.ndarray
     }
 
 
-# ----------------------------------------------------------------------------------------------------- 9. Training
+# ------------------------------------------------------------------------------------------------ 9. Training
 
 
 def setting(default, help: str, **metadata):
-    """A dataclass field that `build_parser` makes an option of. metadata: choices, type, nargs, flag, group (opens
-    a section of --help), many (several values give several runs)."""
+    """A dataclass field that `build_parser` makes an option of.
+
+    metadata: choices, type, nargs; flag; group opens a section of --help; many: several values, several runs.
+    """
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -1163,16 +1140,16 @@ class Config:
     data: str = setting("demo", "data set", choices=tuple(DATASETS), group="data")
     data_dir: str | None = setting(None, "folder of the data set")
     labels_csv: str | None = setting(None, "label file instead of the data set's own")
-    classes: tuple[str, ...] | None = setting(None, "findings, in this order (CheXpert: its five; else all)", nargs="+")
+    classes: tuple[str, ...] | None = setting(None, "findings, in order (CheXpert: five; else all)", nargs="+")
     view: str = setting("all", "views, for chexpert and mimic", choices=("all", "frontal", "lateral"))
     uncertain: str = setting("ignore", "what a label of -1 becomes", choices=("ones", "zeros", "ignore"))
-    blank: str | None = setting(None, "what a blank label becomes (csv: ignore; else zero)", choices=("zero", "ignore"))
+    blank: str | None = setting(None, "what a blank label becomes (csv: ignore)", choices=("zero", "ignore"))
     size: int = setting(224, "image side, for chestmnist", choices=(28, 64, 128, 224))
     demo_images: int = setting(6000, "number of phantoms in the demo")
     skip_bad_images: bool = setting(False, "leave out unreadable images, and count them, instead of stopping")
 
-    encoder: str = setting("tiny", "tiny, biomedclip, biovil, a folder, or a CLIP or SigLIP id", group="frozen encoder")
-    encoder_dir: str | None = setting(None, "folder with the encoder's files as published; no network is used")
+    encoder: str = setting("tiny", "tiny, biomedclip, biovil, a folder, a CLIP or SigLIP id", group="encoder")
+    encoder_dir: str | None = setting(None, "folder of the encoder's files as published: no network")
     crop: int | None = setting(None, "centre crop of BioViL (RE-tune: 512; its own: 480)", type=int)
     precision: str = setting("fp32", "arithmetic of the encoder", choices=("fp32", "bf16", "fp16"))
     store: str = setting("fp32", "numbers in the embedding cache", choices=("fp32", "fp16"))
@@ -1182,22 +1159,22 @@ class Config:
 
     scenario: str = setting("data", "how training data arrive; several give several runs", many=True,
                             choices=("data", "class", "label", "joint", "zero"), group="scenario")
-    parts: int | None = setting(None, "parts of the training set (data: 5; class, label: one per class)", type=int)
-    class_order: tuple[str, ...] | None = setting(None, "order of arrival; `random` draws it by seed", nargs="+")
+    parts: int | None = setting(None, "parts of the training set (data: 5; else one per class)", type=int)
+    class_order: tuple[str, ...] | None = setting(None, "order of arrival, or `random` by seed", nargs="+")
     contiguous: bool = setting(False, "cut parts in file order, as the authors do, instead of by patient")
     positives_only: bool = setting(False, "class-incremental: train on all positives of the class only")
 
     method: str = setting("retune", "retune, or a baseline", group="method",
                           choices=("retune", "linear", "mlp", "ewc", "lwf", "replay", "joint"))
     memory: int = setting(500, "embeddings that the replay baseline stores")
-    adaptor: str = setting("mlp", "mlp (the paper's), linear or residual (ours)", choices=("mlp", "linear", "residual"))
+    adaptor: str = setting("mlp", "the paper's mlp, linear, residual (ours)", choices=("mlp", "linear", "residual"))
     adapt: str = setting("both", "which towers get an adaptor", choices=("both", "shared", "image", "text"))
     pool: str = setting("mean", "how a class's prompts join", choices=("mean", "single", "max"))
     negatives: bool = setting(True, "train and score with positive prompts alone", flag="--no-negatives")
     score: str = setting("diff", "score for AUROC: diff, as in the loss, or pos", choices=("diff", "pos"))
     logit_scale: float = setting(1.0, "factor on the logits (authors: none)")
     prompts: str = setting(str(HERE / "prompts.json"), "file of positive and negative prompts")
-    wording: str = setting("specific", "each finding's prompts, or the templates", choices=("specific", "generic"))
+    wording: str = setting("specific", "each finding's own, or templates", choices=("specific", "generic"))
 
     epochs: int | None = setting(None, "epochs a task (10)", type=int, group="training")
     lr: float | None = setting(None, "learning rate (authors: 1e-4; small sets: 1e-3)", type=float)
@@ -1257,7 +1234,7 @@ NOT_RESULTS = (
 
 
 def settle(config: Config, data: Radiographs) -> Config:
-    """Fill in what the data decide: hyperparameters by the size of the set, a random class order by the seed."""
+    """Fill in what the data decide: hyperparameters by the size of the set, a random class order."""
     preset = SMALL if len(data.where("train")) < SMALL_SET else AUTHORS
     chosen = {name: value for name, value in preset.items() if getattr(config, name) is None}
     if config.class_order == ("random",):
@@ -1302,7 +1279,7 @@ def fit(
     """Train on one task: its rows of embeddings [N, D] and labels [N, C], the loss on its classes alone.
 
     Under torchrun each rank takes its share of the same global batch and gradients are summed, which is one
-    process's step. `penalty(images, logits)` adds to the loss (baselines). InputError when the loss is not finite.
+    process's step. `penalty(images, logits)` adds to the loss (baselines). InputError for a loss not finite.
     """
     rank, world = ranks()
     rows, columns = torch.from_numpy(task.rows), list(task.classes)
@@ -1328,9 +1305,7 @@ def fit(
                     loss = loss + penalty(images, logits) / world
                 bar.update()
                 if not math.isfinite(loss.item()):
-                    raise InputError(
-                        f"task {task.name!r}, step {bar.n}: the loss is {loss.item()}; lower --lr"
-                    )
+                    raise InputError(f"task {task.name!r}, step {bar.n}: loss is {loss.item()}; lower --lr")
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 sum_gradients(parameters)
@@ -1387,7 +1362,7 @@ class Results:
 
 
 def claim(folder: Path, identity: dict) -> None:
-    """Write config.json, or refuse a folder that holds a run of another configuration, saying what differs."""
+    """Write config.json, or refuse a folder that holds another configuration, saying what differs."""
     path, identity = folder / "config.json", json.loads(json.dumps(identity))
     if not path.exists():
         return write_json(path, identity)
@@ -1395,26 +1370,24 @@ def claim(folder: Path, identity: dict) -> None:
     differ = [key for key in identity if key not in NOT_RESULTS and old.get(key) != identity[key]]
     if differ:
         pairs = [f"{key} {str(old.get(key))[:60]}, now {str(identity[key])[:60]}" for key in differ]
-        raise InputError(
-            f"{folder}: holds another run ({'; '.join(pairs)}); choose another --output or delete it"
-        )
+        raise InputError(f"{folder}: holds another run ({'; '.join(pairs)}); use another --output")
 
 
 def cut_tasks(config: Config, data: Radiographs) -> list[Task]:
     """The tasks of the scenario, with rows counted in the whole data set."""
     train = data.where("train")
     tasks = make_tasks(
-        config.scenario, data.labels[train], data.class_names, config.parts, config.seed, data.patients[train],
-        config.class_order, config.contiguous, config.positives_only,
+        config.scenario, data.labels[train], data.class_names, config.parts, config.seed,
+        data.patients[train], config.class_order, config.contiguous, config.positives_only,
     )  # fmt: skip
     return [dataclasses.replace(task, rows=train[task.rows]) for task in tasks]
 
 
 def run(config: Config) -> Results:
-    """A whole scenario: embed, zero-shot, each task, metrics after each; resumes at the first unfinished task.
+    """A whole scenario: embed, zero-shot, each task, metrics after each; resumes at an unfinished task.
 
-    What the run's folder holds decides what is left to do: finished tasks are loaded and measured again, so an
-    interrupted run ends with the same metrics, bit for bit.
+    What the run's folder holds decides what is left to do: finished tasks are loaded and measured again, so
+    that an interrupted run ends with the same metrics, bit for bit.
     """
     data = load_radiographs(config)
     config = settle(config, data)
@@ -1425,7 +1398,8 @@ def run(config: Config) -> Results:
     digest = hashlib.sha256(repr((data.names, data.patients.tolist(), data.split.tolist())).encode())
     digest.update(data.labels.tobytes())
     identity = dataclasses.asdict(config) | {
-        "prompt_texts": prompts, "encoder_fingerprint": encoder.fingerprint(), "data_fingerprint": digest.hexdigest(),
+        "prompt_texts": prompts, "encoder_fingerprint": encoder.fingerprint(),
+        "data_fingerprint": digest.hexdigest(),
     }  # fmt: skip
     folder = config.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -1437,7 +1411,8 @@ def run(config: Config) -> Results:
             return Results(folder, read_json(folder / "metrics.json"))
         embeddings = embed(
             encoder, data, Path(config.cache_dir), batch_size=config.encode_batch, workers=config.workers,
-            precision=config.precision, store=config.store, device=device, skip_bad_images=config.skip_bad_images,
+            precision=config.precision, store=config.store, device=device,
+            skip_bad_images=config.skip_bad_images,
         )  # fmt: skip
         if bad := embedding_facts(embeddings)["unreadable"]:
             say(f"left out {len(bad)} unreadable images, the first: {next(iter(bad.values()))}")
@@ -1461,7 +1436,7 @@ def build_model(config: Config, dim: int, n_classes: int) -> nn.Module:
 
 
 def train_and_measure(config, identity, data, tasks, embeddings, bank, encoder_parameters, device) -> Results:
-    """Zero-shot, then every task: train it, or load what an earlier process saved, and measure on the first rank."""
+    """Zero-shot, then every task: train it or load what an earlier process saved, and measure."""
     folder, dim, labels = config.folder, embeddings.shape[1], torch.from_numpy(data.labels)
 
     def measure(model: nn.Module) -> dict:
@@ -1474,8 +1449,8 @@ def train_and_measure(config, identity, data, tasks, embeddings, bank, encoder_p
         model.parameters(), lr=config.lr
     )
     metadata = {
-        "classes": data.class_names, "prompts": identity["prompt_texts"], "dim": dim, "encoder": config.encoder,
-        "encoder_fingerprint": identity["encoder_fingerprint"],
+        "classes": data.class_names, "prompts": identity["prompt_texts"], "dim": dim,
+        "encoder": config.encoder, "encoder_fingerprint": identity["encoder_fingerprint"],
     } | {key: identity[key] for key in MODEL_KEYS}  # fmt: skip
     (done, seconds), after_task = restore(folder, model, optimizer), []
     for k, task in enumerate(tasks, 1):
@@ -1488,8 +1463,9 @@ def train_and_measure(config, identity, data, tasks, embeddings, bank, encoder_p
         start, generator = time.perf_counter(), torch.Generator().manual_seed(10_007 * config.seed + k)
         seen = model.rehearse(task) if hasattr(model, "rehearse") else task
         fit(
-            model, bank, embeddings, labels, seen, optimizer, epochs=config.epochs, batch_size=config.batch_size,
-            generator=generator, device=device, penalty=getattr(model, "penalty", None),
+            model, bank, embeddings, labels, seen, optimizer, epochs=config.epochs,
+            batch_size=config.batch_size, generator=generator, device=device,
+            penalty=getattr(model, "penalty", None),
         )  # fmt: skip
         if hasattr(model, "consolidate"):
             model.consolidate(embeddings, labels, task, bank)
@@ -1572,7 +1548,7 @@ def peak_memory_mb() -> float | None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------ 10. Report
+# ------------------------------------------------------------------------------------------------- 10. Report
 
 
 def introduce(config: Config, data: Radiographs, tasks: Sequence[Task], device: str) -> None:
@@ -1587,9 +1563,10 @@ def introduce(config: Config, data: Radiographs, tasks: Sequence[Task], device: 
     ours = " (ours)" if config.adaptor == "residual" else ""
     say(
         f"{config.method}, {config.scenario}, {len(tasks)} tasks; encoder {config.encoder}; adaptor"
-        f" {config.adaptor}{ours} on {config.adapt}; {config.optimizer}, lr {config.lr:g}, batch {config.batch_size},"
-        f" {config.epochs} epochs a task; logit scale {config.logit_scale:g}, pool {config.pool}, score"
-        f" {config.score}{'' if config.negatives else ', positive prompts only'}; seed {config.seed}; {device}\n"
+        f" {config.adaptor}{ours} on {config.adapt}; {config.optimizer}, lr {config.lr:g}, batch"
+        f" {config.batch_size}, {config.epochs} epochs a task; logit scale {config.logit_scale:g}, pool"
+        f" {config.pool}, score {config.score}, {'' if config.negatives else 'no '}negative prompts;"
+        f" seed {config.seed}; {device}\n"
     )
 
 
@@ -1616,7 +1593,7 @@ def stages(metrics: dict) -> list[tuple[str, dict]]:
 
 
 def summary(metrics: dict) -> str:
-    """The run in text: AUROC per task and class, continual-learning measures, a line to paste into a paper."""
+    """The run in text: AUROC per task and class, continual-learning measures, a line for a paper."""
     config, (_, last) = metrics["config"], stages(metrics)[-1]
     header = ["test AUROC after", *metrics["classes"], "macro AUROC", "macro AP", "macro F1", "exact match"]
     rows = [
@@ -1626,19 +1603,17 @@ def summary(metrics: dict) -> str:
     value = {key: "-" if v is None else f"{v:.3f}" for key, v in metrics["continual"].items()}
     low, high = ("-" if v is None else f"{v:.3f}" for v in last["auroc_macro_ci"])
     auroc = "-" if last["auroc_macro"] is None else f"{last['auroc_macro']:.3f}"
-    lines = [
-        markdown_table(header, rows),
-        ", ".join(f"{key.replace('_', ' ').replace('auroc', 'AUROC')} {text}" for key, text in value.items()),
-        f"{config['method']} ({config['data']}, {config['encoder']}, {config['scenario']}, seed {config['seed']}): macro"
-        f" AUROC {auroc} (95% CI {low} to {high}; 1,000 patient-level bootstrap resamples; n = {last['n']:,} images)",
-    ]
+    run = f"{config['method']}, {config['data']}, {config['encoder']}, {config['scenario']}, seed {config['seed']}"
+    interval = f"95% CI {low} to {high}, 1,000 patient-level bootstrap resamples, n = {last['n']:,} images"
+    lines = [markdown_table(header, rows), ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in value.items())]
+    lines.append(f"{run}: macro AUROC {auroc} ({interval})")
     if config["data"] == "demo":
         lines.append("Demo on synthetic phantoms: not clinical numbers.")
     return "\n\n".join(lines)
 
 
 def report(results: Results, data: Radiographs, tasks: Sequence[Task]) -> None:
-    """Write splits.csv, figures, table.md and, last, metrics.json: its presence says that the run is whole."""
+    """Write splits.csv, figures, table.md and, last, metrics.json, which says that the run is whole."""
     folder, metrics, seen = results.folder, results.metrics, [[] for _ in data.names]
     for k, task in enumerate(tasks, 1):
         for row in task.rows.tolist():
@@ -1698,7 +1673,7 @@ def seeds_table(runs: Sequence[dict]) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------ 11. Command line
+# ------------------------------------------------------------------------------------------- 11. Command line
 
 
 def build_parser(config_class: type, description: str) -> argparse.ArgumentParser:
