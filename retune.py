@@ -1079,21 +1079,24 @@ def bootstrap_ci(
     """
     ids, patient = np.unique(np.asarray(patients), return_inverse=True)
     drawn = np.random.default_rng(seed).multinomial(len(ids), np.full(len(ids), 1 / len(ids)), resamples)
+    drawn = drawn.astype(np.float32)  # [R, patients], whole numbers
     total, scored = np.zeros(resamples), np.zeros(resamples)
     for c in range(labels.shape[1]):
-        known = np.flatnonzero(~np.isnan(labels[:, c]))
-        known = known[np.argsort(scores[known, c], kind="stable")]
-        if not len(known):
+        positive, negative = (np.flatnonzero(labels[:, c] == value) for value in (1, 0))
+        negative = negative[np.argsort(scores[negative, c], kind="stable")]
+        if not len(positive) or not len(negative):
             continue
-        ties = np.flatnonzero(
-            np.diff(scores[known, c], prepend=-np.inf)
-        )  # where each run of equal scores begins
-        positive = labels[known, c] == 1
-        for block in np.array_split(np.arange(resamples), 1 + resamples * len(known) // 4_000_000):
-            weight = drawn[np.ix_(block, patient[known])].astype(np.float64)  # [R, n]
-            p = np.add.reduceat(weight * positive, ties, axis=1)
-            q = np.add.reduceat(weight * ~positive, ties, axis=1)
-            pairs, wins = p.sum(1) * q.sum(1), (p * (q.cumsum(1) - q / 2)).sum(1)
+        below, upto = (
+            np.searchsorted(scores[negative, c], scores[positive, c], side) for side in ("left", "right")
+        )
+        for block in np.array_split(np.arange(resamples), 1 + resamples * len(labels) // 4_000_000):
+            won = np.zeros(
+                (len(block), len(negative) + 1), np.float32
+            )  # weight of the negatives up to each rank
+            np.cumsum(drawn[np.ix_(block, patient[negative])], axis=1, out=won[:, 1:])
+            weight = drawn[np.ix_(block, patient[positive])]  # [R, positives]
+            wins = (weight * (won[:, below] + won[:, upto])).sum(1, dtype=np.float64) / 2
+            pairs = weight.sum(1, dtype=np.float64) * won[:, -1]
             total[block] += wins / np.maximum(pairs, 1)
             scored[block] += pairs > 0
     if not scored.any():
@@ -1157,32 +1160,33 @@ class Config:
     workers: int = setting(min(8, os.cpu_count() or 1), "processes that decode images")
     cache_dir: str = setting("runs/cache", "folder of the embedding cache")
 
-    scenario: str = setting("data", "how training data arrive; several give several runs", many=True,
+    scenario: str = setting("data", "how training data arrive", many=True,
                             choices=("data", "class", "label", "joint", "zero"), group="scenario")
-    parts: int | None = setting(None, "parts of the training set (data: 5; else one per class)", type=int)
+    parts: int | None = setting(None, "parts of the training set (data: 5; else one per class)", type=int, many=True)
     class_order: tuple[str, ...] | None = setting(None, "order of arrival, or `random` by seed", nargs="+")
     contiguous: bool = setting(False, "cut parts in file order, as the authors do, instead of by patient")
     positives_only: bool = setting(False, "class-incremental: train on all positives of the class only")
 
-    method: str = setting("retune", "retune, or a baseline", group="method",
+    method: str = setting("retune", "retune, or a baseline", group="method (several values give several runs)", many=True,
                           choices=("retune", "linear", "mlp", "ewc", "lwf", "replay", "joint"))
     memory: int = setting(500, "embeddings that the replay baseline stores")
-    adaptor: str = setting("mlp", "the paper's mlp, linear, residual (ours)", choices=("mlp", "linear", "residual"))
-    adapt: str = setting("both", "which towers get an adaptor", choices=("both", "shared", "image", "text"))
-    pool: str = setting("mean", "how a class's prompts join", choices=("mean", "single", "max"))
+    adaptor: str = setting("mlp", "the paper's mlp, linear, residual (ours)", choices=("mlp", "linear", "residual"), many=True)
+    adapt: str = setting("both", "which towers get an adaptor", choices=("both", "shared", "image", "text"), many=True)
+    pool: str = setting("mean", "how a class's prompts join", choices=("mean", "single", "max"), many=True)
     negatives: bool = setting(True, "train and score with positive prompts alone", flag="--no-negatives")
-    score: str = setting("diff", "score for AUROC: diff, as in the loss, or pos", choices=("diff", "pos"))
-    logit_scale: float = setting(1.0, "factor on the logits (authors: none)")
+    score: str = setting("diff", "score for AUROC: diff, as in the loss, or pos", choices=("diff", "pos"), many=True)
+    logit_scale: float = setting(1.0, "factor on the logits (authors: none)", many=True)
     prompts: str = setting(str(HERE / "prompts.json"), "file of positive and negative prompts")
-    wording: str = setting("specific", "each finding's own, or templates", choices=("specific", "generic"))
+    wording: str = setting("specific", "each finding's own, or templates", choices=("specific", "generic"), many=True)
 
     epochs: int | None = setting(None, "epochs a task (10)", type=int, group="training")
-    lr: float | None = setting(None, "learning rate (authors: 1e-4; small sets: 1e-3)", type=float)
+    lr: float | None = setting(None, "learning rate (authors: 1e-4; small sets: 1e-3)", type=float, many=True)
     batch_size: int | None = setting(None, "batch size (authors: 6144; small sets: 64)", type=int)
     optimizer: str = setting("adam", "optimiser, one for all tasks", choices=("adam", "sgd"))
     seed: int = setting(27, "seed; several give mean and standard deviation", many=True)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    output: str | None = setting(None, "folder of the run (runs/<data>-<encoder>-<scenario>-seed<seed>)")
+    output: str | None = setting(None, "folder of the run; {scenario}, {seed} and any other setting are filled in")
+    figures: bool = setting(True, "draw no figures", flag="--no-figures")
     # fmt: on
 
     def __post_init__(self):
@@ -1203,8 +1207,12 @@ class Config:
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        name = f"{self.data}-{Path(self.encoder).name}-{self.scenario}-seed{self.seed}"
-        return Path(self.output or Path("runs") / name)
+        values = dataclasses.asdict(self) | {"encoder": Path(self.encoder).name}
+        template = self.output or "runs/{data}-{encoder}-{scenario}-seed{seed}"
+        try:
+            return Path(template.format(**values))
+        except (KeyError, ValueError, IndexError) as error:
+            raise InputError(f"--output {template}: {error} is no setting of a run") from None
 
     @property
     def root(self) -> Path:
@@ -1221,16 +1229,9 @@ SMALL = {
     "batch_size": 64,
 }  # (ours) enough steps for a set of less than SMALL_SET images
 SMALL_SET = 20_000
-NOT_RESULTS = (
-    "data_dir",
-    "output",
-    "cache_dir",
-    "device",
-    "workers",
-    "encode_batch",
-    "encoder_dir",
-    "prompts",
-)
+NOT_RESULTS = (  # settings that may differ when a run is resumed
+    "data_dir", "output", "cache_dir", "device", "workers", "encode_batch", "encoder_dir", "prompts", "figures",
+)  # fmt: skip
 
 
 def settle(config: Config, data: Radiographs) -> Config:
@@ -1373,6 +1374,14 @@ def claim(folder: Path, identity: dict) -> None:
         raise InputError(f"{folder}: holds another run ({'; '.join(pairs)}); use another --output")
 
 
+DATA_KEYS = (
+    "data", "data_dir", "labels_csv", "classes", "view", "uncertain", "blank", "size", "demo_images", "cache_dir",
+)  # fmt: skip
+# The runs of one process mostly share their data and encoder, which are slow to read.
+shared_radiographs = functools.lru_cache(maxsize=1)(load_radiographs)
+shared_encoder = functools.lru_cache(maxsize=1)(DualEncoder.load)
+
+
 def cut_tasks(config: Config, data: Radiographs) -> list[Task]:
     """The tasks of the scenario, with rows counted in the whole data set."""
     train = data.where("train")
@@ -1389,11 +1398,13 @@ def run(config: Config) -> Results:
     What the run's folder holds decides what is left to do: finished tasks are loaded and measured again, so
     that an interrupted run ends with the same metrics, bit for bit.
     """
-    data = load_radiographs(config)
-    config = settle(config, data)
+    data = shared_radiographs(
+        dataclasses.replace(Config(), **{key: getattr(config, key) for key in DATA_KEYS})
+    )
+    data, config = dataclasses.replace(data, split=data.split.copy()), settle(config, data)
     prompts = load_prompts(Path(config.prompts), data.class_names, config.wording)
     tasks, device = cut_tasks(config, data), pick_device(config.device)
-    encoder = DualEncoder.load(config.encoder, config.encoder_dir, crop=config.crop)
+    encoder = shared_encoder(config.encoder, config.encoder_dir, config.crop)
     introduce(config, data, tasks, device)
     digest = hashlib.sha256(repr((data.names, data.patients.tolist(), data.split.tolist())).encode())
     digest.update(data.labels.tobytes())
@@ -1445,9 +1456,8 @@ def train_and_measure(config, identity, data, tasks, embeddings, bank, encoder_p
 
     zero_shot = measure(RETune(dim, adapt="none", pool=config.pool, negatives=config.negatives))
     model = build_model(config, dim, len(data.class_names)).to(device)
-    optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer](
-        model.parameters(), lr=config.lr
-    )
+    make_optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer]
+    optimizer = make_optimizer(model.parameters(), lr=config.lr)
     metadata = {
         "classes": data.class_names, "prompts": identity["prompt_texts"], "dim": dim,
         "encoder": config.encoder, "encoder_fingerprint": identity["encoder_fingerprint"],
@@ -1461,9 +1471,9 @@ def train_and_measure(config, identity, data, tasks, embeddings, bank, encoder_p
             after_task.append(measure(finished))
             continue
         start, generator = time.perf_counter(), torch.Generator().manual_seed(10_007 * config.seed + k)
-        seen = model.rehearse(task) if hasattr(model, "rehearse") else task
+        seen = model.rehearse(task, labels) if hasattr(model, "rehearse") else (task, labels)
         fit(
-            model, bank, embeddings, labels, seen, optimizer, epochs=config.epochs,
+            model, bank, embeddings, seen[1], seen[0], optimizer, epochs=config.epochs,
             batch_size=config.batch_size, generator=generator, device=device,
             penalty=getattr(model, "penalty", None),
         )  # fmt: skip
@@ -1483,7 +1493,8 @@ def train_and_measure(config, identity, data, tasks, embeddings, bank, encoder_p
         "trainable_parameters": sum(p.numel() for p in model.parameters()) if tasks else 0,
         "encoder_parameters": encoder_parameters, "embed_seconds": took, "train_seconds": seconds,
         "images_per_second": len(embeddings) / took, "peak_memory_mb": peak_memory_mb(),
-        "stored_patient_bytes": model.stored_bytes() if hasattr(model, "stored_bytes") else 0,
+        "stored_bytes": model.stored_bytes() if hasattr(model, "stored_bytes") else 0,
+        "train_patients": len(np.unique(data.patients[data.where("train")])),
     }  # fmt: skip
     return Results(folder, strict({
         "config": identity, "classes": data.class_names,
@@ -1621,8 +1632,8 @@ def report(results: Results, data: Radiographs, tasks: Sequence[Task]) -> None:
     with atomic(folder / "splits.csv") as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         lines = zip(data.names, data.patients, data.split, map(" ".join, seen))
         csv.writer(file).writerows([("image", "patient", "split", "task"), *lines])
-    heatmap(folder / "auroc.png", metrics, "auroc", "test AUROC")
-    heatmap(folder / "f1.png", metrics, "f1", "test F1")
+    for key, title in (("auroc", "test AUROC"), ("f1", "test F1")) if metrics["config"]["figures"] else ():
+        heatmap(folder / f"{key}.png", metrics, key, title)
     with atomic(folder / "table.md") as partial:
         partial.write_text(summary(metrics) + "\n", encoding="utf-8")
     write_json(folder / "metrics.json", metrics)
@@ -1654,23 +1665,30 @@ def heatmap(path: Path, metrics: dict, key: str, title: str) -> None:
 
 
 def seeds_table(runs: Sequence[dict]) -> str:
-    """Mean and standard deviation over the seeds of each scenario: test split, last task."""
-    keys = ["forgetting", "backward_transfer", "forward_transfer"]
-    rows = []
-    for scenario in dict.fromkeys(m["config"]["scenario"] for m in runs):
-        group = [m for m in runs if m["config"]["scenario"] == scenario]
-        last = [stages(m)[-1][1] for m in group]
-        columns = [[m["zero_shot"]["test"]["auroc_macro"] for m in group]]
-        columns += [[m[key] for m in last] for key in ("auroc_macro", "f1_macro", "accuracy")]
-        columns += [[m["continual"][key] for m in group] for key in keys]
-        spread = [np.array(column, dtype=float) for column in columns]
-        rows.append(
-            [scenario, len(group), *(f"{v.mean():.3f} ± {v.std(ddof=len(v) > 1):.3f}" for v in spread)]
-        )
-    header = ["scenario", "seeds", "zero-shot AUROC", "macro AUROC", "macro F1", "exact match"]
-    return markdown_table([*header, *(key.replace("_", " ") for key in keys)], rows).replace(
-        "nan ± nan", "-".rjust(9)
+    """Mean and standard deviation over seeds of the runs that differ in nothing else: test split, last task."""
+    many = [
+        item.name for item in dataclasses.fields(Config) if item.metadata.get("many") and item.name != "seed"
+    ]
+    differ = [key for key in many if len({str(m["config"][key]) for m in runs}) > 1] or ["scenario"]
+    groups: dict[tuple, list[dict]] = {}
+    for m in runs:
+        groups.setdefault(tuple(str(m["config"][key]) for key in differ), []).append(m)
+    continual, last = (
+        ["forgetting", "backward_transfer", "forward_transfer"],
+        ["auroc_macro", "f1_macro", "accuracy"],
     )
+    rows = []
+    for names, group in groups.items():
+        columns = [[m["zero_shot"]["test"]["auroc_macro"] for m in group]]
+        columns += [[stages(m)[-1][1][key] for m in group] for key in last]
+        columns += [[m["continual"][key] for m in group] for key in continual]
+        spread = [np.array(column, dtype=float) for column in columns]
+        text = [
+            "-" if np.isnan(v).any() else f"{v.mean():.3f} ± {v.std(ddof=len(v) > 1):.3f}" for v in spread
+        ]
+        rows.append([*names, len(group), *text])
+    header = [*differ, "seeds", "zero-shot AUROC", "macro AUROC", "macro F1", "exact match", *continual]
+    return markdown_table([name.replace("_", " ") for name in header], rows)
 
 
 # ------------------------------------------------------------------------------------------- 11. Command line
@@ -1711,10 +1729,11 @@ def build_configs(config_class: type, arguments: argparse.Namespace) -> list:
 
 def run_all(configs: Sequence[Config]) -> None:
     """Run every configuration and print its table; of several, also the mean and deviation over seeds."""
-    if len(configs) > 1 and configs[0].output:
-        configs = [
-            dataclasses.replace(c, output=str(Path(c.output) / f"{c.scenario}-seed{c.seed}")) for c in configs
-        ]
+    if len({config.folder for config in configs}) < len(configs):
+        names = ", ".join(
+            f"{{{item.name}}}" for item in dataclasses.fields(Config) if item.metadata.get("many")
+        )
+        raise InputError(f"several runs need several folders; put what differs into --output, of {names}")
     runs = []
     for config in configs:
         results = run(config)
