@@ -220,7 +220,7 @@ class Radiographs:
     def __post_init__(self):
         n = len(self.images)
         self.labels = np.asarray(self.labels, np.float32)
-        self.patients, self.split = np.asarray(self.patients, str), np.asarray(self.split, str)
+        self.patients, self.split = np.asarray(self.patients, str), np.asarray(self.split, "<U10")
         self.names = [f"image-{i:06d}" for i in range(n)] if self.names is None else list(self.names)
         self.rows = [f"row {i + 2}" for i in range(n)] if self.rows is None else list(self.rows)
         if {len(self.labels), len(self.patients), len(self.split), len(self.names), len(self.rows)} != {n}:
@@ -385,14 +385,21 @@ def load_radiographs(config: Config) -> Radiographs:
     first: dict[str, str] = {}
     home: dict[str, str] = {}
     for name, patient, split, row in zip(data.names, data.patients, data.split, data.rows):
-        if first.setdefault(name, row) is not row:
-            raise InputError(f"{row}: image {name!r} is there twice, first in {first[name]}")
+        if first.setdefault(str(PurePosixPath(name)), row) is not row:
+            raise InputError(
+                f"{row}: image {name!r} is there twice, first in {first[str(PurePosixPath(name))]}"
+            )
         if home.setdefault(patient, split) != split:
             raise InputError(f"{row}: patient {str(patient)!r} is in {home[patient]} and in {split}")
+    refuse_empty_splits(data)
+    return data
+
+
+def refuse_empty_splits(data: Radiographs) -> None:
+    """InputError that names a split without images."""
     for split in ("train", "val", "test"):
         if not (data.split == split).any():
-            raise InputError(f"--data {config.data}: the {split} split is empty; add patients or splits")
-    return data
+            raise InputError(f"the {split} split has no readable images; add patients or a split column")
 
 
 def read_image(path: Path) -> torch.Tensor:
@@ -751,7 +758,7 @@ def embed_chunks(encoder, data, chunks, dtype, batch_size, workers, precision, d
     pieces = [rows[i : i + batch_size] for rows in chunks.values() for i in range(0, len(rows), batch_size)]
     stream = iter(torch.utils.data.DataLoader(
         Images(data.images, encoder.transform), batch_sampler=pieces, num_workers=min(workers, len(pieces)),
-        collate_fn=collate, pin_memory=device.startswith("cuda"),
+        collate_fn=collate, pin_memory=device.startswith("cuda"), generator=torch.Generator(),
     ))  # fmt: skip
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     encoder.to(device)
@@ -1203,6 +1210,9 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be positive")
+        for name in ("seed", "workers"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise InputError(f"--{name} {getattr(self, name)} must be from 0 to 4294967295")
 
     @property
     def folder(self) -> Path:
@@ -1230,7 +1240,8 @@ SMALL = {
 }  # (ours) enough steps for a set of less than SMALL_SET images
 SMALL_SET = 20_000
 NOT_RESULTS = (  # settings that may differ when a run is resumed
-    "data_dir", "output", "cache_dir", "device", "workers", "encode_batch", "encoder_dir", "prompts", "figures",
+    "data_dir", "output", "cache_dir", "device", "workers", "encode_batch", "encoder_dir", "prompts",
+    "figures", "skip_bad_images",
 )  # fmt: skip
 
 
@@ -1248,6 +1259,10 @@ def settle(config: Config, data: Radiographs) -> Config:
 def pick_device(name: str) -> str:
     """auto: this rank's GPU, else Apple's, else the CPU."""
     if name != "auto":
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"--device {name}: cannot be used ({str(error).splitlines()[0]})") from None
         return name
     if torch.cuda.is_available():
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
@@ -1428,6 +1443,7 @@ def run(config: Config) -> Results:
         if bad := embedding_facts(embeddings)["unreadable"]:
             say(f"left out {len(bad)} unreadable images, the first: {next(iter(bad.values()))}")
             data.split[list(bad)] = "unreadable"
+            refuse_empty_splits(data)
             tasks = cut_tasks(config, data)
         bank = embed_prompts(encoder, prompts).to(device)
         size = sum(p.numel() for p in encoder.parameters())
@@ -1683,9 +1699,8 @@ def seeds_table(runs: Sequence[dict]) -> str:
         columns += [[stages(m)[-1][1][key] for m in group] for key in last]
         columns += [[m["continual"][key] for m in group] for key in continual]
         spread = [np.array(column, dtype=float) for column in columns]
-        text = [
-            "-" if np.isnan(v).any() else f"{v.mean():.3f} ± {v.std(ddof=len(v) > 1):.3f}" for v in spread
-        ]
+        deviation = [f" ± {v.std(ddof=1):.3f}" if len(v) > 1 else "" for v in spread]
+        text = ["-" if np.isnan(v).any() else f"{v.mean():.3f}{d}" for v, d in zip(spread, deviation)]
         rows.append([*names, len(group), *text])
     header = [*differ, "seeds", "zero-shot AUROC", "macro AUROC", "macro F1", "exact match", *continual]
     return markdown_table([name.replace("_", " ") for name in header], rows)
