@@ -1453,10 +1453,17 @@ def run(config: Config) -> Results:
     return results
 
 
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generator inside the block alone; modules draw their first weights from no other."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
 def build_model(config: Config, dim: int, n_classes: int) -> nn.Module:
     """The model of `config.method` for embeddings [.., D], seeded without touching the global generator."""
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         if config.method != "retune":
             return importlib.import_module("baselines").build(config, dim, n_classes)
         return RETune(dim, config.adaptor, config.adapt, config.pool, config.negatives, config.logit_scale)
