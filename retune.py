@@ -936,7 +936,8 @@ class RETune(nn.Module):
             1e-12
         )  # [B, 2C or M]
         if self.pool == "max":
-            group, out = prompts.group.expand(len(v), -1), cosine.new_empty(len(v), prompts.groups)
+            # -2 is below every cosine; backward would count ties with it if it equalled one
+            group, out = prompts.group.expand(len(v), -1), cosine.new_full((len(v), prompts.groups), -2.0)
             cosine = out.scatter_reduce(1, group, cosine, "amax", include_self=False)  # [B, 2C]
         return cosine[:, 0::2], cosine[:, 1::2]
 
