@@ -1,0 +1,141 @@
+"""Classification on frozen embeddings, the first downstream task of `adaptor.py` (FACTS 2).
+
+The authors' head is trained on 1%, 10% and 100% of the training patients' labels, on the adaptor's image embeddings
+and on the bare backbone's; multi-label (or binary, which is one finding) and multi-class.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import retune
+from adaptor import Adaptor, Config
+from retune import InputError, Radiographs, markdown_table, read_rows
+from unimodal import seeded
+
+
+def nested_subsets(patients: Sequence[str], fractions: Sequence[float], seed: int) -> list[np.ndarray]:
+    """Rows of the first patients of one seeded order, for each fraction: a smaller subset lies in every larger."""
+    ids, patient = np.unique(np.asarray(patients), return_inverse=True)
+    place = np.random.default_rng(seed).permutation(len(ids))
+    return [np.flatnonzero(place[patient] < max(1, round(fraction * len(ids)))) for fraction in fractions]
+
+
+def build_head(dim: int, classes: int) -> nn.Sequential:
+    """The authors' classification head (FACTS 2)."""
+    return nn.Sequential(
+        nn.Dropout(0.1), nn.Linear(dim, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(), nn.Dropout(0.1),
+        nn.Linear(512, classes),
+    )  # fmt: skip
+
+
+def train_head(features: Callable, labels: torch.Tensor, rows: dict, config: Config, seed: int) -> dict:
+    """Train a head on rows["train"], keep its best state on rows["val"], and measure that on rows["test"].
+
+    features: rows [B] -> [B, d]; labels [N, C]. AdamW 5e-4, weight decay 0.05, cosine restarts (FACTS 2); as many
+    steps for every subset, one restart a quarter (ours).
+    """
+    data = {
+        split: (features(torch.from_numpy(r)), labels[r]) for split, r in rows.items() if split != "train"
+    }
+    train = torch.from_numpy(rows["train"])
+    with seeded(seed):
+        head = build_head(data["val"][0].shape[1], labels.shape[1]).to(data["val"][0].device)
+        optimizer = torch.optim.AdamW(head.parameters(), lr=5e-4, weight_decay=0.05)
+        restarts = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+            optimizer, max(1, config.head_steps // 4)
+        )
+        best, kept = -math.inf, None
+        for step in range(1, config.head_steps + 1):
+            batch = train[torch.randint(len(train), (64,))]
+            logits, target = head.train()(features(batch)), labels[batch].to(data["val"][0].device)
+            if config.multiclass:
+                loss = F.cross_entropy(logits, target.argmax(1))
+            else:
+                loss = retune.prompt_contrastive_loss(logits, target)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            restarts.step()
+            if step % max(1, config.head_steps // 4) == 0:
+                value = measure_head(head, *data["val"], config)["auroc_macro"]
+                if kept is None or value > best:
+                    best, kept = value, copy.deepcopy(head.state_dict())
+    head.load_state_dict(kept)
+    return measure_head(head, *data["test"], config)
+
+
+@torch.inference_mode()
+def measure_head(head: nn.Module, features: torch.Tensor, labels: torch.Tensor, config: Config) -> dict:
+    """retune's metrics of the head's answers; multi-class: softmax scores, the largest is the prediction."""
+    logits = head.eval()(features).cpu()
+    scores = logits.softmax(1) if config.multiclass else logits.sigmoid()
+    predictions = (
+        F.one_hot(scores.argmax(1), scores.shape[1]).float() if config.multiclass else (scores > 0.5).float()
+    )
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # classes without both labels were named when the run began
+        return retune.evaluate(scores.numpy(), predictions.numpy(), labels.numpy())
+
+
+def classify(
+    model: Adaptor, images: np.ndarray, data: Radiographs, config: Config, device: str
+) -> list[dict]:
+    """The head on the frozen adaptor and on the bare backbone, for each labelled share and repeat."""
+    file = config.folder / "classification.json"
+    if file.exists():
+        return retune.read_json(file)
+    if config.multiclass and not (np.nan_to_num(data.labels).sum(1) == 1).all():
+        row = data.rows[int(np.flatnonzero(np.nan_to_num(data.labels).sum(1) != 1)[0])]
+        raise InputError(
+            f"{row}: --multiclass needs exactly one class of each image; leave it out for findings"
+        )
+    model.eval()
+
+    @torch.no_grad()
+    def adapted(rows: torch.Tensor) -> torch.Tensor:
+        return model.alone("image", read_rows(images, rows).to(device))
+
+    def bare(rows: torch.Tensor) -> torch.Tensor:
+        return read_rows(images, rows).to(device)
+
+    labels, train, results = torch.from_numpy(data.labels), data.where("train"), []
+    for repeat in retune.progress(range(config.repeats), desc="classification", unit="repeat"):
+        subsets = nested_subsets(data.patients[train], config.fractions, config.seed + repeat)
+        for fraction, subset in zip(config.fractions, subsets):
+            rows = {"train": train[subset], "val": data.where("val"), "test": data.where("test")}
+            for name, features in (("adaptor", adapted), ("bare backbone", bare)):
+                metrics = train_head(features, labels, rows, config, config.seed + repeat)
+                results.append({"fraction": fraction, "repeat": repeat, "features": name, "n": len(subset),
+                                "patients": len(set(data.patients[train][subset])), "test": metrics})  # fmt: skip
+    retune.write_json(file, results)
+    return retune.read_json(file)
+
+
+def classification_table(results: Sequence[dict], multiclass: bool) -> str:
+    """Mean and deviation over the repeats, per labelled share."""
+    key, rows = ("accuracy" if multiclass else "auroc_macro"), []
+    for fraction in dict.fromkeys(r["fraction"] for r in results):
+        group = [r for r in results if r["fraction"] == fraction]
+        values = {name: np.array([r["test"][key] for r in group if r["features"] == name], float)
+                  for name in ("adaptor", "bare backbone")}  # fmt: skip
+        gain = values["adaptor"] - values["bare backbone"]
+        rows.append([f"{fraction:.0%} of the labels", f"{np.mean([r['n'] for r in group]):.0f}",
+                     *[spread(v) for v in values.values()], f"{gain.mean():+.3f}"])  # fmt: skip
+    name = "accuracy" if multiclass else "macro AUROC"
+    return markdown_table(
+        [f"classification, test {name}", "images", "adaptor", "bare backbone", "difference"], rows
+    )
+
+
+def spread(values: np.ndarray) -> str:
+    return f"{values.mean():.3f} ± {values.std(ddof=1):.3f}" if len(values) > 1 else f"{values.mean():.3f}"
