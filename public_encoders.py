@@ -1,31 +1,36 @@
-"""Published vision-language encoders (BiomedCLIP, BioViL, transformers' CLIP and SigLIP) read as they were published.
+"""Published vision-language encoders (BiomedCLIP, BioViL, transformers' CLIP and SigLIP), read as published.
 
-`read_published` returns what `retune.DualEncoder` is built from: our config, tensors under our names, a tokenizer.
-Layouts: FACTS 4. Nothing is executed from a checkpoint: safetensors, or `torch.load(weights_only=True)`.
+`read_published` returns what a `retune.DualEncoder` is built from: our config, tensors under our names, a
+tokenizer. Layouts: FACTS 4. No checkpoint is executed: safetensors, or `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import pickle
 import re
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from retune import InputError, read_json
+from retune import InputError
 
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> list:
     return ["Linear", {"in_features": inputs, "out_features": outputs, "bias": bias}]
 
 
-# The published encoders (FACTS 4) in our format, the names of their tensors (regular expressions), and their files.
+def convolution(inputs: int, outputs: int, bias: bool = True) -> list:
+    return ["Conv2d", {"in_channels": inputs, "out_channels": outputs, "kernel_size": 1, "bias": bias}]
+
+
+# The published encoders (FACTS 4) in our format, their tensors' names (regular expressions) and their files.
 # fmt: off
 BIOMEDCLIP = {
     "name": "biomedclip", "dim": 512,
-    "image": {"model": {"model_type": "vit", "layer_norm_eps": 1e-6}, "pool": "cls", "head": [linear(768, 512, False)]},
+    "image": {"model": {"model_type": "vit", "layer_norm_eps": 1e-6}, "pool": "cls",
+              "head": [linear(768, 512, False)]},
     "text": {"model": {"model_type": "bert"}, "pool": "cls", "context_length": 256,
              "head": [linear(768, 640, False), ["GELU", {}], linear(640, 512, False)]},
     "transform": {"resize": 224, "crop": 224, "interpolation": "bicubic",
@@ -34,14 +39,13 @@ BIOMEDCLIP = {
 BIOVIL = {  # its projection comes before the spatial mean; "strip" is what its own inference does to a prompt
     "name": "biovil", "dim": 128,
     "image": {"library": "torchvision", "model": {"name": "resnet50", "node": "layer4"}, "pool": "none",
-              "head": [["Conv2d", {"in_channels": 2048, "out_channels": 128, "kernel_size": 1, "bias": False}],
-                       ["BatchNorm2d", {"num_features": 128}], ["ReLU", {}],
-                       ["Conv2d", {"in_channels": 128, "out_channels": 128, "kernel_size": 1}],
-                       ["AdaptiveAvgPool2d", {"output_size": 1}], ["Flatten", {}]]},
+              "head": [convolution(2048, 128, False), ["BatchNorm2d", {"num_features": 128}], ["ReLU", {}],
+                       convolution(128, 128), ["AdaptiveAvgPool2d", {"output_size": 1}], ["Flatten", {}]]},
     "text": {"model": {"model_type": "bert"}, "pool": "cls", "context_length": 512, "strip": "!?.",
              "head": [linear(768, 128), ["GELU", {}], ["LayerNorm", {"normalized_shape": 128, "eps": 1e-12}],
                       linear(128, 128)]},
-    "transform": {"resize": 512, "crop": 512, "interpolation": "bilinear", "mean": [0.0] * 3, "std": [1.0] * 3},
+    "transform": {"resize": 512, "crop": 512, "interpolation": "bilinear", "mean": [0.0] * 3,
+                  "std": [1.0] * 3},
 }
 KEYS = {  # BiomedCLIP; BioViL; CLIP and SigLIP
     "visual.trunk.(cls_token)": r"image.tower.embeddings.\1", "visual.trunk.norm": "image.tower.layernorm",
@@ -69,15 +73,17 @@ HUB = {  # name: repository, revision, alternatives for the weights, the best fi
 }
 
 
-def read_published(name: str, directory: str | Path | None) -> tuple[dict, dict[str, torch.Tensor], object]:
+def read_published(name: str, directory: str | Path | None) -> tuple[dict, dict[str, Tensor], object]:
     """(config, tensors, tokenizer) of the encoder `name`, from `directory` alone if it is given."""
     folder = Path(directory or name)
     if directory is None and (name in HUB or not folder.is_dir()):
         folder = download(name)
-    found = read_folder(folder)
-    if name in HUB and found[0]["name"] != name:
-        raise InputError(f"{folder} holds the encoder {found[0]['name']}, not {name}")
-    return found
+    config, state, tokenizer = read_encoder(folder)
+    if config["name"] == folder.name and not Path(name).is_dir():
+        config["name"] = name  # a hub id rather than the folder with its files
+    if name in HUB and config["name"] != name:
+        raise InputError(f"{folder} holds the encoder {config['name']}, not {name}")
+    return config, state, tokenizer
 
 
 def download(name: str) -> Path:
@@ -86,9 +92,8 @@ def download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     if name not in HUB and "/" not in name:
-        raise InputError(
-            f"unknown encoder {name!r}: use tiny, {', '.join(HUB)}, a folder, or a hub id OWNER/NAME"
-        )
+        known = f"tiny, {', '.join(HUB)}, a folder, or a hub id OWNER/NAME"
+        raise InputError(f"unknown encoder {name!r}: use {known}")
     repository, revision, weights = HUB.get(name, (name, None, WEIGHTS))
     try:
         for pattern in weights:
@@ -98,14 +103,15 @@ def download(name: str) -> Path:
                 break
         return folder
     except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0]
         raise InputError(
-            f"encoder {name!r} is no folder, not in the hub's cache, and {repository} cannot be downloaded: fetch its "
-            f"files elsewhere and name their folder with --encoder-dir ({str(error).splitlines()[0]})"
+            f"encoder {name!r} is neither a folder nor in the hub's cache, {repository} cannot be downloaded: "
+            f"fetch its files elsewhere and name their folder with --encoder-dir ({reason})"
         ) from error
 
 
-def read_weights(folder: Path, *patterns: str) -> dict[str, torch.Tensor]:
-    """The tensors in the files of the first pattern that fits any, under our names; pickled code is never run."""
+def read_weights(folder: Path, *patterns: str) -> dict[str, Tensor]:
+    """The tensors in the files of the first pattern that fits any, under our names; runs no pickled code."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -115,19 +121,14 @@ def read_weights(folder: Path, *patterns: str) -> dict[str, torch.Tensor]:
     state = {}
     for file in files:
         try:
-            read = (
-                load_file
-                if file.suffix == ".safetensors"
-                else functools.partial(torch.load, weights_only=True)
-            )
-            found = {key: tensor.detach() for key, tensor in read(file).items()}
+            found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+            found = {key: tensor.detach() for key, tensor in found.items()}
         except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
-            raise InputError(
-                f"{file} is damaged, or not only tensors: {str(error).splitlines()[0]}"
-            ) from error
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{file} is damaged or holds more than tensors: {reason}") from error
         for key, tensor in found.items():
             for pattern, replacement in KEYS.items():
-                key = re.sub(f"^{pattern}", replacement, key)
+                key = re.sub(rf"^{pattern}(?=\.|$)", replacement, key)
             thirds = zip("qkv", tensor.chunk(3)) if ".attention.qkv." in key else ()  # timm's are one tensor
             state |= {key.replace("qkv", f"{part}_proj"): third for part, third in thirds} or {key: tensor}
     return state
@@ -142,19 +143,21 @@ def read_tokenizer(folder: Path, bert: bool = False):
         raise InputError(f"{folder} holds no tokenizer: one of {', '.join(names)} is missing")
     try:
         if bert:  # by hand: BioViL's config asks AutoTokenizer to run code from the hub
-            text = files[0].read_text(encoding="utf-8")
-            return BertTokenizer(
-                vocab=json.loads(text)["model"]["vocab"] if text[0] == "{" else str(files[0])
-            )
+            vocabulary = str(files[0])
+            if files[0].suffix == ".json":
+                vocabulary = json.loads(files[0].read_text(encoding="utf-8"))["model"]["vocab"]
+            return BertTokenizer(vocab=vocabulary)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, KeyError, ValueError) as error:
         raise InputError(f"{folder}: its tokenizer cannot be read: {error}") from error
 
 
-def read_folder(folder: Path) -> tuple[dict, dict[str, torch.Tensor], object]:
-    """(config, tensors, tokenizer) of a folder as published; InputError on anything else."""
+def read_encoder(folder: Path) -> tuple[dict, dict[str, Tensor], object]:
+    """(config, tensors, tokenizer) of a folder in our format or as published; InputError on anything else."""
     names = ("config.json", "open_clip_config.json")
-    config, open_clip = (read_json(folder / n) if (folder / n).is_file() else {} for n in names)
+    config, open_clip = (read_json(folder / name) if (folder / name).is_file() else {} for name in names)
+    if is_ours(folder):
+        return read_folder(folder)
     if config.get("model_type") in ("clip", "siglip"):
         return read_transformers(folder, config), read_weights(folder, *WEIGHTS), read_tokenizer(folder)
     if open_clip:
@@ -164,9 +167,7 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, torch.Tensor], object]:
     if (folder / BIOVIL_IMAGE).is_file():
         state = read_weights(folder, BIOVIL_IMAGE) | read_weights(folder, *WEIGHTS)
         return BIOVIL, state, read_tokenizer(folder, bert=True)
-    raise InputError(
-        f"{folder} holds no encoder: no {' nor '.join(names)} of a known kind, and no {BIOVIL_IMAGE}"
-    )
+    raise InputError(f"{folder} holds no encoder: no known {' nor '.join(names)}, and no {BIOVIL_IMAGE}")
 
 
 def read_transformers(folder: Path, published: dict) -> dict:
@@ -174,7 +175,7 @@ def read_transformers(folder: Path, published: dict) -> dict:
     from transformers import AutoImageProcessor
 
     kind, towers = published["model_type"], {}
-    wanted = "hidden_size|intermediate_size|num_.*|hidden_act|layer_norm_eps|.*_size|max_position_embeddings|.*_token_id"
+    wanted = "hidden_act|layer_norm_eps|num_.*|.*_size|.*_token_id|max_position_embeddings"  # shape a tower
     for part in ("vision", "text"):
         found = (published.get(f"{part}_config") or {}) | (published.get(f"{part}_config_dict") or {})
         model = {key: value for key, value in found.items() if re.fullmatch(wanted, key)}
@@ -187,10 +188,8 @@ def read_transformers(folder: Path, published: dict) -> dict:
         text["head"] = [linear(text["model"].get("hidden_size", 512), dim, bias=False)]
     else:
         dim, text["padding"] = vision["model"].get("hidden_size", 768), "max_length"
-        text["model"] |= {
-            "bos_token_id": None,
-            "eos_token_id": None,
-        }  # unused; the defaults exceed the vocabulary
+        # the text tower uses neither, and transformers' defaults for them lie outside its vocabulary
+        text["model"] |= {"bos_token_id": None, "eos_token_id": None}
     processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     transform = {
         "resize": processor.size.shortest_edge or [processor.size.height, processor.size.width],

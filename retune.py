@@ -460,8 +460,8 @@ def read_dicom(path: Path) -> torch.Tensor:
 def transform_image(image: torch.Tensor, resize, crop, interpolation, mean, std) -> torch.Tensor:
     """uint8 image [1 or 3,H,W] -> normalised float pixels [3,h,w]; a single channel is repeated to three.
 
-    `resize`: length of the shorter side, or [height, width] in any proportion; `crop`: side of the central
-    square, or None. Resizing is antialiased and rounds to uint8, as PIL's does.
+    `resize`: length of the shorter side, or [height, width]; `crop`: side of the central square, or None. The
+    resizing is antialiased and rounds to uint8, as PIL's does.
     """
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional
@@ -482,32 +482,39 @@ class Normalize(nn.Module):
 
 
 POOLS = ("cls", "mean", "last", "pooler", "pre_norm_mean", "none")
-LAYERS = {layer.__name__: layer for layer in (
-    Normalize, nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.ReLU, nn.GELU, nn.AdaptiveAvgPool2d,
-    nn.Flatten, nn.Unflatten, nn.TransformerEncoderLayer,
-)}  # fmt: skip
+LAYERS = [
+    "Linear",
+    "Conv2d",
+    "BatchNorm2d",
+    "LayerNorm",
+    "ReLU",
+    "GELU",
+    "AdaptiveAvgPool2d",
+    "Flatten",
+    "Unflatten",
+]
+LAYERS = {name: getattr(nn, name) for name in [*LAYERS, "TransformerEncoderLayer"]} | {"Normalize": Normalize}
 
 
 class Tower(nn.Module):
     """Pixels [B,3,H,W], or tokens and their mask [M,T], -> embeddings [B or M,D]: a tower, a pool and a head.
 
-    `config` is config.json's "image" or "text". Pools: the CLS token, the mean of the tokens or of the map, the
-    last token, the model's own pooler, CLEFT's mean before the last norm, or none: the head gets everything.
+    `config`: config.json's "image" or "text". Pools: the CLS token, the mean of the tokens or of the map, the
+    last token, the model's own, CLEFT's mean before the last norm (FACTS 3), or none: the head sees it all.
     """
 
     def __init__(self, config: dict):
         super().__init__()
         model, self.pool, head = config["model"], config["pool"], config["head"]
         if unknown := {name for name, _ in head} - set(LAYERS) | {self.pool} - set(POOLS):
-            raise InputError(f"encoder config: unknown {unknown}; pools: {POOLS}, layers: {[*LAYERS]}")
+            raise InputError(f"encoder config: unknown {unknown}; pools: {POOLS}, head layers: {[*LAYERS]}")
         self.head = nn.Sequential(*(LAYERS[name](**options) for name, options in head))
         if config.get("library") == "torchvision":
             from torchvision.models import get_model
             from torchvision.models.feature_extraction import create_feature_extractor
 
-            self.tower = create_feature_extractor(
-                get_model(model["name"]), {model["node"]: "last_hidden_state"}
-            )
+            nodes = {model["node"]: "last_hidden_state"}
+            self.tower = create_feature_extractor(get_model(model["name"]), nodes)
             return
         import transformers
 
@@ -536,8 +543,12 @@ class Tower(nn.Module):
         return self.head(x)
 
 
+# in some published files, but part of neither embedding
+UNUSED_KEYS = r"^logit_|position_ids$|num_batches_tracked$|^text\.tower\.pooler\.|^cls\.|^image\.tower\.fc\."
+
+
 class DualEncoder(nn.Module):
-    """A frozen image tower and text tower of one joint dimension, with tokenizer and image transform."""
+    """A frozen image tower and text tower of one dimension, with their tokenizer and image transform."""
 
     def __init__(self, config: dict, tokenizer):
         super().__init__()
@@ -548,12 +559,14 @@ class DualEncoder(nn.Module):
 
     @torch.inference_mode()
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Transformed pixels [B,3,H,W] on the encoder's device -> embeddings [B,D] float32, not normalised."""
+        """Transformed pixels [B,3,H,W] on the encoder's device -> float32 embeddings [B,D], unnormalised."""
         return self.image(pixels).float()
 
     @torch.inference_mode()
-    def encode_texts(self, texts: Sequence[str], truncate=False, batch_size: int = 64) -> torch.Tensor:
-        """M texts -> embeddings [M,D] float32, not normalised; InputError for one longer than the context."""
+    def encode_texts(
+        self, texts: Sequence[str], truncate: bool = False, batch_size: int = 64
+    ) -> torch.Tensor:
+        """M texts -> float32 embeddings [M,D], unnormalised; a text beyond the context is an InputError."""
         device, embeddings = next(self.parameters()).device, []
         for start in range(0, len(texts), batch_size):
             tokens = self.tokenize(texts[start : start + batch_size], truncate)
@@ -570,7 +583,7 @@ class DualEncoder(nn.Module):
         texts = [text.rstrip(config.get("strip", "")) for text in texts]
         for text, ids in zip(texts, self.tokenizer(texts, verbose=False)["input_ids"], strict=True):
             if len(ids) > length and not truncate:
-                raise InputError(f"a text has {len(ids)} tokens, the encoder takes {length}: {text!r}")
+                raise InputError(f"{len(ids)} tokens, the encoder reads {length}; shorten the text {text!r}")
         options = {"padding": padding, "padding_side": "right", "truncation": True, "max_length": length}
         tokens = self.tokenizer(texts, return_tensors="pt", return_attention_mask=True, **options)
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
@@ -598,41 +611,29 @@ class DualEncoder(nn.Module):
             partial.mkdir(parents=True)
             (partial / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
             state = {key: value.cpu().contiguous() for key, value in self.state_dict().items()}
-            state = {
-                key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()
-            }
+            state |= {key: value.to(dtype) for key, value in state.items() if value.is_floating_point()}
             save_file(state, partial / "model.safetensors")
             self.tokenizer.save_pretrained(partial)
 
     def load_weights(self, state: dict[str, torch.Tensor], source: str | Path) -> None:
         """Copy `state` into the towers; InputError lists the keys that are missing, unknown or mis-shaped."""
-        wanted = {key: tuple(value.shape) for key, value in self.state_dict().items()}
-        found = {key: tuple(value.shape) for key, value in state.items()}
-        unused = (
-            r"^logit_|position_ids$|num_batches_tracked$|^text\.tower\.pooler\.|^cls\.|^image\.tower\.fc\."
-        )
-        problems = {
-            "missing": [
-                key for key in wanted if key not in found and not key.endswith("num_batches_tracked")
-            ],
-            "unknown": [key for key in found if key not in wanted and not re.search(unused, key)],
-            "mis-shaped": [
-                f"{k} {found[k]} for {s}" for k, s in wanted.items() if k in found and found[k] != s
-            ],
-        }
-        if text := "; ".join(
-            f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys
-        ):
-            raise InputError(f"{source} does not hold the weights of {self.config['name']}: {text}")
+        wanted, found = ({k: tuple(v.shape) for k, v in x.items()} for x in (self.state_dict(), state))
+        missing = [key for key in wanted if key not in found and not key.endswith("num_batches_tracked")]
+        unknown = [key for key in found if key not in wanted and not re.search(UNUSED_KEYS, key)]
+        differ = [key for key in wanted if key in found and found[key] != wanted[key]]
+        misshaped = [f"{key} {found[key]} for {wanted[key]}" for key in differ]
+        kinds = {"missing": missing, "unknown": unknown, "mis-shaped": misshaped}
+        if wrong := [f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in kinds.items() if keys]:
+            raise InputError(f"{source} does not fit the encoder {self.config['name']}: {'; '.join(wrong)}")
         self.load_state_dict({key: value for key, value in state.items() if key in wanted}, strict=False)
 
     @classmethod
     def load(cls, name: str, directory: str | Path | None = None, crop: int | None = None) -> DualEncoder:
-        """The encoder `name`: tiny, biomedclip, biovil, a folder, or the hub id of a CLIP or SigLIP.
+        """The encoder `name`: tiny, biomedclip, biovil, a folder, or a hub id of a transformers CLIP/SigLIP.
 
-        `directory` holds its files exactly as published, or as `save` wrote them, and rules out network
-        access; without it they come from the hub's cache or are downloaded. `crop` replaces the crop of a
-        convolutional tower (BioViL: RE-tune's 512; its own is 480). InputError if a file is missing or unfit.
+        `directory` holds its files exactly as published, or as `save` wrote them, and rules out the network;
+        without it they come from the hub's cache or are downloaded. `crop` replaces a convolutional tower's
+        (BioViL: RE-tune's 512, FACTS 1; its own is 480). InputError if a file is missing or unfit.
         """
         folder = Path(directory or (HERE / "tiny" if name == "tiny" else name))
         if is_ours(folder):
@@ -643,7 +644,7 @@ class DualEncoder(nn.Module):
             )
         if crop is not None:
             if config["image"].get("library") != "torchvision":
-                raise InputError(f"crop {crop}: the image size of {config['name']} is fixed: leave crop out")
+                raise InputError(f"crop {crop}: the image size of {config['name']} is fixed, leave crop out")
             config = config | {"transform": config["transform"] | {"crop": crop}}
         with torch.random.fork_rng(devices=[]), WithoutRandomWeights():
             encoder = cls(config, tokenizer)
@@ -652,12 +653,18 @@ class DualEncoder(nn.Module):
 
 
 class WithoutRandomWeights(TorchFunctionMode):
-    """Build modules without drawing the weights that a file is about to replace: ten times faster."""
+    """Build modules with zeros for the weights that a file is about to replace: ten times faster.
+
+    Zeros and not what memory held: torch's truncated normal draws until every value lies in its interval.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_", "erfinv_"):
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") not in ("normal_", "uniform_", "kaiming_uniform_"):
+            return function(*args, **kwargs)
+        tensor = args[0] if args else kwargs["tensor"]
+        tensor.detach().zero_()
+        return tensor
 
 
 def is_ours(folder: Path) -> bool:
