@@ -1,12 +1,24 @@
 """Loaders of published chest X-ray data sets in the layouts of their releases; `retune.py` imports them by name.
 
-A loader takes a `Config` and returns `Radiographs`. Label policies, paths and errors are retune's.
+A loader takes a `Config` and returns `Radiographs`. Label policies, safe paths and errors are retune's. Whether an
+image exists is found out when it is read, so a set of hundreds of thousands of images opens in seconds.
 """
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import errno
+import hashlib
+import http.client
 import os
+import re
+import shutil
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +27,13 @@ from retune import (
     Config,
     InputError,
     Radiographs,
-    data_folder,
+    atomic,
+    locked,
     nearest,
     one_file,
     parse_labels,
     patient_split,
+    progress,
     read_table,
     safe_path,
 )
@@ -36,25 +50,26 @@ NIH_FINDINGS = (
 )  # fmt: skip
 
 
-def load_nih(config: Config) -> Radiographs:
-    """NIH ChestX-ray14 (Wang et al., CVPR 2017): 112,120 images of 30,805 patients, 14 findings.
+# ------------------------------------------------------------------------------------------------- ChestX-ray14
 
-    Both layouts (`images/`, `images_001..012/images/`), official lists; a tenth of the train_val patients
-    become validation. Free to use; cite the paper and link its download page.
+
+def load_nih(config: Config) -> Radiographs:
+    """NIH ChestX-ray14: 112,120 frontal images of 30,805 patients, 14 findings, each present (1) or not (0).
+
+    Both layouts (`images/`, `images_001..012/images/`) and the official lists (86,524 train_val, 25,596 test); a
+    tenth of the train_val patients, by hash, become validation. Wang et al., "ChestX-ray8", CVPR 2017. Free to use;
+    cite the paper and link to the NIH's download page.
     """
-    root = data_folder(config)
-    path = Path(config.labels_csv or one_file(root, ["Data_Entry_2017*.csv"], "Data_Entry_2017*.csv"))
+    root = config.root
+    path = Path(config.labels_csv) if config.labels_csv else one_file(root, ["Data_Entry_2017*.csv"])
     table = read_table(path, ["Image Index", "Finding Labels", "Patient ID"])
-    folders = [d for d in [root / "images", *sorted(root.glob("images_*/images"))] if d.is_dir()]
-    place = {name: folder for folder in folders for name in os.listdir(folder)}
     lists = {}
     for split, file in (("train", "train_val_list.txt"), ("test", "test_list.txt")):
         if not (root / file).is_file():
             raise InputError(f"{root / file}: no such file; the official lists decide the split")
         lists |= dict.fromkeys((root / file).read_text(encoding="utf-8").split(), split)
-    names, n = table["Image Index"], len(table["Image Index"])
-    rows = [f"{path} row {i + 2}" for i in range(n)]
-    labels = np.zeros((n, len(NIH_FINDINGS)), np.float32)
+    names, rows = table["Image Index"], [f"{path} row {i + 2}" for i in range(len(table["Image Index"]))]
+    labels = np.zeros((len(names), len(NIH_FINDINGS)), np.float32)
     column = {name: j for j, name in enumerate(NIH_FINDINGS)}
     for i, findings in enumerate(table["Finding Labels"]):
         for finding in findings.split("|"):
@@ -64,86 +79,308 @@ def load_nih(config: Config) -> Radiographs:
                 raise InputError(f"{rows[i]}: unknown finding {finding!r}; {nearest(finding, NIH_FINDINGS)}")
         if names[i] not in lists:
             raise InputError(f"{rows[i]}: {names[i]} is in neither train_val_list.txt nor test_list.txt")
-    patients = table["Patient ID"]
-    held_out = patient_split(patients, {"train": 0.9, "val": 0.1})
+    held_out = patient_split(table["Patient ID"], {"train": 0.9, "val": 0.1})
     split = [held_out[i] if lists[name] == "train" else "test" for i, name in enumerate(names)]
-    images = [safe_path(place.get(name, root / "images"), name, row) for name, row in zip(names, rows)]
-    return Radiographs(images, labels, NIH_FINDINGS, patients, split, names, rows)
+    folders = [d for d in [root / "images", *sorted(root.glob("images_*/images"))] if d.is_dir()]
+    home = {name: folder for folder in folders for name in os.listdir(folder)}
+    images = [safe_path(home.get(name, root / "images"), name, row) for name, row in zip(names, rows)]
+    note = "nih: labels mined from reports; every finding that is not named counts as absent"
+    return Radiographs(images, labels, NIH_FINDINGS, table["Patient ID"], split, names, rows, note=note)
 
 
-def chexpert_images(root: Path, path: Path, table: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Bring a CheXpert table to one row per image, with `Path` from train|valid|test on.
-
-    The prefixes `CheXpert-v1.0/` and `CheXpert-v1.0-small/` go; test labels given per `Study` are repeated for
-    each image of the study's folder.
-    """
-    if "Path" in table:
-        places = table["Path"]
-    elif "Study" in table:
-        places = table["Study"]
-    else:
-        raise InputError(f"{path}: no column 'Path' or 'Study'; the columns are {', '.join(table)}")
-    short, source = [], []
-    for i, place in enumerate(places):
-        parts = place.replace("\\", "/").split("/")
-        start = next((k for k, part in enumerate(parts) if part in ("train", "valid", "test")), None)
-        if start is None:
-            raise InputError(f"{path} row {i + 2}: path {place!r} has no train, valid or test folder in it")
-        place = "/".join(parts[start:])
-        folder = safe_path(root, place, f"{path} row {i + 2}")
-        images = [place] if "Path" in table else [f"{place}/{f.name}" for f in sorted(folder.glob("*.jpg"))]
-        short += images
-        source += [i] * len(images)
-    return {name: [values[i] for i in source] for name, values in table.items()} | {
-        "Path": short, "row": [str(i + 2) for i in source],
-    }  # fmt: skip
+# ----------------------------------------------------------------------------------------------------- CheXpert
 
 
 def load_chexpert(config: Config) -> Radiographs:
-    """CheXpert (Irvin et al., AAAI 2019): 223,414 training images of 64,540 patients, 14 findings.
+    """CheXpert: 223,414 training images of 64,540 patients (191,027 frontal), 14 findings with -1 for uncertain.
 
-    `train.csv` (or --labels-csv: VisualCheXbert, CheXbert), `valid.csv` (234 images), `test_labels.csv` or
-    `groundtruth.csv` (668 images). Without test labels, `valid.csv` is the test set and a twentieth of the
-    training patients validate, and we say so. Stanford's research licence; the images may not be shared.
+    `train.csv` (or --labels-csv: VisualCheXbert, CheXbert), `valid.csv` (234 images of 200 studies), and for the
+    test (668 images of 500 studies) `test_labels.csv`, one row per image, or `groundtruth.csv`, one per study.
+    Without either, `valid.csv` is the test set and a twentieth of the training patients validate, and we say so.
+    Irvin et al., AAAI 2019. Stanford's research use agreement; neither images nor labels may be passed on.
     """
-    root = data_folder(config)
-    files = {"train": Path(config.labels_csv or root / "train.csv"), "val": root / "valid.csv"}
-    found = [
-        p for name in ("test_labels.csv", "groundtruth.csv") for p in (root / name, root / "test" / name)
-    ]
-    files["test"] = next((p for p in found if p.is_file()), None)
-    note = ""
-    if files["test"] is None:
-        files = {"train": files["train"], "test": files["val"]}
-        note = "; no test_labels.csv or groundtruth.csv: valid.csv is the test set, val is cut from train by patient"
-    names, rows, split, patients, labels, notes = [], [], [], [], [], []
+    home = chexpert_home(root := config.root)
+    train, valid = (home.get(name, root) / name for name in ("train.csv", "valid.csv"))
+    train = Path(config.labels_csv or train)
+    test = next((home[n] / n for n in ("test_labels.csv", "groundtruth.csv") if n in home), None)
+    files = {"train": train, "val": valid, "test": test} if test else {"train": train, "test": valid}
+    names, images, rows, labels, split, notes = [], [], [], [], [], []
     for part, path in files.items():
-        table = chexpert_images(root, path, read_table(path))
-        classes = [name for name in CHEXPERT_FINDINGS if name in table]
-        if missing := [name for name in config.classes or COMPETITION_FINDINGS if name not in table]:
-            raise InputError(f"{path}: no column {missing[0]!r}; {nearest(missing[0], classes)}")
-        wanted = list(config.classes or COMPETITION_FINDINGS)
-        values, counted = parse_labels(table, wanted, path, config.uncertain, config.blank or "zero")
-        keep = [config.view in ("all", view_of(table, i)) for i in range(len(values))]
-        labels.append(values[keep])
-        short = list(itertools.compress(table["Path"], keep))
-        names += short
-        rows += [f"{path} row {row}" for row in itertools.compress(table["row"], keep)]
-        patients += [name.split("/")[1] for name in short]
-        split += [part] * len(short)
-        notes.append(f"{part}: {counted}")
-    if "val" not in files:
+        table = read_table(path)
+        classes = wanted_findings(config, path, table)
+        values, counted = parse_labels(table, classes, path, config.uncertain, config.blank or "zero")
+        found = list(chexpert_images(home, root, config.view, path, table))
+        names += [name for name, _, _ in found]
+        images += [image for _, image, _ in found]
+        rows += [f"{path} row {i + 2}" for _, _, i in found]
+        labels.append(values[np.array([i for _, _, i in found], int)])
+        split += [part] * len(found)
+        notes.append(f"{path.name} {counted}")
+    patients = [name.split("/")[1] for name in names]
+    if not test:
+        notes.append("no test labels, so valid.csv is the test set and val is cut from train by patient")
         held_out = patient_split(patients, {"train": 0.95, "val": 0.05})
         split = [held_out[i] if part == "train" else part for i, part in enumerate(split)]
-    images = [safe_path(root, name, row) for name, row in zip(names, rows)]
-    note = "; ".join(notes) + note
-    return Radiographs(images, np.concatenate(labels), wanted, patients, split, names, rows, note=note)
+    note, labels = "; ".join(notes), np.concatenate(labels)
+    return Radiographs(images, labels, classes, patients, split, names, rows, note=note)
 
 
-def view_of(table: dict[str, list[str]], i: int) -> str:
-    """frontal or lateral, from CheXpert's column or, in label files without it, from the file name."""
-    return (
-        (table["Frontal/Lateral"][i] if "Frontal/Lateral" in table else table["Path"][i].split("_")[-1])
-        .split(".")[0]
-        .lower()
+def wanted_findings(config: Config, path: Path, table: dict[str, list[str]]) -> tuple[str, ...]:
+    """--classes or CheXpert's five competition findings; InputError when the label file lacks one."""
+    known = [name for name in CHEXPERT_FINDINGS if name in table]
+    for name in config.classes or COMPETITION_FINDINGS:
+        if name not in known:
+            raise InputError(f"{path}: no finding {name!r}; {nearest(name, known or CHEXPERT_FINDINGS)}")
+    return tuple(config.classes or COMPETITION_FINDINGS)
+
+
+def chexpert_home(root: Path) -> dict[str, Path]:
+    """Which folder holds each file, split or patient: `root`, its `test`, or an unpacked archive inside it.
+
+    An archive is `CheXpert-v1.0-small`, `CheXpert-v1.0`, or one of the four `CheXpert-v1.0 batch ...` of the full
+    resolution, of which three hold patients without a `train` folder.
+    """
+    home: dict[str, Path] = {}
+    for folder in (root, root / "test", *sorted(root.glob("CheXpert-v1.0*"))):
+        for name in os.listdir(folder) if folder.is_dir() else ():
+            if home.setdefault(name, folder) not in (folder, root) and name in ("train", "train.csv"):
+                raise InputError(f"{root}: {name} is in {home[name]} and {folder}; give one as --data-dir")
+    return home
+
+
+def chexpert_images(
+    home: dict[str, Path], root: Path, wanted: str, path: Path, table: dict[str, list[str]]
+) -> Iterator[tuple[str, Path, int]]:
+    """(name from train, valid or test on, file, data row) of every image in a CheXpert table of the wanted view.
+
+    What stands before the split (`CheXpert-v1.0/`, `CheXpert-v1.0-small/`) does not matter. The row of a study
+    (column `Study`) stands for each image in the study's folder, so that folder must be there.
+    """
+    column = "Study" if "Study" in table else "Path"
+    if column not in table:
+        raise InputError(f"{path}: no column 'Path' or 'Study'; the columns are {', '.join(table)}")
+    views = table.get("Frontal/Lateral")
+    for i, place in enumerate(table[column]):
+        row, parts = f"{path} row {i + 2}", place.replace("\\", "/").split("/")
+        start = next((k for k, part in enumerate(parts) if part in ("train", "valid", "test")), len(parts))
+        parts = parts[start:]
+        if len(parts) < 3:
+            raise InputError(f"{row}: {place!r} is not <train|valid|test>/<patient>/<study>/<image>")
+        in_batch = parts[0] not in home and parts[1] in home
+        file = safe_path(home.get(parts[in_batch], root), "/".join(parts[in_batch:]), row)
+        files = [file] if column == "Path" else sorted(file.glob("*.jpg"))
+        if not files:
+            raise InputError(f"{row}: no .jpg in {file}, where this study's images belong")
+        for image in files:
+            view = views[i] if views else image.stem.rsplit("_", 1)[-1]  # VisualCheXbert has no such column
+            if wanted in ("all", view.lower()):
+                yield "/".join(parts if column == "Path" else (*parts, image.name)), image, i
+
+
+# ---------------------------------------------------------------------------------------------------- MIMIC-CXR
+
+MIMIC_SPLITS = {"train": "train", "validate": "val", "test": "test"}
+MIMIC_VIEWS = {"PA": "frontal", "AP": "frontal", "LATERAL": "lateral", "LL": "lateral"}
+
+
+def load_mimic(config: Config) -> Radiographs:
+    """MIMIC-CXR-JPG: 377,110 images of 227,835 studies of 65,379 patients, CheXpert's 14 findings per study.
+
+    Labels of `mimic-cxr-2.0.0-chexpert.csv` (or --labels-csv: `-negbio`), the official split, and for --view the
+    metadata, gzipped or not. Reports (MIMIC-CXR) are read on demand when they lie in `files/` too.
+    Johnson et al., arXiv 1901.07042. PhysioNet's credentialed licence; neither images nor labels may be passed on.
+    """
+    root = config.root
+    path = Path(config.labels_csv or mimic_file(root, "chexpert"))
+    studies = read_table(path, ["study_id"])
+    classes = wanted_findings(config, path, studies)
+    values, note = parse_labels(studies, classes, path, config.uncertain, config.blank or "zero")
+    row_of: dict[str, int] = {}
+    for i, study in enumerate(studies["study_id"]):
+        if row_of.setdefault(study, i) != i:
+            raise InputError(f"{path} row {i + 2}: study {study} is there twice")
+    path, views = mimic_file(root, "split"), {}
+    table = read_table(path, ["dicom_id", "study_id", "subject_id", "split"])
+    if config.view != "all":
+        metadata = read_table(mimic_file(root, "metadata"), ["dicom_id", "ViewPosition"])
+        views = dict(zip(metadata["dicom_id"], metadata["ViewPosition"]))
+    keep, unlabelled = [], set()
+    for i, (dicom, study, part) in enumerate(zip(table["dicom_id"], table["study_id"], table["split"])):
+        if part not in MIMIC_SPLITS:
+            raise InputError(f"{path} row {i + 2}: split {part!r} is not train, validate or test")
+        if study not in row_of:
+            unlabelled.add(study)
+        elif config.view in ("all", MIMIC_VIEWS.get(views.get(dicom))):
+            keep.append(i)
+    dicoms, studies, patients, split = (
+        [table[name][i] for i in keep] for name in ("dicom_id", "study_id", "subject_id", "split")
     )
+    names = [f"files/p{p[:2]}/p{p}/s{s}/{d}.jpg" for p, s, d in zip(patients, studies, dicoms)]
+    rows = [f"{path} row {i + 2}" for i in keep]
+    images = [safe_path(root, name, row) for name, row in zip(names, rows)]
+    reports = MimicReports(images) if images and images[0].parent.with_suffix(".txt").is_file() else None
+    labels, split = (
+        values[np.array([row_of[s] for s in studies], int)],
+        [MIMIC_SPLITS[part] for part in split],
+    )
+    note += f"; left out {len(unlabelled):,} studies without labels"
+    return Radiographs(images, labels, classes, patients, split, names, rows, reports, note)
+
+
+def mimic_file(root: Path, kind: str) -> Path:
+    """A table of the release, gzipped or not."""
+    path = root / f"mimic-cxr-2.0.0-{kind}.csv"
+    return path if path.is_file() else path.with_suffix(".csv.gz")
+
+
+class MimicReports(Sequence):
+    """Each image's report, read when asked for: what stands under FINDINGS and IMPRESSION, else all of it."""
+
+    def __init__(self, images: list[Path]):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> str:
+        text = self.images[i].parent.with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
+        _, *sections = re.split(
+            r"^\s*([A-Z][A-Z /,()]+):", text, flags=re.MULTILINE
+        )  # title, text, title, ...
+        chosen = [t for title, t in zip(sections[::2], sections[1::2]) if title in ("FINDINGS", "IMPRESSION")]
+        return " ".join(" ".join(chosen or [text]).split())
+
+
+# --------------------------------------------------------------------------------------------------- ChestMNIST
+
+ZENODO = "https://zenodo.org/records/10519652/files"
+CHESTMNIST_MD5 = {
+    28: "02c8a6516a18b556561a56cbdd36c4a8",
+    64: "9de6cd0b934ebb5b7426cfba5efbae16",
+    128: "db107e5590b27930b62dbaf558aebee3",
+    224: "45bd33e6f06c3e8cdb481c74a89152aa",
+}
+TRIES, PAUSE = 5, 2.0  # connections for one download, and seconds between them
+
+
+def load_chestmnist(config: Config) -> Radiographs:
+    """ChestMNIST: ChestX-ray14 at 28, 64, 128 or 224 pixels: 78,468 train, 11,219 val, 22,433 test; 14 findings.
+
+    Reads `chestmnist.npz` or `chestmnist_<size>.npz` in --data-dir (else in --cache-dir), or downloads it there.
+    The images go uncompressed into --cache-dir, so that memory does not grow with --size. No patient ids.
+    Yang et al., "MedMNIST v2", Scientific Data 2023. CC BY 4.0.
+    """
+    cache = Path(config.cache_dir)
+    cache.mkdir(parents=True, exist_ok=True)
+    folder, suffix = config.root if config.data_dir else cache, "" if config.size == 28 else f"_{config.size}"
+    path, published = folder / f"chestmnist{suffix}.npz", CHESTMNIST_MD5[config.size]
+    if not path.exists():
+        with locked(folder, wait=True):
+            download(f"{ZENODO}/{path.name}?download=1", path, published)
+    found = md5(path)
+    with locked(cache, wait=True):
+        images, labels, split = unpack_chestmnist(path, config.size, cache / f"{path.stem}-{found}.uint8")
+    names = [f"{part}-{i:06d}" for i, part in enumerate(split)]
+    note = "chestmnist: official split; no patient ids, so each image counts as a patient of its own"
+    if found != published:
+        note += f"; {path} is not the published file (its MD5 is {found}, not {published})"
+    return Radiographs(
+        images, labels, NIH_FINDINGS, names, split, names, note=note, key=f"chestmnist {found}"
+    )
+
+
+class MappedImages(Sequence):
+    """uint8 [N, side, side] in a raw file; another process opens the file instead of receiving a copy."""
+
+    def __init__(self, path: Path, n: int, side: int):
+        self.arguments = (path, n, side)
+        self.pixels = np.memmap(path, np.uint8, "r", shape=(n, side, side))
+
+    def __reduce__(self):
+        return MappedImages, self.arguments
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.pixels[i]
+
+
+def unpack_chestmnist(path: Path, side: int, file: Path) -> tuple[MappedImages, np.ndarray, list[str]]:
+    """Images of all splits, copied into `file` unless they are there, labels [N, 14] and split [N] of an .npz."""
+    labels, split = [], []
+    try:
+        with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as stack:
+            if new := not file.exists():
+                output = stack.enter_context(open(stack.enter_context(atomic(file)), "wb"))
+            for part in ("train", "val", "test"):
+                with archive.open(f"{part}_labels.npy") as member:
+                    labels.append(np.lib.format.read_array(member, allow_pickle=False))
+                shape, values = labels[-1].shape, np.unique(labels[-1])
+                if shape[1:] != (len(NIH_FINDINGS),) or not np.isin(values, (0, 1)).all():
+                    raise ValueError(f"{part}_labels {shape} must be 0 or 1 for {len(NIH_FINDINGS)} findings")
+                split += [part] * len(labels[-1])
+                with archive.open(f"{part}_images.npy") as member:
+                    major, _ = np.lib.format.read_magic(member)
+                    found = getattr(np.lib.format, f"read_array_header_{min(major, 2)}_0")(member)
+                    if found != ((shape[0], side, side), False, np.uint8):
+                        raise ValueError(f"{part}_images is {found[2]} {found[0]}")
+                    if new:
+                        shutil.copyfileobj(member, output, 1 << 20)
+    except (KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: not ChestMNIST at {side} pixels: {error}") from None
+    if file.stat().st_size != len(split) * side * side:
+        raise InputError(f"{file}: damaged cache; delete this file to unpack it again")
+    return MappedImages(file, len(split), side), np.concatenate(labels), split
+
+
+def md5(path: Path) -> str:
+    """MD5 of a file, in hex: an identity as published, not a protection."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def download(url: str, path: Path, checksum: str) -> None:
+    """Fetch `url` to `path` unless it is there; only a file with this MD5 ever gets that name.
+
+    Bytes that arrived before a cut, or before the process was killed, stay beside it and are not fetched again.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    for left in reversed(range(0 if path.exists() else TRIES)):
+        try:
+            receive(url, partial)
+            break
+        except (OSError, http.client.HTTPException) as error:
+            hopeless = getattr(error, "code", 500) < 500 or getattr(error, "errno", None) == errno.ENOSPC
+            if hopeless or not left:
+                raise InputError(f"{url}: {error}; run again to go on, or put the file at {path}") from None
+            time.sleep(PAUSE)
+    else:
+        return
+    if (found := md5(partial)) != checksum:
+        partial.unlink()
+        raise InputError(f"{url}: its MD5 {found} is not the published {checksum}; removed it, run again")
+    os.replace(partial, path)
+
+
+def receive(url: str, partial: Path) -> None:
+    """One connection: append to `partial` what it lacks, or start over with a server that cannot go on."""
+    have = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if have and error.code == 416:  # nothing lies beyond what we have; the checksum decides
+            return
+        raise
+    have = have if response.status == 206 else 0
+    total = have + int(response.headers.get("Content-Length", 0))
+    bar = progress(total=total, initial=have, unit="B", unit_scale=True, desc=f"downloading {url}")
+    with response, bar, open(partial, "ab" if have else "wb") as file:
+        while block := response.read1(1 << 20):
+            bar.update(file.write(block))
+        if file.tell() < total:
+            raise ConnectionError(f"cut after {file.tell():,} of {total:,} bytes")
