@@ -181,6 +181,7 @@ def chexpert_images(
 
 MIMIC_SPLITS = {"train": "train", "validate": "val", "test": "test"}
 MIMIC_VIEWS = {"PA": "frontal", "AP": "frontal", "LATERAL": "lateral", "LL": "lateral"}
+SECTION = re.compile(r"^[ \t]*([A-Z][A-Z /,()]+):", re.MULTILINE)  # a title in a report
 
 
 def load_mimic(config: Config) -> Radiographs:
@@ -199,30 +200,24 @@ def load_mimic(config: Config) -> Radiographs:
     for i, study in enumerate(studies["study_id"]):
         if row_of.setdefault(study, i) != i:
             raise InputError(f"{path} row {i + 2}: study {study} is there twice")
-    path, views = mimic_file(root, "split"), {}
-    table = read_table(path, ["dicom_id", "study_id", "subject_id", "split"])
+    path, views, kept, unlabelled = mimic_file(root, "split"), {}, [], set()
+    columns = ("dicom_id", "study_id", "subject_id", "split")
+    table = read_table(path, columns)
     if config.view != "all":
         metadata = read_table(mimic_file(root, "metadata"), ["dicom_id", "ViewPosition"])
         views = dict(zip(metadata["dicom_id"], metadata["ViewPosition"]))
-    keep, unlabelled = [], set()
-    for i, (dicom, study, part) in enumerate(zip(table["dicom_id"], table["study_id"], table["split"])):
+    for i, (dicom, study, subject, part) in enumerate(zip(*(table[name] for name in columns))):
+        row = f"{path} row {i + 2}"
         if part not in MIMIC_SPLITS:
-            raise InputError(f"{path} row {i + 2}: split {part!r} is not train, validate or test")
+            raise InputError(f"{row}: split {part!r} is not train, validate or test")
         if study not in row_of:
             unlabelled.add(study)
         elif config.view in ("all", MIMIC_VIEWS.get(views.get(dicom))):
-            keep.append(i)
-    dicoms, studies, patients, split = (
-        [table[name][i] for i in keep] for name in ("dicom_id", "study_id", "subject_id", "split")
-    )
-    names = [f"files/p{p[:2]}/p{p}/s{s}/{d}.jpg" for p, s, d in zip(patients, studies, dicoms)]
-    rows = [f"{path} row {i + 2}" for i in keep]
-    images = [safe_path(root, name, row) for name, row in zip(names, rows)]
+            name = f"files/p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg"
+            kept.append((name, safe_path(root, name, row), row_of[study], subject, MIMIC_SPLITS[part], row))
+    names, images, labelled, patients, split, rows = list(zip(*kept)) or [()] * 6
     reports = MimicReports(images) if images and images[0].parent.with_suffix(".txt").is_file() else None
-    labels, split = (
-        values[np.array([row_of[s] for s in studies], int)],
-        [MIMIC_SPLITS[part] for part in split],
-    )
+    labels = values[np.array(labelled, int)]
     note += f"; left out {len(unlabelled):,} studies without labels"
     return Radiographs(images, labels, classes, patients, split, names, rows, reports, note)
 
@@ -236,7 +231,7 @@ def mimic_file(root: Path, kind: str) -> Path:
 class MimicReports(Sequence):
     """Each image's report, read when asked for: what stands under FINDINGS and IMPRESSION, else all of it."""
 
-    def __init__(self, images: list[Path]):
+    def __init__(self, images: Sequence[Path]):
         self.images = images
 
     def __len__(self) -> int:
@@ -244,9 +239,7 @@ class MimicReports(Sequence):
 
     def __getitem__(self, i: int) -> str:
         text = self.images[i].parent.with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
-        _, *sections = re.split(
-            r"^\s*([A-Z][A-Z /,()]+):", text, flags=re.MULTILINE
-        )  # title, text, title, ...
+        _, *sections = SECTION.split(text)  # title, text, title, text, ...
         chosen = [t for title, t in zip(sections[::2], sections[1::2]) if title in ("FINDINGS", "IMPRESSION")]
         return " ".join(" ".join(chosen or [text]).split())
 
@@ -348,8 +341,10 @@ def download(url: str, path: Path, checksum: str) -> None:
 
     Bytes that arrived before a cut, or before the process was killed, stay beside it and are not fetched again.
     """
+    if path.exists():
+        return
     partial = path.with_name(f".{path.name}.partial")
-    for left in reversed(range(0 if path.exists() else TRIES)):
+    for left in reversed(range(TRIES)):
         try:
             receive(url, partial)
             break
@@ -358,8 +353,6 @@ def download(url: str, path: Path, checksum: str) -> None:
             if hopeless or not left:
                 raise InputError(f"{url}: {error}; run again to go on, or put the file at {path}") from None
             time.sleep(PAUSE)
-    else:
-        return
     if (found := md5(partial)) != checksum:
         partial.unlink()
         raise InputError(f"{url}: its MD5 {found} is not the published {checksum}; removed it, run again")

@@ -1,5 +1,6 @@
 """Loaders of published data sets, on miniature trees in the layouts of the releases and a server on 127.0.0.1."""
 
+import concurrent.futures
 import gzip
 import hashlib
 import http.server
@@ -388,6 +389,21 @@ def test_chestmnist_download_resumes_where_it_was_cut(tmp_path, server, cuts, as
     again = load_radiographs(chestmnist(tmp_path))
     assert len(server.asked) == len(asked) and again.key == data.key
     check(pickle.loads(pickle.dumps(again)))
+
+
+def test_chestmnist_download_that_was_killed_before_it_got_its_name(tmp_path, server):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / ".chestmnist_64.npz.partial").write_bytes(server.content)
+    check(load_radiographs(chestmnist(tmp_path)))
+    assert server.asked == [f"bytes={len(server.content)}-"]
+
+
+def test_chestmnist_processes_that_start_together_download_once(tmp_path, server):
+    pytest.importorskip("fcntl")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for data in pool.map(load_radiographs, [chestmnist(tmp_path)] * 4):
+            check(data)
+    assert server.asked == [None]
 
 
 def test_chestmnist_download_starts_over_where_ranges_are_ignored(tmp_path, server):
