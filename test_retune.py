@@ -1,7 +1,7 @@
-"""Tests of retune.py: every formula against a plain float64 version, every promise of the command line by running it.
+"""Tests of retune.py: every formula against plain float64 code, every promise of the command line by running it.
 
-They need no network and no data. With RETUNE_NIH_DIR set to a folder in the layout of NIH ChestX-ray14, the command
-line also runs on real radiographs; with pydicom installed, DICOM files are read.
+They need no network and no data. With RETUNE_NIH_DIR set to a folder in the layout of NIH ChestX-ray14, the
+command line also runs on real radiographs; with pydicom installed, DICOM files are read.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -43,11 +44,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*all alike")
 quick = settings(max_examples=60, deadline=None)
 
 
-# ---------------------------------------------------------------------------------------------------- fixtures
+# --------------------------------------------------------------------------------------------------- fixtures
 
 
 def save_random_encoder(folder: Path, seed: int) -> Path:
-    """A small untrained encoder in the format of `tiny/`: 32 px, joint dimension 16, every word of prompts.json."""
+    """A small untrained encoder in the format of `tiny/`: 32 px, 16 dimensions, the words of prompts.json."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -119,7 +120,7 @@ def in_empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def fork():
-    """Start `function(*arguments)` in a process that has imported retune but run nothing: (exit code) -> process."""
+    """Starts `function(*arguments)` in a process that has imported retune but run nothing."""
     if not hasattr(signal, "SIGKILL") or "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("needs POSIX processes")
     context = multiprocessing.get_context("forkserver")
@@ -169,7 +170,7 @@ def failure(capsys, arguments) -> str:
     return lines[-1]
 
 
-# ------------------------------------------------------------------------------------- a data set of our own making
+# ------------------------------------------------------------------------------- a data set of our own making
 
 
 def csv_rows(root: Path, n: int = 24) -> list[dict]:
@@ -204,7 +205,7 @@ def csv_set(tmp_path, encoder_folder):
     return root, rows, [*arguments, "--epochs", "1", "--scenario", "class", "--output", tmp_path / "run"]
 
 
-# ------------------------------------------------------------------------------------------------- 0. Foundations
+# --------------------------------------------------------------------------------------------- 0. Foundations
 
 
 def test_atomic_removes_what_was_written_when_the_disk_is_full_and_keeps_the_old_file(tmp_path):
@@ -245,7 +246,7 @@ def test_written_json_is_strict_and_keeps_every_number(tmp_path):
 
 
 def test_importing_retune_alone_changes_nothing_global(tmp_path):
-    """retune.py copied by itself; the state of every global generator, filter and default before and after."""
+    """retune.py copied by itself: every global generator, filter and default before and after."""
     shutil.copy(HERE / "retune.py", tmp_path)
     program = """
 import hashlib, logging, os, pickle, random, signal, sys, warnings
@@ -290,7 +291,7 @@ def test_a_run_leaves_global_random_state_threads_and_warnings_as_they_were(demo
     assert state() == before
 
 
-# ----------------------------------------------------------------------------------------------------- 1. Prompts
+# ------------------------------------------------------------------------------------------------- 1. Prompts
 
 
 def test_prompts_fill_templates_follow_synonyms_and_prefer_the_findings_own(tmp_path):
@@ -341,7 +342,7 @@ def test_the_shipped_prompts_are_distinct_within_every_known_finding():
         assert not any("{" in text for text in texts), name
 
 
-# ------------------------------------------------------------------------------------------------- 2. Radiographs
+# --------------------------------------------------------------------------------------------- 2. Radiographs
 
 
 @quick
@@ -828,7 +829,7 @@ def test_radiographs_refuse_columns_of_other_lengths_and_other_labels():
             retune.Radiographs(images, **good | {name: value})
 
 
-# --------------------------------------------------------------------------------------------- 3. Frozen encoders
+# ----------------------------------------------------------------------------------------- 3. Frozen encoders
 
 
 def test_an_encoder_is_frozen_and_saved_and_loaded_bit_by_bit(encoder, tmp_path):
@@ -891,7 +892,7 @@ def test_a_damaged_encoder_folder_is_refused_by_name(encoder_folder, tmp_path, d
         retune.DualEncoder.load(str(folder))
 
 
-# -------------------------------------------------------------------------------------------------- 4. Embeddings
+# ---------------------------------------------------------------------------------------------- 4. Embeddings
 
 
 def noise_images(n=70, seed=0) -> retune.Radiographs:
@@ -1028,7 +1029,7 @@ def test_rows_of_a_half_precision_memory_map_are_read_exactly(tmp_path):
     assert retune.read_rows(values, rows[:0]).shape == (0, 5)
 
 
-# --------------------------------------------------- 5 and 6. Model and loss, against loops in float64 (FACTS 1)
+# ------------------------------------------------ 5 and 6. Model and loss, against loops in float64 (FACTS 1)
 
 
 def plain_adaptor(x, weights, kind):
@@ -1132,6 +1133,16 @@ def test_logits_scores_loss_and_gradients_equal_the_plain_float64_version(kind, 
                 assert decisions[i, c].item() == (positive > (negative if negatives else 0))
 
 
+def test_the_gradient_of_max_pooling_is_the_same_every_time():
+    bank, images = small_bank(), torch.randn(5, 6, generator=torch.Generator().manual_seed(7))
+    model, gradients = random_weights(retune.RETune(6, "linear", "image", "max")), []
+    for _ in range(300):
+        model.zero_grad()
+        model.logits(images, bank).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
 def test_prompts_are_averaged_after_the_adaptor_and_before_normalisation():
     """By hand: the mean of (3, 0) and (0, 1) is (1.5, 0.5), of cosine 0.9487 with (1, 0)."""
     bank = retune.PromptBank(torch.tensor([[3.0, 0], [0, 1], [0, -2]]), torch.tensor([0, 0, 1]))
@@ -1217,7 +1228,7 @@ def test_prompts_are_embedded_in_groups_of_class_and_polarity(encoder):
     torch.testing.assert_close(bank.embeddings, encoder.encode_texts(texts).clone(), atol=1e-5, rtol=0)
 
 
-# ----------------------------------------------------------------------------------------------------- 7. Scenarios
+# ----------------------------------------------------------------------------------------------- 7. Scenarios
 
 
 @st.composite
@@ -1324,7 +1335,7 @@ def test_another_seed_gives_other_parts_and_five_parts_are_the_default():
     assert len({tuple(tasks[0].rows) for tasks in cuts}) == 3
 
 
-# ------------------------------------------------------------------------------------------------------- 8. Metrics
+# ------------------------------------------------------------------------------------------------- 8. Metrics
 
 
 def random_results(seed, n=60, c=4, unknown=0.0):
@@ -1527,3 +1538,715 @@ def test_continual_metrics_follow_their_definitions_on_random_matrices(seed, n_t
             assert found[key] == pytest.approx(np.mean(values), abs=1e-12)
         else:
             assert math.isnan(found[key])
+
+
+# ------------------------------------------------------------------------------------------------ 9. Training
+
+
+def train(model, embeddings, labels, tasks, bank=None, optimizer=None, **options):
+    """Fit tasks one after the other with one optimiser, as a run does."""
+    options = {"epochs": 3, "batch_size": 8} | options
+    optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(11)
+    for task in tasks:
+        retune.fit(
+            model, bank or small_bank(), embeddings, labels, task, optimizer, generator=generator, **options
+        )
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def training_data(n=30, dim=6, seed=8):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 3, (n, 3), generator=generator).float()
+    labels[labels == 2] = NAN
+    return torch.randn(n, dim, generator=generator).numpy() * 2, labels
+
+
+def assert_same(first: dict, second: dict, tolerance=0.0):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], atol=tolerance, rtol=0, msg=name)
+
+
+def test_full_batch_training_of_two_tasks_is_plain_adam_in_float64_with_one_state():
+    embeddings, labels = training_data()
+    model = random_weights(retune.RETune(6))
+    weights = [p.detach().double().requires_grad_() for p in model.parameters()]
+    tasks = [retune.Task("a", np.arange(0, 20), (0, 2)), retune.Task("b", np.arange(15, 30), (1,))]
+    trained = train(model, embeddings, labels, tasks, epochs=6, batch_size=50)
+
+    bank = small_bank()
+    prompts, first, second, step = bank.embeddings.double(), [0.0] * 8, [0.0] * 8, 0
+    for task in tasks:
+        x, y = torch.tensor(embeddings[task.rows]).double(), labels[task.rows][:, task.classes].tolist()
+        for _ in range(6):
+            step += 1
+            cosines = plain_model(x, prompts, bank.group.tolist(), weights[:4], weights[4:], "mlp", "mean")
+            loss = plain_loss([[row[2 * c] - row[2 * c + 1] for c in task.classes] for row in cosines], y)
+            gradients = torch.autograd.grad(loss, weights)
+            for i, (w, g) in enumerate(zip(weights, gradients)):
+                first[i], second[i] = 0.9 * first[i] + 0.1 * g, 0.999 * second[i] + 0.001 * g**2
+                mean, square = first[i] / (1 - 0.9**step), second[i] / (1 - 0.999**step)
+                w.data -= 1e-2 * mean / (square.sqrt() + 1e-8)
+    for found, wanted in zip(trained.values(), weights):
+        torch.testing.assert_close(found.double(), wanted.detach(), atol=2e-5, rtol=0)
+
+
+def test_training_reads_only_the_rows_and_label_columns_of_its_task():
+    embeddings, labels = training_data()
+    task = retune.Task("t", np.arange(5, 25), (1,))
+    wanted = train(random_weights(retune.RETune(6)), embeddings, labels, [task])
+    other, wrong = np.full_like(embeddings, NAN), 1 - labels
+    other[5:25], wrong[5:25, 1] = embeddings[5:25], labels[5:25, 1]
+    assert_same(train(random_weights(retune.RETune(6)), other, wrong, [task]), wanted)
+
+
+def test_training_lowers_the_loss_and_separates_what_can_be_separated():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 2, (300, 3), generator=generator).float()
+    embeddings = (
+        torch.randn(300, 6, generator=generator) + 4 * torch.nn.functional.pad(labels, (0, 3))
+    ).numpy()
+    task, model = retune.Task("t", np.arange(200), (0, 1, 2)), retune.RETune(6)
+
+    def auroc():
+        scores, decisions = retune.score_rows(model, small_bank(), embeddings, np.arange(200, 300), "diff")
+        return retune.evaluate(scores, decisions, labels[200:].numpy())["auroc_macro"]
+
+    train(model, embeddings, labels, [task], epochs=20)
+    assert auroc() > 0.97
+
+
+def test_training_on_a_float16_memory_map_in_windows_sees_every_row_once_an_epoch(tmp_path, monkeypatch):
+    embeddings, labels = training_data(n=700)
+    embeddings[:, 0] = np.arange(700)
+    np.save(tmp_path / "x.npy", embeddings.astype(np.float16))
+    model, seen = random_weights(retune.RETune(6)), []
+    logits = model.logits
+
+    def watching(images, bank):
+        seen.append(images[:, 0].tolist())
+        return logits(images, bank)
+
+    monkeypatch.setattr(model, "logits", watching)
+    monkeypatch.setattr(retune, "WINDOW", 4 * 6 * 150)
+    task = retune.Task("t", np.arange(0, 700, 2), (0, 1, 2))
+    train(model, np.load(tmp_path / "x.npy", mmap_mode="r"), labels, [task], epochs=2, batch_size=50)
+    rows = [int(value) for batch in seen for value in batch]
+    assert sorted(rows[:350]) == sorted(rows[350:]) == list(range(0, 700, 2))
+    assert rows[:350] != rows[350:] and max(map(len, seen)) == 50
+
+
+@quick
+@given(st.integers(1, 1000), st.integers(1, 300), st.integers(0, 9))
+def test_shuffled_windows_cover_each_row_once_and_hold_at_most_a_window(n, window, seed):
+    rows = torch.arange(n) * 3
+    pieces = list(retune.shuffled_windows(rows, window, torch.Generator().manual_seed(seed)))
+    assert sorted(torch.cat(pieces).tolist()) == rows.tolist()
+    assert max(map(len, pieces)) <= max(window, 1)
+    again = list(retune.shuffled_windows(rows, window, torch.Generator().manual_seed(seed)))
+    assert all(torch.equal(a, b) for a, b in zip(pieces, again))
+
+
+def test_a_loss_that_is_not_finite_stops_with_task_and_step_before_it_spoils_the_weights():
+    embeddings, labels = training_data()
+    embeddings[20] = NAN
+    model = random_weights(retune.RETune(6))
+    with pytest.raises(retune.InputError, match=r"'Edema', step [1-3]\b.*nan.*--lr"):
+        train(model, embeddings, labels, [retune.Task("Edema", np.arange(24), (0,))], epochs=1)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_models_of_one_seed_are_alike_and_drawn_without_the_global_generator():
+    before = torch.get_rng_state()
+    models = [retune.build_model(retune.Config(seed=seed), 6, 3).state_dict() for seed in (1, 1, 2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_same(models[0], models[1])
+    assert not torch.equal(*(next(iter(m.values())) for m in models[1:]))
+
+
+# ------------------------------------------------------------------------------------------- 9. The whole run
+
+
+def test_only_adaptors_are_trained_and_the_encoder_stays_as_it_was(demo_arguments, tmp_path, monkeypatch):
+    encoders, load = [], retune.DualEncoder.load
+
+    def remember(*arguments, **options):
+        encoders.append(load(*arguments, **options))
+        return encoders[-1]
+
+    monkeypatch.setattr(retune.DualEncoder, "load", remember)
+    cached = [name for name in vars(retune) if hasattr(getattr(retune, name), "cache_clear")]
+    for name in cached:
+        getattr(retune, name).cache_clear()
+    output = ["--cache-dir", str(tmp_path / "cache"), "--output", str(tmp_path / "run")]
+    assert retune.main([*demo_arguments, *output, "--lr", "0.1"]) == 0
+    (encoder,) = encoders
+    fresh = load(demo_arguments[demo_arguments.index("--encoder") + 1])
+    assert all(p.grad is None and not p.requires_grad for p in encoder.parameters())
+    assert not encoder.training
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(encoder.state_dict()[name], value), name
+    saved, start = (
+        retune.load_tensors(tmp_path / "run/adaptors.safetensors")[0],
+        retune.build_model(retune.Config(), 16, 5),
+    )
+    assert all(not torch.equal(saved[name], value) for name, value in start.state_dict().items())
+
+
+def test_two_runs_with_one_seed_agree_in_every_bit(demo_arguments, finished, tmp_path):
+    cache = ["--cache-dir", str(tmp_path / "cache"), "--output", str(tmp_path / "again")]
+    assert retune.main([*demo_arguments, *cache]) == 0
+    assert metrics_of(tmp_path / "again") == metrics_of(finished)
+    assert model_bytes(tmp_path / "again") == model_bytes(finished)
+    for name in ("splits.csv", "table.md", "auroc.png", "f1.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def run_until_killed(arguments, files, batches):
+    """Run the command line; die by SIGKILL after so many files were renamed, or batches of images encoded."""
+    replace, encode, left = os.replace, retune.DualEncoder.encode_images, {"files": files, "batches": batches}
+
+    def count(what):
+        left[what] -= 1
+        if not left[what]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counting_replace(*paths, **options):
+        replace(*paths, **options)
+        count("files")
+
+    def counting_encode(self, pixels):
+        count("batches")
+        return encode(self, pixels)
+
+    os.replace, retune.DualEncoder.encode_images, retune.CHUNK = counting_replace, counting_encode, 64
+    sys.exit(retune.main(arguments))
+
+
+def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(
+    demo_arguments, finished, fork, tmp_path
+):
+    """SIGKILL during embedding, and after a random number of written files until the run is whole."""
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    arguments = [*demo_arguments, "--cache-dir", str(cache), "--output", str(run)]
+    process = fork(run_until_killed, arguments, -1, 6)
+    assert exit_code(process) == -signal.SIGKILL and not (run / "metrics.json").exists()
+    assert len(list(cache.rglob("chunk-*.npy"))) == 2
+    generator, kills = random.Random(0), 1
+    while (code := exit_code(fork(run_until_killed, arguments, generator.randint(2, 5), -1))) != 0:
+        assert code == -signal.SIGKILL
+        kills += 1
+    assert 4 <= kills <= 15
+    assert metrics_of(run) == metrics_of(finished)
+    assert model_bytes(run) == model_bytes(finished)
+    assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in finished.iterdir())
+    assert not partial_files(tmp_path) and not list(cache.rglob("chunk-*.npy"))
+
+
+def stop_after_task(task, arguments, monkeypatch, error=KeyboardInterrupt):
+    """Run until `task` is finished, then raise `error` when the next one begins."""
+    fit, started = retune.fit, []
+
+    def interrupted(*positional, **options):
+        started.append(None)
+        if len(started) > task:
+            raise error
+        return fit(*positional, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retune, "fit", interrupted)
+        with pytest.raises(error):
+            retune.main(arguments)
+
+
+def test_resuming_after_task_2_trains_only_what_is_left(demo_arguments, finished, tmp_path, monkeypatch):
+    arguments = [*demo_arguments, "--output", str(tmp_path / "run")]
+    stop_after_task(2, arguments, monkeypatch)
+    assert not (tmp_path / "run/metrics.json").exists()
+    fit, trained = retune.fit, []
+
+    def watching(model, bank, embeddings, labels, task, *positional, **options):
+        trained.append(task.name)
+        return fit(model, bank, embeddings, labels, task, *positional, **options)
+
+    monkeypatch.setattr(retune, "fit", watching)
+    assert retune.main(arguments) == 0 and len(trained) == 1
+    assert metrics_of(tmp_path / "run") == metrics_of(finished)
+    assert model_bytes(tmp_path / "run") == model_bytes(finished)
+    assert retune.main(arguments) == 0 and len(trained) == 1
+
+
+@pytest.mark.parametrize("name", ["task_1.safetensors", "resume.safetensors"])
+def test_a_truncated_checkpoint_is_refused_by_name(demo_arguments, tmp_path, monkeypatch, capsys, name):
+    arguments = [*demo_arguments, "--output", str(tmp_path / "run")]
+    stop_after_task(2, arguments, monkeypatch)
+    path = tmp_path / "run" / name
+    content = path.read_bytes()
+    for damaged in (content[:-50], content[:4], b"", b"\xff" * len(content)):
+        path.write_bytes(damaged)
+        assert str(path) in failure(capsys, arguments)
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (["--epochs", "3"], ["epochs", "2", "3"]),
+        (["--seed", "28"], ["seed", "27", "28"]),
+        (["--lr", "0.5", "--pool", "max"], ["lr", "0.001", "0.5", "pool", "mean", "max"]),
+        (["--demo-images", "241"], ["demo_images", "240", "241"]),
+    ],
+)
+def test_a_folder_of_another_configuration_is_refused_saying_what_differs(
+    demo_arguments, finished, capsys, options, named
+):
+    before = {path: path.read_bytes() for path in finished.iterdir()}
+    line = failure(capsys, [*demo_arguments, "--output", finished, *options])
+    assert all(text in line for text in [str(finished), *named]), line
+    assert {path: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_changed_prompts_encoder_or_labels_make_another_configuration(csv_set, tmp_path, capsys):
+    root, rows, arguments = csv_set
+    write_rows(root / "labels.csv", rows)
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text((HERE / "prompts.json").read_text())
+    arguments += ["--prompts", prompts]
+    assert retune.main([*map(str, arguments)]) == 0
+    assert retune.main([*map(str, arguments)]) == 0
+    other = save_random_encoder(tmp_path / "other", seed=1)
+    assert "encoder" in failure(capsys, [*arguments, "--encoder", other])
+    prompts.write_text(prompts.read_text().replace("pulmonary edema", "edema of the lungs"))
+    assert "prompt" in failure(capsys, arguments)
+    prompts.write_text((HERE / "prompts.json").read_text())
+    rows[2]["Mass"] = str(1 - int(rows[2]["Mass"]))
+    write_rows(root / "labels.csv", rows)
+    assert "data" in failure(capsys, arguments)
+
+
+def test_a_second_process_on_one_output_folder_is_refused(demo_arguments, tmp_path, capsys):
+    arguments = [*demo_arguments, "--output", tmp_path / "run"]
+    (tmp_path / "run").mkdir()
+    with retune.locked(tmp_path / "run", wait=False):
+        assert "another process" in failure(capsys, arguments)
+    assert not list((tmp_path / "run").iterdir())
+    assert retune.main([*map(str, arguments), "--scenario", "zero"]) == 0
+
+
+def run_and_exit(arguments, environment=None):
+    os.environ.update(environment or {})
+    retune.CHUNK = 16
+    sys.exit(retune.main(arguments))
+
+
+def test_two_processes_share_one_cache_and_one_wins_the_output_folder(
+    demo_arguments, finished, fork, tmp_path
+):
+    arguments = [*demo_arguments, "--cache-dir", str(tmp_path / "cache"), "--output"]
+    shared = [fork(run_and_exit, [*arguments, str(tmp_path / "a")]) for _ in range(2)]
+    alone = fork(run_and_exit, [*arguments, str(tmp_path / "b")])
+    assert sorted(map(exit_code, shared)) in ([0, 0], [0, 2]) and exit_code(alone) == 0
+    for name in "ab":
+        assert metrics_of(tmp_path / name) == metrics_of(finished)
+        assert model_bytes(tmp_path / name) == model_bytes(finished)
+    assert len(list((tmp_path / "cache").rglob("embeddings.npy"))) == 1 and not partial_files(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_finished_tasks(
+    demo_arguments, finished, tmp_path, monkeypatch, capsys
+):
+    arguments = [*demo_arguments, "--output", str(tmp_path / "run")]
+    loss, fit, tasks = retune.prompt_contrastive_loss, retune.fit, []
+
+    def counting(*positional, **options):
+        tasks.append(positional[4].name)
+        return fit(*positional, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retune, "fit", counting)
+        patch.setattr(
+            retune, "prompt_contrastive_loss", lambda *a, **k: loss(*a, **k) * (NAN if len(tasks) == 3 else 1)
+        )
+        line = failure(capsys, arguments)
+    assert tasks[-1] in line and "step 1" in line and "--lr" in line
+    saved = model_bytes(tmp_path / "run")
+    assert {"task_1.safetensors", "task_2.safetensors"} <= set(saved) and "task_3.safetensors" not in saved
+    assert retune.main(arguments) == 0
+    assert metrics_of(tmp_path / "run") == metrics_of(finished)
+    assert model_bytes(tmp_path / "run") == model_bytes(finished)
+
+
+def run_on_small_disk(arguments, limit, report):
+    """Run the command line where no file may exceed `limit` bytes: writes fail halfway, as on a full disk."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    retune.CHUNK = 64
+    with open(report, "w") as sys.stderr:
+        code = retune.main(arguments)
+    sys.exit(code)
+
+
+@pytest.mark.parametrize("limit", [500, 2500, 5000, 10000, 20000])
+def test_a_full_disk_leaves_whole_files_only_and_the_run_goes_on_later(
+    demo_arguments, finished, fork, tmp_path, limit
+):
+    run, report = tmp_path / "run", tmp_path / "report.txt"
+    arguments = [*demo_arguments, "--cache-dir", str(tmp_path / "cache"), "--output", str(run)]
+    process = fork(run_on_small_disk, arguments, limit, report)
+    code, said = exit_code(process), report.read_text()
+    assert code == 2 and "error: " in said and "Traceback" not in said, (code, said)
+    assert not partial_files(tmp_path)
+    assert all(path.read_bytes() == (finished / path.name).read_bytes() for path in run.glob("task*"))
+    assert exit_code(fork(run_and_exit, arguments)) == 0
+    assert metrics_of(run) == metrics_of(finished) and model_bytes(run) == model_bytes(finished)
+
+
+# --------------------------------------------------------------------------------------- 9. Several processes
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environments(world: int) -> list[dict[str, str]]:
+    """What torchrun tells each rank."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
+def fit_fifty_steps() -> dict[str, torch.Tensor]:
+    embeddings, labels = training_data(n=103, dim=16)
+    model = random_weights(retune.RETune(16))
+    task = retune.Task("t", np.arange(2, 102), (0, 2))
+    return train(model, embeddings, labels, [task], small_bank(16), epochs=5, batch_size=10)
+
+
+def fit_on_one_rank(environment, file):
+    os.environ.update(environment)
+    retune.join_ranks()
+    trained = fit_fifty_steps()
+    torch.save(trained, f"{file}.{environment['RANK']}")
+
+
+def test_fifty_data_parallel_steps_equal_those_of_one_process(fork, tmp_path):
+    ranks = [fork(fit_on_one_rank, environment, tmp_path / "x") for environment in environments(2)]
+    assert [exit_code(process) for process in ranks] == [0, 0]
+    first, second = (torch.load(tmp_path / f"x.{rank}", weights_only=True) for rank in range(2))
+    assert_same(first, second)
+    assert_same(first, fit_fifty_steps(), tolerance=1e-5)
+
+
+def test_torchrun_on_two_ranks_gives_the_run_of_one_process(demo_arguments, tmp_path):
+    """The real launcher: sharded embedding is the same array, metrics and adaptors within 1e-5."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    options = [
+        "--cache-dir",
+        str(tmp_path / "cache"),
+        "--epochs",
+        "1",
+        "--demo-images",
+        "1200",
+        "--batch-size",
+        "64",
+    ]
+    done = subprocess.run(
+        [*launcher, HERE / "retune.py", *demo_arguments, *options, "--output", str(tmp_path / "two")],
+        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    options[1] = str(tmp_path / "alone")
+    assert retune.main([*demo_arguments, *options, "--output", str(tmp_path / "one")]) == 0
+    two, one = (np.load(next((tmp_path / name).rglob("embeddings.npy"))) for name in ("cache", "alone"))
+    assert len(two) > retune.CHUNK
+    np.testing.assert_allclose(two, one, atol=1e-6)
+    for k in (1, 2, 3):
+        pair = [retune.load_tensors(tmp_path / name / f"task_{k}.safetensors")[0] for name in ("one", "two")]
+        assert_same(*pair, tolerance=1e-5)
+    two, one = metrics_of(tmp_path / "two"), metrics_of(tmp_path / "one")
+    assert two["after_task"][-1]["test"]["auroc_macro"] == pytest.approx(
+        one["after_task"][-1]["test"]["auroc_macro"], abs=1e-3
+    )
+
+
+# ------------------------------------------------------------------------------------------------- 10. Report
+
+
+def test_metrics_json_is_strict_complete_and_consistent_with_itself(finished):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    metrics = json.loads((finished / "metrics.json").read_text(), parse_constant=refuse)
+    assert {"config", "classes", "tasks", "zero_shot", "after_task", "continual", "cost"} <= set(metrics)
+    measures = {
+        "auroc_macro", "auroc_weighted", "f1_macro", "f1_weighted", "precision_weighted", "recall_weighted",
+        "accuracy", "ap_macro", "auroc", "f1", "ap", "auroc_macro_ci", "n",
+    }  # fmt: skip
+    assert len(metrics["tasks"]) == len(metrics["after_task"]) == 3
+    for stage in (metrics["zero_shot"], *metrics["after_task"]):
+        for split in ("val", "test"):
+            m = stage[split]
+            assert measures <= set(m) and list(m["auroc"]) == list(COMPETITION)
+            scored = [v for v in m["auroc"].values() if v is not None]
+            assert m["auroc_macro"] == pytest.approx(np.mean(scored), abs=1e-12)
+    last = metrics["after_task"][-1]["test"]
+    low, high = last["auroc_macro_ci"]
+    assert low < last["auroc_macro"] < high
+    grid = [
+        [m["test"]["auroc"][c] for c in COMPETITION] for m in (metrics["zero_shot"], *metrics["after_task"])
+    ]
+    first = [
+        next(t for t, task in enumerate(metrics["tasks"], 1) if c in task["classes"]) for c in COMPETITION
+    ]
+    forgetting = [max(grid[t][c] for t in range(k, 3)) - grid[3][c] for c, k in enumerate(first) if k < 3]
+    forward = [grid[k - 1][c] - grid[0][c] for c, k in enumerate(first) if k > 1]
+    assert metrics["continual"]["average_auroc"] == pytest.approx(np.mean(grid[3]), abs=1e-12)
+    assert metrics["continual"]["forgetting"] == pytest.approx(np.mean(forgetting), abs=1e-12)
+    assert metrics["continual"]["forward_transfer"] == pytest.approx(np.mean(forward), abs=1e-12)
+    assert metrics["cost"]["trainable_parameters"] == 2 * (16 * 32 + 32 + 32 * 16 + 16)
+
+
+def test_zero_shot_and_final_metrics_follow_from_the_saved_adaptors(demo_arguments, finished, encoder):
+    """Everything again from the files: adaptors, cached embeddings, prompts, in plain float64."""
+    metrics = json.loads((finished / "metrics.json").read_text())
+    cache = Path(demo_arguments[demo_arguments.index("--cache-dir") + 1])
+    data = retune.load_radiographs(retune.Config(demo_images=240))
+    embeddings = retune.embed(encoder, data, cache)
+    prompts = retune.load_prompts(HERE / "prompts.json", COMPETITION)
+    bank = retune.embed_prompts(encoder, prompts)
+    tensors = list(retune.load_tensors(finished / "adaptors.safetensors")[0].items())
+    image = [v.double() for name, v in tensors if name.startswith("image")]
+    text = [v.double() for name, v in tensors if name.startswith("text")]
+    rows = data.where("test")
+    for weights, stage in (((None, None), metrics["zero_shot"]), ((image, text), metrics["after_task"][-1])):
+        cosines = plain_model(
+            torch.tensor(embeddings[rows]).double(),
+            bank.embeddings.double(),
+            bank.group.tolist(),
+            *weights,
+            "mlp",
+            "mean",
+        )
+        scores = np.array([[row[2 * c].item() - row[2 * c + 1].item() for c in range(5)] for row in cosines])
+        assert stage["test"]["n"] == len(rows)
+        for c, name in enumerate(COMPETITION):
+            auroc = sklearn_metrics.roc_auc_score(data.labels[rows, c], scores[:, c])
+            assert stage["test"]["auroc"][name] == pytest.approx(auroc, abs=2e-3), name
+            f1 = sklearn_metrics.f1_score(data.labels[rows, c], scores[:, c] > 0, zero_division=0)
+            assert stage["test"]["f1"][name] == pytest.approx(f1, abs=2e-2), name
+
+
+def test_splits_csv_gives_every_image_its_patient_split_and_task(finished):
+    data = retune.load_radiographs(retune.Config(demo_images=240))
+    table = retune.read_table(finished / "splits.csv", ["image", "patient", "split", "task"])
+    assert table["image"] == list(data.names) and table["patient"] == data.patients.tolist()
+    homes = {}
+    for patient, split, task in zip(table["patient"], table["split"], table["task"]):
+        assert homes.setdefault(patient, (split, task)) == (split, task)
+        assert (task in "123" and task != "") == (split == "train")
+    counts = [table["task"].count(str(k)) for k in (1, 2, 3)]
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert counts == [task["n_train"] for task in metrics["tasks"]]
+    assert sum(counts) == table["split"].count("train") == len(data.where("train"))
+
+
+def test_the_table_holds_the_numbers_of_metrics_json(finished):
+    metrics, table = json.loads((finished / "metrics.json").read_text()), (finished / "table.md").read_text()
+    for stage in (metrics["zero_shot"], *metrics["after_task"]):
+        row = [f"{value:.3f}" for value in stage["test"]["auroc"].values()]
+        assert " | ".join([*row, f"{stage['test']['auroc_macro']:.3f}"]) in " ".join(table.split()), row
+    low, high = metrics["after_task"][-1]["test"]["auroc_macro_ci"]
+    for value in (low, high, *(v for v in metrics["continual"].values() if v is not None)):
+        assert f"{value:.3f}" in table
+    assert "not clinical" in table
+
+
+def test_heatmaps_print_every_value_with_zero_shot_on_top(finished, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    metrics, texts = json.loads((finished / "metrics.json").read_text()), {}
+    draw = Axes.text
+
+    def remember(self, x, y, text, **options):
+        texts[round(y), round(x)] = text
+        return draw(self, x, y, text, **options)
+
+    monkeypatch.setattr(Axes, "text", remember)
+    retune.heatmap(tmp_path / "a.png", metrics, "auroc", "test AUROC")
+    for t, stage in enumerate((metrics["zero_shot"], *metrics["after_task"])):
+        for c, value in enumerate(stage["test"]["auroc"].values()):
+            assert texts[t, c] == f"{value:.3f}"
+    assert np.asarray(Image.open(tmp_path / "a.png").convert("L")).std() > 10
+
+
+def test_several_seeds_give_mean_and_deviation_of_their_own_runs(demo_arguments, tmp_path, capsys):
+    output = ["--output", str(tmp_path / "runs"), "--seed", "1", "2", "3", "--scenario", "joint"]
+    assert retune.main([*demo_arguments, *output]) == 0
+    last_lines = capsys.readouterr().out.strip().splitlines()[-1]
+    runs = [json.loads(path.read_text()) for path in sorted((tmp_path / "runs").rglob("metrics.json"))]
+    assert [m["config"]["seed"] for m in runs] == [1, 2, 3]
+    for key in ("auroc_macro", "f1_macro", "accuracy"):
+        values = np.array([m["after_task"][-1]["test"][key] for m in runs])
+        assert f"{values.mean():.3f} ± {values.std(ddof=1):.3f}" in last_lines
+    assert len({m["after_task"][-1]["test"]["auroc_macro"] for m in runs}) == 3
+
+
+@pytest.mark.parametrize("stop", [False, True], ids=["finished", "interrupted"])
+def test_saved_models_hold_no_image_embedding_label_or_patient(csv_set, monkeypatch, stop):
+    root, rows, arguments = csv_set
+    write_rows(root / "labels.csv", rows)
+    arguments = [*map(str, arguments), "--cache-dir", "cache"]
+    if stop:
+        stop_after_task(1, arguments, monkeypatch)
+    else:
+        assert retune.main(arguments) == 0
+    saved = model_bytes(root.parent / "run")
+    assert ("resume.safetensors" in saved) == stop and "task_1.safetensors" in saved
+    embeddings = np.load(next(Path("cache").rglob("embeddings.npy")))
+    data = retune.load_radiographs(retune.Config(data="csv", data_dir=str(root)))
+    forbidden = [row["patient"].encode() for row in rows] + [row["path"].encode() for row in rows]
+    forbidden += [b"Kowalski", root.name.encode()]
+    for row, embedding in zip(rows, embeddings):
+        pixels = np.asarray(Image.open(root / row["path"]))
+        forbidden += [pixels[k, :12].tobytes() for k in range(0, 40, 8)]
+        for kind in (np.float16, np.float32, np.float64):
+            forbidden += [embedding.astype(kind)[k : k + 3].tobytes() for k in (0, 5, 10)]
+    train = data.labels[data.where("train")]
+    for kind in (np.uint8, np.int64, np.float32):
+        forbidden += [part.astype(kind).tobytes() for part in (train, train.T, train[:, 0], train[:, 1])]
+    for name, content in saved.items():
+        for secret in forbidden:
+            assert secret not in content, (name, secret)
+
+
+# ------------------------------------------------------------------------------------------- 11. Command line
+
+
+@pytest.fixture
+def csv_run(csv_set):
+    """(folder of the images, rows, folder of a finished run) on a CSV data set."""
+    root, rows, arguments = csv_set
+    write_rows(root / "labels.csv", rows)
+    assert retune.main([*map(str, arguments), "--score", "pos", "--adaptor", "residual", "--lr", "0.05"]) == 0
+    return root, rows, root.parent / "run"
+
+
+def test_predict_gives_the_runs_own_scores_without_the_data_set(csv_run, encoder, capsys):
+    root, rows, run = csv_run
+    images = [str(root / row["path"]) for row in rows if row["split"] == "test"]
+    (root / "labels.csv").unlink()
+    capsys.readouterr()
+    assert retune.main(["--predict", *images, "--run", str(run), "--json"]) == 0
+    predictions = json.loads(capsys.readouterr().out)
+    assert [p["image"] for p in predictions] == images
+    tensors = list(retune.load_tensors(run / "adaptors.safetensors")[0].values())
+    weights = [v.double() for v in tensors]
+    bank = retune.embed_prompts(encoder, retune.load_prompts(HERE / "prompts.json", ["Edema", "Mass"]))
+    metrics, scores = json.loads((run / "metrics.json").read_text()), []
+    for prediction in predictions:
+        pixels = encoder.transform(retune.read_image(Path(prediction["image"])))[None]
+        x = encoder.encode_images(pixels).double()
+        cosines = plain_model(
+            x, bank.embeddings.double(), bank.group.tolist(), weights[:4], weights[4:], "residual", "mean"
+        )[0]
+        for c, name in enumerate(("Edema", "Mass")):
+            found = prediction["findings"][name]
+            assert found["score"] == pytest.approx((cosines[2 * c].item() + 1) / 2, abs=2e-6)
+            assert found["present"] == (cosines[2 * c] > cosines[2 * c + 1]).item()
+        scores.append([prediction["findings"][name]["score"] for name in ("Edema", "Mass")])
+    labels = np.array([[int(row["Edema"]), int(row["Mass"])] for row in rows if row["split"] == "test"])
+    auroc = sklearn_metrics.roc_auc_score(labels, scores)
+    assert metrics["after_task"][-1]["test"]["auroc_macro"] == pytest.approx(auroc, abs=0.05)
+    assert retune.main(["--predict", *images, "--run", str(run)]) == 0
+    table = capsys.readouterr().out
+    assert all(f"{score:.3f}" in table for row in scores for score in row)
+
+
+def test_predict_refuses_another_encoder_a_missing_run_and_an_unreadable_image(csv_run, tmp_path, capsys):
+    root, rows, run = csv_run
+    image = root / rows[0]["path"]
+    other = save_random_encoder(tmp_path / "other", seed=2)
+    assert "encoder" in failure(capsys, ["--predict", image, "--run", run, "--encoder", other])
+    assert "nowhere" in failure(capsys, ["--predict", image, "--run", "nowhere"])
+    assert "none.png" in failure(capsys, ["--predict", image, "none.png", "--run", run])
+    path = run / "adaptors.safetensors"
+    path.write_bytes(path.read_bytes()[:-30])
+    assert "adaptors.safetensors" in failure(capsys, ["--predict", image, "--run", run])
+
+
+@pytest.mark.parametrize(
+    "options, tasks",
+    [
+        (["--scenario", "data", "--parts", "4", "--adapt", "shared"], 4),
+        (["--scenario", "label", "--pool", "max", "--class-order", "random"], 5),
+        (["--scenario", "zero"], 0),
+        (["--scenario", "joint", "--no-negatives", "--score", "pos", "--optimizer", "sgd"], 1),
+        (
+            [
+                "--scenario",
+                "class",
+                "--positives-only",
+                "--parts",
+                "5",
+                "--adaptor",
+                "linear",
+                "--adapt",
+                "image",
+            ],
+            5,
+        ),
+        (["--scenario", "data", "--contiguous", "--parts", "3", "--pool", "single", "--adapt", "text"], 3),
+        (["--scenario", "joint", "--adaptor", "residual", "--logit-scale", "10", "--classes", "Edema"], 1),
+    ],
+)
+def test_every_switch_runs_end_to_end_and_scores_every_class(demo_arguments, tmp_path, options, tasks):
+    arguments = demo_arguments[: demo_arguments.index("--scenario")]
+    assert retune.main([*arguments, "--epochs", "1", *options, "--output", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert len(metrics["after_task"]) == len(metrics["tasks"]) == tasks
+    last = [metrics["zero_shot"], *metrics["after_task"]][-1]
+    assert all(0 <= value <= 1 for value in last["test"]["auroc"].values())
+    assert len(list((tmp_path / "run").glob("task_*.safetensors"))) == tasks
+
+
+def test_the_default_run_learns_what_the_readme_says(tmp_path):
+    """The first command of the README but for fewer images: above zero-shot, little forgotten."""
+    if not (HERE / "tiny/model.safetensors").is_file():
+        pytest.skip("the embedded encoder is not here")
+    arguments = ["--epochs", "5", "--demo-images", "3000", "--output", str(tmp_path / "run")]
+    assert retune.main([*arguments, "--scenario", "data"]) == 0
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    zero, last = (stage["test"]["auroc_macro"] for stage in (metrics["zero_shot"], metrics["after_task"][-1]))
+    assert 0.55 < zero < 0.8 and last > zero + 0.05 and last > 0.75
+    assert metrics["continual"]["forgetting"] < 0.05
+
+
+def test_real_radiographs_run_end_to_end(tmp_path, demo_arguments):
+    folder = os.environ.get("RETUNE_NIH_DIR")
+    if not folder:
+        pytest.skip("RETUNE_NIH_DIR is not set")
+    classes = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion"]
+    tiny = (HERE / "tiny/model.safetensors").is_file()
+    encoder = "tiny" if tiny else demo_arguments[demo_arguments.index("--encoder") + 1]
+    arguments = ["--data", "nih", "--data-dir", folder, "--scenario", "class", "--classes", *classes]
+    options = ["--encoder", encoder, "--epochs", "2", "--output", str(tmp_path / "run")]
+    assert retune.main([*arguments, *options]) == 0
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    table = retune.read_table(next(Path(folder).glob("Data_Entry*.csv")))
+    test = set(Path(folder, "test_list.txt").read_text().split())
+    listed = [
+        findings for name, findings in zip(table["Image Index"], table["Finding Labels"]) if name in test
+    ]
+    last = metrics["after_task"][-1]["test"]
+    assert last["n"] == len(listed) and list(last["auroc"]) == classes
+    assert all(0.2 < value < 1 for value in last["auroc"].values())
+    data = retune.load_radiographs(retune.Config(data="nih", data_dir=folder, classes=tuple(classes)))
+    for c, name in enumerate(classes):
+        positives = sum(name in findings.split("|") for findings in listed)
+        assert data.labels[data.where("test"), c].sum() == positives > 0
+    splits = retune.read_table(tmp_path / "run/splits.csv")
+    assert len(set(zip(splits["patient"], splits["split"]))) == len(set(splits["patient"]))
+    assert len(splits["image"]) == len(table["Image Index"])
