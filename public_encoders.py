@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retune import InputError
+from retune import InputError, is_ours, read_folder, read_json
 
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> list:
@@ -81,8 +81,6 @@ def read_published(name: str, directory: str | Path | None) -> tuple[dict, dict[
     config, state, tokenizer = read_encoder(folder)
     if config["name"] == folder.name and not Path(name).is_dir():
         config["name"] = name  # a hub id rather than the folder with its files
-    if name in HUB and config["name"] != name:
-        raise InputError(f"{folder} holds the encoder {config['name']}, not {name}")
     return config, state, tokenizer
 
 
