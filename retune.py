@@ -639,9 +639,10 @@ class DualEncoder(nn.Module):
         if is_ours(folder):
             config, state, tokenizer = read_folder(folder)
         else:
-            config, state, tokenizer = importlib.import_module("public_encoders").read_published(
-                name, directory
-            )
+            published = importlib.import_module("public_encoders")
+            config, state, tokenizer = published.read_published(name, directory)
+        if name in ("biomedclip", "biovil") and config["name"] != name:
+            raise InputError(f"{folder} holds the encoder {config['name']}, not {name}")
         if crop is not None:
             if config["image"].get("library") != "torchvision":
                 raise InputError(f"crop {crop}: the image size of {config['name']} is fixed, leave crop out")
