@@ -40,59 +40,69 @@ class Domain:
 
 
 DOMAINS = {
-    "demo": Domain((0.55, 0.9), (1.0, 1.6), 0.035, (0.35, 0.9), (0.9, 1.05), 0.5, 0.0),
+    "demo": Domain((0.4, 0.7), (1.8, 2.8), 0.025, (0.5, 1.0), (0.70, 0.78), 0.5, 0.0),
     "pretrain": Domain((0.9, 1.15), (0.8, 1.1), 0.02, (0.4, 1.0), (0.97, 1.08), 0.5, 0.1),
 }
 
-SEVERITY_WORDS = {"effusion": ("small", "moderate", "large"), "other": ("mild", "moderate", "severe")}
-SENTENCES = {
+SEVERITY_WORDS = {
+    "Pleural Effusion": ("small", "moderate", "large"),
+    "default": ("mild", "moderate", "severe"),
+}
+# What a radiologist calls each finding, and signs that stand for it without naming it.
+TERMS = {
     "Atelectasis": (
         "{severity} {side} basilar atelectasis",
-        "linear opacities at the {side} base consistent with atelectasis",
-        "there is {side} lower lobe atelectasis with volume loss",
-        "band like opacities suggest {severity} {side} atelectasis",
-        "findings are most compatible with {side} atelectasis",
+        "{side} linear atelectasis with volume loss",
+        "atelectasis",
     ),
-    "Cardiomegaly": (
-        "{severity} cardiomegaly",
-        "the heart is {severity}ly enlarged",
-        "the cardiac silhouette is enlarged consistent with cardiomegaly",
-        "enlarged heart suggesting {severity} cardiomegaly",
-        "findings are compatible with cardiomegaly",
-    ),
-    "Consolidation": (
-        "{side} {zone} zone consolidation",
-        "there is a focal consolidation in the {side} {zone} lung",
-        "{side} {zone} zone airspace opacity consistent with consolidation",
-        "a patchy opacity in the {side} lung suggests consolidation",
-        "findings can represent {severity} consolidation",
-    ),
+    "Cardiomegaly": ("{severity} cardiomegaly", "cardiomegaly", "an enlarged heart"),
+    "Consolidation": ("{side} {zone} lung consolidation", "{severity} focal consolidation", "consolidation"),
     "Edema": (
         "{severity} pulmonary edema",
-        "perihilar haze consistent with {severity} edema",
-        "vascular congestion and interstitial edema",
-        "bilateral perihilar opacities suggest pulmonary edema",
-        "findings are most compatible with {severity} edema",
+        "{severity} interstitial edema with vascular congestion",
+        "edema",
     ),
+    "Pleural Effusion": ("{severity} {side} pleural effusion", "{side} pleural effusion", "pleural effusion"),
+}
+SIGNS = {
+    "Atelectasis": (
+        "band like opacities at the {side} lung base",
+        "low {side} lung volume with linear opacities",
+    ),
+    "Cardiomegaly": ("the heart is {severity}ly enlarged", "the cardiac silhouette is enlarged"),
+    "Consolidation": (
+        "patchy airspace opacity in the {side} {zone} lung",
+        "dense {side} {zone} airspace opacity",
+    ),
+    "Edema": ("bilateral perihilar opacities", "bilateral perihilar haze with vascular congestion"),
     "Pleural Effusion": (
-        "{severity} {side} pleural effusion",
-        "there is a {severity} {side} pleural effusion",
-        "blunting of the {side} costophrenic angle consistent with pleural effusion",
-        "layering fluid suggests a {severity} {side} pleural effusion",
-        "findings can represent a {side} pleural effusion",
+        "blunting of the {side} costophrenic angle",
+        "{severity} layering {side} pleural fluid",
     ),
 }
-NORMAL = {
-    "Atelectasis": ("no atelectasis", "no evidence of atelectasis", "the lungs are well expanded"),
-    "Cardiomegaly": ("no cardiomegaly", "heart size is normal", "the cardiac silhouette is not enlarged"),
-    "Consolidation": ("no focal consolidation", "no signs of consolidation", "no airspace opacity"),
-    "Edema": ("no pulmonary edema", "no evidence of acute edema", "no vascular congestion"),
-    "Pleural Effusion": (
-        "no pleural effusion",
-        "no signs of pleural effusion",
-        "costophrenic angles are sharp",
-    ),
+NORMAL_SIGNS = {
+    "Atelectasis": ("the lungs are well expanded", "the lung bases are clear"),
+    "Cardiomegaly": ("the heart is normal in size", "the cardiac silhouette is normal in size"),
+    "Consolidation": ("no airspace opacity", "the lungs are clear with no focal consolidation"),
+    "Edema": ("no vascular congestion", "the pulmonary vessels are normal"),
+    "Pleural Effusion": ("the costophrenic angles are sharp", "the costophrenic angles are clear"),
 }
+PRESENT = (
+    "{}",
+    "there is {}",
+    "{} is seen",
+    "{} is present",
+    "findings are consistent with {}",
+    "findings suggest {}",
+)
+ABSENT = (
+    "no {}",
+    "there is no {}",
+    "no {} is seen",
+    "no evidence of {}",
+    "no signs of acute {}",
+    "{} is absent",
+)
 
 
 @dataclass(frozen=True)
@@ -222,28 +232,38 @@ def _films(generator, n, domain):
 
 
 def _report(severity, film, domain, generator):
-    """A report in the radiologist's manner: what is seen, and some of what is not, in any order."""
-    sides = ("right", "left", "bilateral")
-    zone = ("upper", "mid", "lower")[int(np.digitize(film["focus"][1], [-0.2, 0.05]))]
-    side = {
-        "Atelectasis": "atelectasis_side",
-        "Consolidation": "consolidation_side",
-        "Pleural Effusion": "effusion_side",
-    }
+    """A report in the radiologist's manner: what is seen, and some of what is not, in any order.
+
+    Some reports are terse and others complete: each draws its own rate of negative statements.
+    """
+    negatives = domain.negatives * 2 * generator.random()
+    zone = ("upper", "middle", "lower")[int(np.digitize(film["focus"][1], [-0.2, 0.05]))]
     sentences = []
     for finding, value in zip(FINDINGS, severity, strict=True):
         if value > 0 and generator.random() >= domain.omissions:
-            words = SEVERITY_WORDS["effusion" if finding == "Pleural Effusion" else "other"]
-            sentence = SENTENCES[finding][generator.integers(len(SENTENCES[finding]))]
-            place = sides[film[side[finding]]] if finding in side else ""
+            words = SEVERITY_WORDS.get(finding, SEVERITY_WORDS["default"])
+            side = film.get(f"{finding.split()[-1].lower()}_side", 0)
+            sentence = _pick(generator, SIGNS[finding])
+            if generator.random() < 0.7:
+                sentence = _pick(generator, PRESENT).format(_pick(generator, TERMS[finding]))
+            grade = words[int(np.digitize(value, [0.5, 0.75]))]
             sentences.append(
-                sentence.format(severity=words[int(np.digitize(value, [0.5, 0.75]))], side=place, zone=zone)
+                sentence.format(severity=grade, side=("right", "left", "bilateral")[side], zone=zone)
             )
-        elif value == 0 and generator.random() < domain.negatives:
-            sentences.append(NORMAL[finding][generator.integers(len(NORMAL[finding]))])
+        elif value == 0 and generator.random() < negatives:
+            sentence = _pick(generator, NORMAL_SIGNS[finding])
+            if generator.random() < 0.7:
+                term = _pick(generator, TERMS[finding]).format(severity="", side="", zone="")
+                sentence = _pick(generator, ABSENT).format(term.strip())
+            sentences.append(sentence)
     if not sentences:
-        sentences = ["no acute cardiopulmonary process"]
-    return " ".join(f"{sentences[i].capitalize()}." for i in generator.permutation(len(sentences)))
+        sentences = ["no acute cardiopulmonary abnormality"]
+    text = " ".join(f"{sentences[i]}." for i in generator.permutation(len(sentences)))
+    return " ".join(text.replace(" no an ", " no ").split())
+
+
+def _pick(generator, choices):
+    return choices[generator.integers(len(choices))]
 
 
 def _step(distance, softness=0.02):
