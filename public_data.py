@@ -56,9 +56,9 @@ NIH_FINDINGS = (
 def load_nih(config: Config) -> Radiographs:
     """NIH ChestX-ray14: 112,120 frontal images of 30,805 patients, 14 findings, each present (1) or not (0).
 
-    Both layouts (`images/`, `images_001..012/images/`) and the official lists (86,524 train_val, 25,596 test); a
-    tenth of the train_val patients, by hash, become validation. Wang et al., "ChestX-ray8", CVPR 2017. Free to use;
-    cite the paper and link to the NIH's download page.
+    Both layouts (`images/`, `images_001..012/images/`) and the official lists (86,524 train_val, 25,596 test); an
+    eighth of the train_val patients, by hash, become validation, which gives ChestMNIST's 7:1:2.
+    Wang et al., "ChestX-ray8", CVPR 2017. Free to use; cite the paper and link to the NIH's download page.
     """
     root = config.root
     path = Path(config.labels_csv) if config.labels_csv else one_file(root, ["Data_Entry_2017*.csv"])
@@ -79,7 +79,7 @@ def load_nih(config: Config) -> Radiographs:
                 raise InputError(f"{rows[i]}: unknown finding {finding!r}; {nearest(finding, NIH_FINDINGS)}")
         if names[i] not in lists:
             raise InputError(f"{rows[i]}: {names[i]} is in neither train_val_list.txt nor test_list.txt")
-    held_out = patient_split(table["Patient ID"], {"train": 0.9, "val": 0.1})
+    held_out = patient_split(table["Patient ID"], {"train": 7 / 8, "val": 1 / 8})
     split = [held_out[i] if lists[name] == "train" else "test" for i, name in enumerate(names)]
     folders = [d for d in [root / "images", *sorted(root.glob("images_*/images"))] if d.is_dir()]
     home = {name: folder for folder in folders for name in os.listdir(folder)}
