@@ -1,6 +1,7 @@
 """Loaders of published data sets, on miniature trees in the layouts of the releases and a server on 127.0.0.1."""
 
 import concurrent.futures
+import errno
 import gzip
 import hashlib
 import http.server
@@ -441,6 +442,19 @@ def test_chestmnist_server_errors(tmp_path, server, status, tries):
     with pytest.raises(InputError, match=f"{status}.*put the file at"):
         load_radiographs(chestmnist(tmp_path))
     assert len(server.asked) == tries
+
+
+def test_chestmnist_full_disk_is_said_at_once(tmp_path, monkeypatch):
+    tried = []
+
+    def receive(url, partial):
+        tried.append(url)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(public_data, "receive", receive)
+    with pytest.raises(InputError, match="No space left on device; run again to go on"):
+        load_radiographs(chestmnist(tmp_path))
+    assert len(tried) == 1
 
 
 def test_chestmnist_no_server(tmp_path, monkeypatch):
