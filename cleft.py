@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -92,7 +93,7 @@ class Config:
     prompt_steps: int | None = setting(None, "steps of stage 2 (authors: 8,000; demo: 300)", type=int)
     prompt_lr: float | None = setting(None, "learning rate of stage 2 (authors: 1e-4; demo: 0.1)", type=float)
 
-    balanced: int = setting(200, "images of each class in the single-label test set, at most")
+    balanced: int = setting(200, "images a class in the single-label test, at most; 0 for none")
     finetune_epochs: int = setting(0, "epochs of full fine-tuning in the evaluation; 0 leaves it out")
 
     seed: int = setting(42, "seed")
@@ -103,7 +104,7 @@ class Config:
 
     def __post_init__(self):
         for name in ("steps", "lr", "batch_size", "accumulate", "dim", "temperature", "save_every", "context_tokens",
-                     "prompt_steps", "prompt_lr", "balanced", "demo_images", "lora_rank", "context_length"):  # fmt: skip
+                     "prompt_steps", "prompt_lr", "demo_images", "lora_rank", "context_length"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"--{name.replace('_', '-')} {value} must be positive")
@@ -151,23 +152,8 @@ def load_pretrain(config: retune.Config) -> Radiographs:
 
 
 def load_rsna(config: retune.Config) -> Radiographs:
-    """RSNA pneumonia: stage_2_train_labels.csv (patientId, Target; a row a box) and stage_2_train_images/*.dcm."""
-    root = config.root
-    path = Path(config.labels_csv) if config.labels_csv else retune.one_file(root, ["*train_labels*.csv"])
-    table = retune.read_table(path, ["patientId", "Target"])
-    targets: dict[str, float] = {}
-    for row, (patient, target) in enumerate(zip(table["patientId"], table["Target"], strict=True), 2):
-        if target not in ("0", "1"):
-            raise InputError(f"{path} row {row}: Target {target!r} is not 0 or 1")
-        targets[patient] = max(targets.get(patient, 0.0), float(target))
-    folder = "stage_2_train_images/" if (root / "stage_2_train_images").is_dir() else ""
-    names = [f"{folder}{patient}.dcm" for patient in targets]
-    split = retune.patient_split(list(targets), {"train": 0.7, "val": 0.1, "test": 0.2})
-    images = [retune.safe_path(root, name, f"{path}, {name}") for name in names]
-    labels = np.array(list(targets.values()), np.float32)[:, None]
-    return Radiographs(
-        images, labels, ("Pneumonia",), list(targets), split, names, note=f"RSNA: {len(names)} images"
-    )
+    """RSNA pneumonia, as adaptor.py reads it."""
+    return importlib.import_module("segmentation").load_masked(config)
 
 
 # The assessment letters of EMBED's clinical table, and the BI-RADS category that each stands for, mildest first.
@@ -279,7 +265,7 @@ def build_encoder(config: Config, texts: Sequence[str]) -> DualEncoder:
     image, transform, image_weights = image_part(config)
     text, tokenizer, text_weights = text_part(config, texts)
     description = {
-        "name": Path(config.output).name,
+        "name": "cleft",
         "dim": config.dim,
         "image": image,
         "text": text,
@@ -449,7 +435,7 @@ def add_peft(tower: nn.Module, config: Config) -> nn.Module:
     try:
         return get_peft_model(tower, kinds[config.peft]())
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        kind, reason = tower.config.model_type, " ".join(str(error).split())[:200]
+        kind, reason = type(tower).__name__, " ".join(str(error).split())[:200]
         raise InputError(
             f"--peft {config.peft}: the text tower ({kind}) does not support it ({reason})"
         ) from None
@@ -560,7 +546,7 @@ def train(
     for step, batch in enumerate(bar, first):
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad(set_to_none=True)
         loss = compute(step, batch)
         if not math.isfinite(loss.item()):
             raise InputError(f"{name}, step {step + 1}: the loss is {loss.item()}; lower the learning rate")
@@ -754,9 +740,8 @@ def tune_prompt(model: Cleft, data: Radiographs, embeddings: np.ndarray, config:
 def embed_images(model: Cleft, data: Radiographs, config: Config) -> np.ndarray:
     """Stored image embeddings [N,D] of the tuned image tower."""
     device = retune.pick_device(config.device)
-    return retune.embed(
-        model.encoder, data, Path(config.cache_dir), batch_size=64, workers=config.workers, device=device
-    )
+    options = {"batch_size": 64, "workers": config.workers, "precision": config.precision, "device": device}
+    return retune.embed(model.encoder, data, Path(config.cache_dir), **options)
 
 
 def class_texts(model: Cleft, data: Radiographs, config: Config) -> torch.Tensor:
@@ -784,7 +769,7 @@ def balanced_rows(data: Radiographs, rows: np.ndarray, k: int, seed: int) -> np.
     counts = np.bincount(label, minlength=len(data.class_names))
     if counts.min() == 0:
         name = data.class_names[int(counts.argmin())]
-        raise InputError(f"--balanced: no test image has {name} as its only finding; choose other --classes")
+        raise InputError(f"no test image has {name} as its only finding; --balanced 0 leaves that test out")
     generator, k = np.random.default_rng(seed), min(k, int(counts.min()))
     return np.concatenate([generator.permutation(single[label == c])[:k] for c in range(len(counts))])
 
@@ -857,7 +842,9 @@ def finetune(model: Cleft, data: Radiographs, rows: np.ndarray, config: Config) 
 def evaluate(config: Config, data: Radiographs) -> dict:
     """Every measure on the test split, written to evaluation.json, evaluation.md and balanced.csv in --output."""
     folder, model = Path(config.output), stage1(config, data)
-    embeddings, test = embed_images(model, data, config), data.where("test")
+    embeddings, test = embed_images(model, data, config), data.where("test")  # by all ranks; the rest by one
+    if retune.ranks()[0] > 0:
+        return {}
     images = F.normalize(torch.from_numpy(np.array(embeddings[test], np.float32)), dim=1)
     texts = {"zero-shot": class_texts(model, data, config)}
     prompt = Prompt(model, data.class_names, config)
@@ -868,7 +855,7 @@ def evaluate(config: Config, data: Radiographs) -> dict:
     results["linear probe"] = measure(linear_probe(embeddings, data, data.where("train"), test), data, test)
     if config.finetune_epochs:
         results["full fine-tuning"] = measure(finetune(model, data, test, config), data, test)
-    if len(data.class_names) > 1:
+    if len(data.class_names) > 1 and config.balanced:
         chosen = balanced_rows(data, test, config.balanced, config.seed)
         at = np.searchsorted(test, chosen)
         for name, t in texts.items():
@@ -896,7 +883,9 @@ def export(config: Config, data: Radiographs, target: Path, dtype: torch.dtype =
         )
     if config.peft != "none":
         model.encoder.text.tower = tower.merge_and_unload()
-    model.encoder.cpu().save(target, dtype)
+    model.encoder.config["name"] = target.name
+    if retune.ranks()[0] == 0:
+        model.encoder.cpu().save(target, dtype)
     retune.say(f"written to {target}")
 
 
@@ -962,7 +951,7 @@ def count(config: Config) -> str:
 DATASETS = {"pretrain": load_pretrain, "rsna": load_rsna, "embed": load_embed}
 
 
-def run(command: str, config: Config, target: Path | None) -> None:
+def run(command: str, config: Config, target: Path | None = None, dtype: torch.dtype = torch.float32) -> None:
     """One command, or `all` of them in order; every stage finds in --output what the one before left."""
     data_config = retune.Config(**{key: getattr(config, key) for key in retune.DATA_KEYS})
     data, folder = retune.load_radiographs(data_config), Path(config.output)
@@ -980,7 +969,7 @@ def run(command: str, config: Config, target: Path | None) -> None:
         if command in ("evaluate", "all"):
             evaluate(config, data)
         if command == "export":
-            export(config, data, target)
+            export(config, data, target, dtype)
 
 
 EVALUATION = (
@@ -988,17 +977,6 @@ EVALUATION = (
     "finetune_epochs",
     "save_every",
 )  # settings that the stages' results do not depend on
-
-
-def make_tiny(target: Path, output: str) -> None:
-    """Train the encoder that is shipped: a preset of stage 1, no trainer of its own."""
-    if target.exists():
-        raise InputError(f"{target} exists: move it away, or name another folder with --to")
-    config = settle(Config(**TINY, output=output))
-    data = retune.load_radiographs(retune.Config(**{key: getattr(config, key) for key in retune.DATA_KEYS}))
-    Path(output).mkdir(parents=True, exist_ok=True)
-    pretrain(config, data)
-    export(config, data, target, torch.float16)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1015,8 +993,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         retune.join_ranks()
         if arguments.command == "count":
             print(count(config))
-        elif arguments.command == "make-tiny":
-            make_tiny(arguments.to or HERE / "tiny", arguments.output)
+        elif arguments.command == "make-tiny":  # a preset of stage 1, no trainer of its own
+            if (target := arguments.to or HERE / "tiny").exists():
+                raise InputError(f"{target} exists: move it away, or name another folder with --to")
+            config = settle(Config(**TINY, output=arguments.output))
+            run("pretrain", config)
+            run("export", config, target, torch.float16)
         elif arguments.command == "export" and arguments.to is None:
             raise InputError("export needs --to, a new folder")
         else:
