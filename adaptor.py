@@ -19,6 +19,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import hashlib
 import math
 import shutil
 import sys
@@ -327,10 +328,9 @@ def retrieval(image: torch.Tensor, text: torch.Tensor, words: Sequence[str]) -> 
         result[name]["median_rank"] = rank.double().median().item()
     wrong = n - torch.bincount(group)[group].double()
     miss, result["chance"] = torch.ones(n, dtype=torch.double), {}
-    for k in range(min(10, n)):
-        miss = miss * (wrong - k).clamp_min(0) / (n - k)
-        if k + 1 in (1, 5, 10):
-            result["chance"][f"recall_{k + 1}"] = 1 - miss.mean().item()
+    for k in range(1, 11):
+        miss = miss * (wrong - k + 1).clamp_min(0) / max(1, n - k + 1)  # the k-th place is wrong too
+        result["chance"][f"recall_{k}"] = 1 - miss.mean().item()
     return result
 
 
@@ -413,13 +413,10 @@ def load_adaptor(folder: Path, encoder: DualEncoder) -> Adaptor:
     return model.eval()
 
 
-def make_pairs(
-    config: Config, data: Radiographs, encoder: DualEncoder, images: np.memmap, device: str
-) -> Pairs:
+def make_pairs(config: Config, data: Radiographs, texts, encoder: DualEncoder, images, device: str) -> Pairs:
     """Embed the texts of the images that have one, and pair the rows of each split."""
-    texts, source = make_texts(config, data)
     paired = np.array([i for i, text in enumerate(texts) if text])
-    say(f"texts: {source}; {len(paired):,} pairs, {len(texts) - len(paired):,} images without a text")
+    say(f"{len(paired):,} pairs; {len(texts) - len(paired):,} images without a text")
     if not len(paired):
         raise InputError(f"--data {config.data}: no image has a report; use --texts labels")
     words = [texts[i] for i in paired]
@@ -430,21 +427,19 @@ def make_pairs(
     return Pairs(images, embed_texts(encoder, words, config, device), rows, words)
 
 
-def align(config: Config, data: Radiographs, encoder: DualEncoder, images: np.memmap, device: str) -> dict:
+def align(config: Config, encoder: DualEncoder, pairs: Pairs | None, device: str) -> dict:
     """Pre-train the adaptor, or take an earlier run's; save it and write retrieval.json."""
     folder, file = config.folder, config.folder / "retrieval.json"
     if file.exists():
         return retune.read_json(file)
     model = load_adaptor(config.pretrained, encoder) if config.pretrained else build_adaptor(encoder, config)
     model, result = model.to(device), {"history": []}
-    if not config.pretrained or data.reports is not None or config.data == "mimic":
-        pairs = make_pairs(config, data, encoder, images, device)
-        if not config.pretrained:
-            result["before"] = validate(model, pairs, "test", config, device)
-            result["history"] = pretrain(model, pairs, config, folder, device)
+    if not config.pretrained:
+        result["before"] = validate(model, pairs, "test", config, device)
+        result["history"] = pretrain(model, pairs, config, folder, device)
+        draw_curves(folder / "loss.png", result["history"])
+    if pairs is not None:
         result["test"] = validate(model, pairs, "test", config, device)
-        if result["history"]:
-            draw_curves(folder / "loss.png", result)
     metadata = {"encoder": encoder.fingerprint(), "name": encoder.config["name"], "model": {
         "image_dim": encoder.dim, "text_dim": encoder.text_dim, "width": model.image_projection.out_features,
         "layers": len(model.layers), "heads": model.layers[0].self_attn.num_heads,
@@ -455,11 +450,10 @@ def align(config: Config, data: Radiographs, encoder: DualEncoder, images: np.me
     return retune.read_json(file)
 
 
-def draw_curves(path: Path, result: dict) -> None:
+def draw_curves(path: Path, history: Sequence[dict]) -> None:
     """Losses and recall at 5 over the epochs."""
     from matplotlib.figure import Figure
 
-    history = result["history"]
     epochs = range(1, len(history) + 1)
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -507,76 +501,94 @@ def summary(metrics: dict) -> str:
     return "\n\n".join(parts)
 
 
+NOT_IDENTITY = (
+    "export",
+    "skip_bad_images",
+    "reports_dir",
+)  # a folder's run may differ in these; texts are compared
+
+
 def run(config: Config) -> dict:
     """Everything the configuration asks for; what its folder already holds is not done again."""
-    data = load_data(config)
+    data, rank = load_data(config), ranks()[0]
     config, device = settle(config, len(data.where("train"))), retune.pick_device(config.device)
     encoder, folder = load_backbones(config), config.folder
-    if data.note:
-        say(data.note)
-    towers = f"{config.image_encoder} ({encoder.dim}) + {config.text_encoder} ({encoder.text_dim})"
-    say(
-        f"{config.data}: {len(data.images):,} images of {len(set(data.patients)):,} patients; frozen: {towers}"
+    # an earlier adaptor is measured on reports alone: with captions, the wording would be what is measured
+    texts, source = make_texts(config, data) if not config.pretrained or data.reports else ([], "not used")
+    n, towers = (
+        len(data.images),
+        f"{config.image_encoder} ({encoder.dim}), {config.text_encoder} ({encoder.text_dim})",
     )
-    identity = dataclasses.asdict(config) | {"encoder": encoder.fingerprint()}
-    identity = {k: v for k, v in identity.items() if k not in ("export", "skip_bad_images")}
+    say(
+        f"{data.note}\n{config.data}: {n:,} images of {len(set(data.patients)):,} patients; texts: {source}".strip()
+    )
+    say(f"frozen towers: {towers}; adaptor: {config.layers} layers of width {config.width}, {device}")
+    content = (data.names, data.patients.tolist(), data.split.tolist(), data.labels.tolist(), data.key, texts)
+    identity = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IDENTITY}
+    identity["encoder_fingerprint"] = encoder.fingerprint()
+    identity["data_fingerprint"] = hashlib.sha256(repr(content).encode()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
-    with retune.locked(folder, wait=False) if ranks()[0] == 0 else contextlib.nullcontext():
-        if ranks()[0] == 0:
+    with retune.locked(folder, wait=False) if rank == 0 else contextlib.nullcontext():
+        if rank == 0:
             retune.claim(folder, identity)
         if (folder / "metrics.json").exists():
             say(f"{folder}: finished before; delete it to run again")
             metrics = retune.read_json(folder / "metrics.json")
         else:
-            metrics = run_stages(config, data, encoder, folder, device)
-        if config.export and ranks()[0] == 0:
+            metrics = run_stages(config, data, texts, encoder, device)
+        if config.export and rank == 0:
             export_pair(load_adaptor(folder, encoder), encoder, config.export)
             say(
-                f"aligned pair written to {config.export}; python retune.py --encoder {config.export} --scenario class"
+                f"aligned pair: {config.export}; next: python retune.py --encoder {config.export} --scenario class"
             )
     return metrics
 
 
-def run_stages(config: Config, data: Radiographs, encoder: DualEncoder, folder: Path, device: str) -> dict:
+def run_stages(
+    config: Config, data: Radiographs, texts: Sequence[str], encoder: DualEncoder, device: str
+) -> dict:
     """Embed, align, classify, segment, report; under torchrun all ranks embed and the first does the rest."""
+    import classification
+    import segmentation
+
+    wanted, masks = config.stages or ("classification", "segmentation"), None
+    if "segmentation" in wanted:
+        masks = segmentation.find_masks(config, data)
+        if masks is None and config.stages:
+            raise InputError(
+                f"--stages segmentation: {config.data} has no masks; demo, {', '.join(MASKED)} have"
+            )
     start = time.perf_counter()
     images = embed(Side(encoder, "image", encoder.dim), data, config, device)
     if bad := retune.embedding_facts(images)["unreadable"]:
         say(f"left out {len(bad)} unreadable images, the first: {next(iter(bad.values()))}")
-        data = dataclasses.replace(
-            data, split=["unreadable" if i in bad else s for i, s in enumerate(data.split)]
-        )
-    if ranks()[0] != 0:
-        return {}
-    wanted = config.stages or ("retrieval", "classification", "segmentation")
+        split = ["unreadable" if i in bad else s for i, s in enumerate(data.split)]
+        data = dataclasses.replace(data, split=split)
+    pairs = make_pairs(config, data, texts, encoder, images, device) if texts else None
+    if ranks()[1] > 1:
+        first = ranks()[0] == 0
+        torch.distributed.destroy_process_group()
+        if not first:
+            return {}
     metrics = {"config": dataclasses.asdict(config), "classes": list(data.class_names)}
-    metrics["retrieval"] = align(config, data, encoder, images, device)
-    model = load_adaptor(folder, encoder).to(device)
+    metrics["retrieval"] = align(config, encoder, pairs, device)
+    model = load_adaptor(config.folder, encoder).to(device)
     if "classification" in wanted:
-        import classification
-
         metrics["classification"] = classification.classify(model, images, data, config, device)
-    if "segmentation" in wanted:
-        import segmentation
-
-        if (masks := segmentation.find_masks(config, data)) is not None:
-            metrics["segmentation"] = segmentation.segment(model, encoder, data, masks, config, device)
-        elif config.stages:
-            raise InputError(
-                f"--stages segmentation: {config.data} has no masks; demo, {', '.join(MASKED)} have"
-            )
+    if masks is not None:
+        metrics["segmentation"] = segmentation.segment(model, encoder, data, masks, config, device)
     metrics["parameters"] = parameter_table(model, encoder)
     metrics["cost"] = {"seconds": time.perf_counter() - start, "peak_memory_mb": retune.peak_memory_mb(),
                        "trainable_parameters": count(model)}  # fmt: skip
-    report(folder, metrics, data, config)
+    report(config, metrics, data)
     return metrics
 
 
-def report(folder: Path, metrics: dict, data: Radiographs, config: Config) -> None:
-    """splits.csv (with the smallest labelled share an image is in, first repeat), table.md and, last, metrics.json."""
+def report(config: Config, metrics: dict, data: Radiographs) -> None:
+    """splits.csv (with the least labelled share an image is in, first repeat), table.md and, last, metrics.json."""
     from classification import nested_subsets
 
-    train, share = data.where("train"), [""] * len(data.images)
+    folder, train, share = config.folder, data.where("train"), [""] * len(data.images)
     fractions = sorted(config.fractions, reverse=True)
     for fraction, subset in zip(fractions, nested_subsets(data.patients[train], fractions, config.seed)):
         for row in train[subset]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -16,15 +15,12 @@ from retune import DualEncoder, InputError, Radiographs
 from unimodal import Side, embed
 
 
-def read_sections(text: str) -> str:
-    """The findings and impression of a MIMIC-CXR report in one line; empty when it has neither.
-
-    A section runs from its upper-case heading to the next; the blanks left by de-identification (___) go.
-    """
-    pieces = re.split(r"(?m)^[ \t]*([A-Z][A-Z /,()]*[A-Z)])[ \t]*:", text)[1:]  # heading, body, heading, ...
-    sections = zip(pieces[::2], pieces[1::2])
-    wanted = [body for heading, body in sections if "FINDINGS" in heading or "IMPRESSION" in heading]
-    return " ".join(re.sub(r"_{2,}", " ", " ".join(wanted)).split())
+def read_or_blank(texts: Sequence[str], i: int) -> str:
+    """Text i on one line, "" when its file is missing."""
+    try:
+        return " ".join(texts[i].split())
+    except FileNotFoundError:
+        return ""
 
 
 def caption(labels: Sequence[float], names: Sequence[str]) -> str:
@@ -36,19 +32,15 @@ def caption(labels: Sequence[float], names: Sequence[str]) -> str:
 def make_texts(config, data: Radiographs) -> tuple[list[str], str]:
     """(one text per image, "" where there is none and --skip-unpaired allows it; where they come from)."""
     reports = data.reports
-    if config.data == "mimic" and config.texts != "labels":
-        root = Path(config.reports_dir or config.data_dir)
-        files = [root / Path(name).parent.with_suffix(".txt") for name in data.names]
-        found = {
-            file: file.read_text(encoding="utf-8", errors="replace") for file in set(files) if file.is_file()
-        }
-        if found or config.texts == "reports" or config.reports_dir:
-            reports = [read_sections(found.get(file, "")) for file in files]
+    if config.reports_dir:
+        from public_data import MimicReports
+
+        reports = MimicReports([Path(config.reports_dir) / name for name in data.names])
     if config.texts == "labels" or (reports is None and config.texts == "auto"):
         return [caption(row, data.class_names) for row in data.labels], "captions made from the labels"
     if reports is None:
         raise InputError(f"--texts reports: the data set {config.data} has no reports; use --texts labels")
-    reports = [" ".join(text.split()) for text in reports]
+    reports = [read_or_blank(reports, i) for i in range(len(data.images))]
     if "" in reports and not config.skip_unpaired:
         row, missing = data.rows[reports.index("")], reports.count("")
         raise InputError(

@@ -386,7 +386,7 @@ def draw_overlay(path: Path, data, chosen, test, truth, predicted, encoder, imag
         image = (
             retune.read_image(image) if isinstance(image, Path) else torch.from_numpy(np.array(image))[None]
         )
-        grey = encoder.transform(image)[0]
+        grey = encoder.transform(image)[0].numpy()
         for line, (masks, title) in enumerate(((truth[i], "true"), (predicted[i], "predicted"))):
             axes[line, column].imshow(grey, cmap="gray")
             for mask, colour in zip(masks, colours):
