@@ -124,7 +124,14 @@ def fork():
     if not hasattr(signal, "SIGKILL") or "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("needs POSIX processes")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_retune", "torchvision", "transformers", "matplotlib.figure"])
+    models = [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "resnet")]
+    heavy = [
+        "test_retune",
+        "torchvision.transforms.v2",
+        "matplotlib.backends.backend_agg",
+        "safetensors.torch",
+    ]
+    context.set_forkserver_preload([*heavy, "PIL.PngImagePlugin", *models])
     here = os.getcwd()
     os.chdir(HERE)
     multiprocessing.forkserver.ensure_running()
@@ -1669,20 +1676,17 @@ def test_models_of_one_seed_are_alike_and_drawn_without_the_global_generator():
 
 
 def test_only_adaptors_are_trained_and_the_encoder_stays_as_it_was(demo_arguments, tmp_path, monkeypatch):
-    encoders, load = [], retune.DualEncoder.load
+    encoders, encode = {}, retune.DualEncoder.encode_images
 
-    def remember(*arguments, **options):
-        encoders.append(load(*arguments, **options))
-        return encoders[-1]
+    def remember(self, pixels):
+        encoders[id(self)] = self
+        return encode(self, pixels)
 
-    monkeypatch.setattr(retune.DualEncoder, "load", remember)
-    cached = [name for name in vars(retune) if hasattr(getattr(retune, name), "cache_clear")]
-    for name in cached:
-        getattr(retune, name).cache_clear()
+    monkeypatch.setattr(retune.DualEncoder, "encode_images", remember)
     output = ["--cache-dir", str(tmp_path / "cache"), "--output", str(tmp_path / "run")]
     assert retune.main([*demo_arguments, *output, "--lr", "0.1"]) == 0
-    (encoder,) = encoders
-    fresh = load(demo_arguments[demo_arguments.index("--encoder") + 1])
+    (encoder,) = encoders.values()
+    fresh = retune.DualEncoder.load(demo_arguments[demo_arguments.index("--encoder") + 1])
     assert all(p.grad is None and not p.requires_grad for p in encoder.parameters())
     assert not encoder.training
     for name, value in fresh.state_dict().items():
@@ -2009,6 +2013,14 @@ def test_metrics_json_is_strict_complete_and_consistent_with_itself(finished):
     assert metrics["cost"]["trainable_parameters"] == 2 * (16 * 32 + 32 + 32 * 16 + 16)
 
 
+def saved_weights(folder, kind, n_classes):
+    """The image and the text adaptor of a run, each as float64 weights in the order of its parameters."""
+    tensors, _ = retune.load_tensors(folder / "adaptors.safetensors")
+    names = list(retune.build_model(retune.Config(adaptor=kind), 16, n_classes).state_dict())
+    assert sorted(names) == sorted(tensors)
+    return [[tensors[n].double() for n in names if n.startswith(tower)] for tower in ("image", "text")]
+
+
 def test_zero_shot_and_final_metrics_follow_from_the_saved_adaptors(demo_arguments, finished, encoder):
     """Everything again from the files: adaptors, cached embeddings, prompts, in plain float64."""
     metrics = json.loads((finished / "metrics.json").read_text())
@@ -2017,9 +2029,7 @@ def test_zero_shot_and_final_metrics_follow_from_the_saved_adaptors(demo_argumen
     embeddings = retune.embed(encoder, data, cache)
     prompts = retune.load_prompts(HERE / "prompts.json", COMPETITION)
     bank = retune.embed_prompts(encoder, prompts)
-    tensors = list(retune.load_tensors(finished / "adaptors.safetensors")[0].items())
-    image = [v.double() for name, v in tensors if name.startswith("image")]
-    text = [v.double() for name, v in tensors if name.startswith("text")]
+    image, text = saved_weights(finished, "mlp", 5)
     rows = data.where("test")
     for weights, stage in (((None, None), metrics["zero_shot"]), ((image, text), metrics["after_task"][-1])):
         cosines = plain_model(
@@ -2142,15 +2152,14 @@ def test_predict_gives_the_runs_own_scores_without_the_data_set(csv_run, encoder
     assert retune.main(["--predict", *images, "--run", str(run), "--json"]) == 0
     predictions = json.loads(capsys.readouterr().out)
     assert [p["image"] for p in predictions] == images
-    tensors = list(retune.load_tensors(run / "adaptors.safetensors")[0].values())
-    weights = [v.double() for v in tensors]
+    image, text = saved_weights(run, "residual", 2)
     bank = retune.embed_prompts(encoder, retune.load_prompts(HERE / "prompts.json", ["Edema", "Mass"]))
     metrics, scores = json.loads((run / "metrics.json").read_text()), []
     for prediction in predictions:
         pixels = encoder.transform(retune.read_image(Path(prediction["image"])))[None]
         x = encoder.encode_images(pixels).double()
         cosines = plain_model(
-            x, bank.embeddings.double(), bank.group.tolist(), weights[:4], weights[4:], "residual", "mean"
+            x, bank.embeddings.double(), bank.group.tolist(), image, text, "residual", "mean"
         )[0]
         for c, name in enumerate(("Edema", "Mass")):
             found = prediction["findings"][name]
