@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import importlib
 import math
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -325,9 +326,14 @@ def text_part(config: Config, texts: Sequence[str]) -> tuple[dict, object, dict]
     tokenizer = AutoTokenizer.from_pretrained(config.text)
     if config.pad_token is not None:
         tokenizer.pad_token = config.pad_token
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= tower.config.vocab_size:
+    if tokenizer.pad_token_id is None:
         raise InputError(
             f"--text {config.text}: its tokenizer has no padding token; name one with --pad-token"
+        )
+    if len(tokenizer) > tower.config.vocab_size:
+        sizes = f"{len(tokenizer)} tokens for {tower.config.vocab_size} embeddings"
+        raise InputError(
+            f"--text {config.text}: {sizes}; use its own tokenizer and a --pad-token that it knows"
         )
     return (
         {"model": model, "head": head(tower.config.hidden_size, config.dim), **reading},
@@ -573,7 +579,15 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | Non
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
         return state["step"]
-    except (RuntimeError, KeyError, ValueError, EOFError, OSError, TypeError) as error:
+    except (
+        RuntimeError,
+        KeyError,
+        ValueError,
+        EOFError,
+        OSError,
+        TypeError,
+        pickle.UnpicklingError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: damaged or of another configuration ({reason}); delete it") from None
 
