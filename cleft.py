@@ -528,13 +528,16 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float)
     return floor + (peak - floor) * (0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def batch_rows(rows: np.ndarray, batch_size: int, step: int, seed: int) -> np.ndarray:
-    """The rows of batch `step`: epochs are permutations by (seed, epoch), so any step can be had at once."""
-    if len(rows) < batch_size:
-        raise InputError(f"--batch-size {batch_size} is more than the {len(rows)} training images; lower it")
-    epoch, place = divmod(step, len(rows) // batch_size)
-    order = np.random.default_rng((seed, epoch)).permutation(rows)
-    return order[place * batch_size : (place + 1) * batch_size]
+def batch_rows(rows: np.ndarray, size: int, first: int, steps: int, seed: int) -> Iterator[np.ndarray]:
+    """The rows of batches `first` to `steps`; each epoch is a permutation by (seed, epoch) and drops its rest."""
+    if len(rows) < size:
+        raise InputError(f"--batch-size {size} is more than the {len(rows)} training images; lower it")
+    a_epoch, order = len(rows) // size, None
+    for step in range(first, steps):
+        epoch, place = divmod(step, a_epoch)
+        if order is None or place == 0:
+            order = np.random.default_rng((seed, epoch)).permutation(rows)
+        yield order[place * size : (place + 1) * size]
 
 
 def train(
@@ -613,26 +616,28 @@ def pretrain(config: Config, data: Radiographs) -> Cleft:
             f"--batch-size {config.batch_size} does not divide by {world} ranks x {pieces} pieces"
         )
     rows = data.where("train")
-    images = (
-        data.images
-        if isinstance(data.images[0], Path)
-        else np.stack([data.images[i] for i in range(len(data.images))])
+    drawn = hasattr(data.images, "phantoms")  # phantoms are drawn once, not in every epoch
+    images = np.stack([data.images[i] for i in range(len(data.images))]) if drawn else data.images
+    pixels = retune.Images(images, model.encoder.transform)
+    parts = {
+        "image": model.encoder.image,
+        "text tower": model.encoder.text.tower,
+        "text head": model.encoder.text.head,
+    }
+    counts = (
+        f"{name} {trainable(part):,} of {sum(p.numel() for p in part.parameters()):,}"
+        for name, part in parts.items()
     )
-    pixels = retune.Images(images, model.encoder.transform)  # phantoms are drawn once
+    retune.say(f"trainable parameters: {', '.join(counts)}")
 
     def batches(first: int):
-        chosen = [
-            batch_rows(rows, config.batch_size, step, config.seed) for step in range(first, config.steps)
-        ]
-        own = [part for step in chosen for part in np.array_split(np.array_split(step, world)[rank], pieces)]
-        loader = torch.utils.data.DataLoader(
-            pixels,
-            batch_sampler=[part.tolist() for part in own],
-            collate_fn=retune.collate,
-            num_workers=config.workers,
+        whole = batch_rows(rows, config.batch_size, first, config.steps, config.seed)
+        own = (part for batch in whole for part in np.split(np.split(batch, world)[rank], pieces))
+        options = {"collate_fn": retune.collate, "num_workers": config.workers}
+        stream = iter(
+            torch.utils.data.DataLoader(pixels, batch_sampler=map(np.ndarray.tolist, own), **options)
         )
-        stream = iter(loader)
-        for _ in chosen:
+        for _ in range(first, config.steps):
             yield [next(stream) for _ in range(pieces)]
 
     def compute(step: int, batch: list) -> torch.Tensor:
@@ -736,7 +741,7 @@ def tune_prompt(model: Cleft, data: Radiographs, embeddings: np.ndarray, config:
         return loss.detach()
 
     def batches(first: int):
-        return (batch_rows(rows, size, step, config.seed + 1) for step in range(first, config.prompt_steps))
+        return batch_rows(rows, size, first, config.prompt_steps, config.seed + 1)
 
     def rate(step: int) -> float:
         warmup = min(100, config.prompt_steps // 10)
@@ -837,7 +842,7 @@ def finetune(model: Cleft, data: Radiographs, rows: np.ndarray, config: Config) 
         return torch.utils.data.DataLoader(pixels, batch_sampler=batches, **options)
 
     steps = config.finetune_epochs * (len(train_rows) // size)
-    batches = [batch_rows(train_rows, size, step, config.seed + 2).tolist() for step in range(steps)]
+    batches = [batch.tolist() for batch in batch_rows(train_rows, size, 0, steps, config.seed + 2)]
     for batch, images, _ in retune.progress(loader(batches), desc="fine-tuning", unit="step"):
         logits = classifier(images.to(device))
         loss = retune.prompt_contrastive_loss(logits, torch.from_numpy(data.labels[batch]).to(device))
@@ -915,12 +920,13 @@ REAL = {  # the published architectures, from their configs
 }  # fmt: skip
 
 
+def trainable(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
 def count(config: Config) -> str:
     """A table of trainable parameters on meta tensors: CLEFT's towers against fully trained text towers."""
     from transformers import AutoConfig, AutoModel
-
-    def trainable(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
     with torch.device("meta"):
         towers = {name: AutoModel.from_config(AutoConfig.for_model(**model)) for name, model in REAL.items()}
@@ -947,7 +953,7 @@ def count(config: Config) -> str:
         )
     ours = int(rows[0][4].replace(",", ""))
     for row in rows:
-        row.append(f"{1 - ours / int(row[4].replace(',', '')):.0%}")
+        row.append(f"{1 - ours / int(row[4].replace(',', '')):.1%}")
     header = [
         "text tower",
         "image tower + head",
@@ -1011,6 +1017,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if (target := arguments.to or HERE / "tiny").exists():
                 raise InputError(f"{target} exists: move it away, or name another folder with --to")
             config = settle(Config(**TINY, output=arguments.output))
+            torch.set_num_threads(1)  # the bytes do not depend on the number of cores
             run("pretrain", config)
             run("export", config, target, torch.float16)
         elif arguments.command == "export" and arguments.to is None:
