@@ -28,6 +28,7 @@ import itertools
 import json
 import math
 import os
+import posixpath
 import re
 import shutil
 import sys
@@ -37,7 +38,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -298,20 +299,25 @@ def parse_labels(
     return labels, note
 
 
-real_folder = functools.lru_cache(maxsize=100_000)(Path.resolve)
+@functools.lru_cache(maxsize=100_000)
+def real_folder(folder: str) -> str:
+    """`os.path.realpath` that looks at each parent folder once: a data set has 100,000 of them."""
+    parent, name = os.path.split(folder)
+    if name in ("", os.curdir, os.pardir) or os.path.islink(folder):
+        return os.path.realpath(folder)
+    return os.path.join(real_folder(parent or os.curdir), name)
 
 
 def safe_path(root: Path, relative: str, row: str) -> Path:
     """Join a path that a file gave to its root; InputError when it is empty or leaves the root in any way."""
-    pure = PurePosixPath(relative.replace("\\", "/"))
-    absolute = pure.is_absolute() or PureWindowsPath(relative).drive
-    if not relative or "\0" in relative or absolute or ".." in pure.parts:
+    parts = relative.replace("\\", "/").split("/")
+    if not relative or "\0" in relative or not parts[0] or parts[0][1:2] == ":" or ".." in parts:
         raise InputError(f"{row}: path {relative!r} must be relative and stay inside {root}")
-    path = root.joinpath(*pure.parts)
-    real = path.resolve() if path.is_symlink() else real_folder(path.parent)
-    if not real.is_relative_to(real_folder(root)):
+    path, base = os.path.join(root, *parts), real_folder(os.fspath(root))
+    real = os.path.realpath(path) if os.path.islink(path) else real_folder(os.path.dirname(path))
+    if real != base and not real.startswith(os.path.join(base, "")):
         raise InputError(f"{row}: path {relative!r} is a link out of {root}; use real folders")
-    return path
+    return Path(path)
 
 
 def load_demo(config: Config) -> Radiographs:
@@ -340,7 +346,8 @@ def load_csv(config: Config) -> Radiographs:
     classes = [name for name in table if name not in ("path", "patient", "split", "report")]
     if not classes:
         raise InputError(f"{path}: no finding columns beside path, patient, split and report")
-    images = [safe_path(config.root, name, row) for name, row in zip(names, rows)]
+    root = config.root
+    images = [safe_path(root, name, row) for name, row in zip(names, rows)]
     labels, note = parse_labels(table, classes, path, config.uncertain, config.blank or "ignore")
     note += "" if "patient" in table else "; no `patient` column: each image counts as a patient of its own"
     patients = table.get("patient", names)
@@ -385,9 +392,9 @@ def load_radiographs(config: Config) -> Radiographs:
     first: dict[str, str] = {}
     home: dict[str, str] = {}
     for name, patient, split, row in zip(data.names, data.patients, data.split, data.rows):
-        if first.setdefault(str(PurePosixPath(name)), row) is not row:
+        if first.setdefault(posixpath.normpath(name), row) is not row:
             raise InputError(
-                f"{row}: image {name!r} is there twice, first in {first[str(PurePosixPath(name))]}"
+                f"{row}: image {name!r} is there twice, first in {first[posixpath.normpath(name)]}"
             )
         if home.setdefault(patient, split) != split:
             raise InputError(f"{row}: patient {str(patient)!r} is in {home[patient]} and in {split}")
@@ -1157,7 +1164,7 @@ class Config:
 
     # fmt: off
     data: str = setting("demo", "data set", choices=tuple(DATASETS), group="data")
-    data_dir: str | None = setting(None, "folder of the data set")
+    data_dir: str | None = setting(None, "folder of the data set; chestmnist is downloaded to it")
     labels_csv: str | None = setting(None, "label file instead of the data set's own")
     classes: tuple[str, ...] | None = setting(None, "findings, in order (CheXpert: five; else all)", nargs="+")
     view: str = setting("all", "views, for chexpert and mimic", choices=("all", "frontal", "lateral"))
@@ -1401,9 +1408,6 @@ def claim(folder: Path, identity: dict) -> None:
 DATA_KEYS = (
     "data", "data_dir", "labels_csv", "classes", "view", "uncertain", "blank", "size", "demo_images", "cache_dir",
 )  # fmt: skip
-# The runs of one process mostly share their data and encoder, which are slow to read.
-shared_radiographs = functools.lru_cache(maxsize=1)(load_radiographs)
-shared_encoder = functools.lru_cache(maxsize=1)(DualEncoder.load)
 
 
 def cut_tasks(config: Config, data: Radiographs) -> list[Task]:
@@ -1416,19 +1420,17 @@ def cut_tasks(config: Config, data: Radiographs) -> list[Task]:
     return [dataclasses.replace(task, rows=train[task.rows]) for task in tasks]
 
 
-def run(config: Config) -> Results:
+def run(config: Config, load_data: Callable = load_radiographs, load_encoder=DualEncoder.load) -> Results:
     """A whole scenario: embed, zero-shot, each task, metrics after each; resumes at an unfinished task.
 
     What the run's folder holds decides what is left to do: finished tasks are loaded and measured again, so
     that an interrupted run ends with the same metrics, bit for bit.
     """
-    data = shared_radiographs(
-        dataclasses.replace(Config(), **{key: getattr(config, key) for key in DATA_KEYS})
-    )
+    data = load_data(dataclasses.replace(Config(), **{key: getattr(config, key) for key in DATA_KEYS}))
     data, config = dataclasses.replace(data, split=data.split.copy()), settle(config, data)
     prompts = load_prompts(Path(config.prompts), data.class_names, config.wording)
     tasks, device = cut_tasks(config, data), pick_device(config.device)
-    encoder = shared_encoder(config.encoder, config.encoder_dir, config.crop)
+    encoder = load_encoder(config.encoder, config.encoder_dir, config.crop)
     introduce(config, data, tasks, device)
     digest = hashlib.sha256(repr((data.names, data.patients.tolist(), data.split.tolist())).encode())
     digest.update(data.labels.tobytes())
@@ -1765,9 +1767,10 @@ def run_all(configs: Sequence[Config]) -> None:
             f"{{{item.name}}}" for item in dataclasses.fields(Config) if item.metadata.get("many")
         )
         raise InputError(f"several runs need several folders; put what differs into --output, of {names}")
-    runs = []
+    runs, share = [], functools.lru_cache(maxsize=1)  # these runs mostly read the same data and encoder
+    load_data, load_encoder = share(load_radiographs), share(DualEncoder.load)
     for config in configs:
-        results = run(config)
+        results = run(config, load_data, load_encoder)
         if ranks()[0] == 0:
             runs.append(results.metrics)
             say(f"{summary(results.metrics)}\n\nwritten to {results.folder}\n")
