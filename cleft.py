@@ -7,8 +7,8 @@
     python cleft.py count                                    # trainable parameters of the real architectures
     python cleft.py make-tiny                                # trains the encoder that is shipped in tiny/
 
-Reference: Du, Chang & Dvornek, "CLEFT: Language-Image Contrastive Learning with Efficient Large Language Model and
-Prompt Fine-Tuning", arXiv 2407.21011. What is ours and not the paper's says "(ours)".
+Reference: Du, Chang & Dvornek, "CLEFT: Language-Image Contrastive Learning with Efficient Large Language
+Model and Prompt Fine-Tuning", arXiv 2407.21011. What is ours and not the paper's says "(ours)".
 """
 
 from __future__ import annotations
@@ -32,16 +32,23 @@ from torch import nn
 import retune
 from retune import HERE, DualEncoder, InputError, Radiographs, setting
 
-# -------------------------------------------------------------------------------------------------------- Settings
+# --------------------------------------------------------------------------------------------------- Settings
+
+
+POSITIVE = (
+    "steps", "lr", "batch_size", "accumulate", "dim", "temperature", "save_every", "context_tokens",
+    "prompt_steps", "prompt_lr", "demo_images", "lora_rank", "lora_alpha", "context_length",
+)  # fmt: skip
+PEFT = ("lora", "ia3", "prefix", "none")
+DATA_SETS = ("demo", "pretrain", "embed", "rsna", *[name for name in retune.DATASETS if name != "demo"])
 
 
 @dataclass(frozen=True)
 class Config:
     """Every setting; the command line is made from it. None is filled by the authors' value or the demo's."""
 
-    data: str = setting(
-        "demo", "data set", choices=("demo", "pretrain", "embed", "rsna", *list(retune.DATASETS)[1:])
-    )
+    # fmt: off
+    data: str = setting("demo", "data set", choices=DATA_SETS)
     data_dir: str | None = setting(None, "folder of the data set")
     labels_csv: str | None = setting(None, "label file instead of the data set's own")
     classes: tuple[str, ...] | None = setting(None, "findings to use, in this order", nargs="+")
@@ -51,30 +58,20 @@ class Config:
     size: int = setting(224, "image side of ChestMNIST", choices=(28, 64, 128, 224))
     demo_images: int = setting(6000, "number of phantoms in the demo")
 
-    image: str = setting(
-        "tiny", "image tower: small, tiny, a folder in our format, a transformers id or folder"
-    )
+    image: str = setting("tiny", "image tower: small, tiny, our or a transformers folder, an id")
     text: str = setting("tiny", "text tower, likewise: a causal language model")
     dim: int | None = setting(None, "joint dimension (authors: 512; small and tiny: 128)", type=int)
     context_length: int = setting(64, "tokens of a text at most")
     truncate: bool = setting(False, "cut longer texts instead of refusing them")
     pad_token: str | None = setting(None, "padding token for a tokenizer that has none")
-    peft: str = setting(
-        "lora",
-        "how the text tower is tuned; none trains all of it",
-        choices=("lora", "ia3", "prefix", "none"),
-    )
+    peft: str = setting("lora", "tuning of the text tower; none: all of it", choices=PEFT)
     lora_rank: int = setting(8, "rank of LoRA")
     lora_alpha: int = setting(32, "scale of LoRA")
     lora_dropout: float = setting(0.1, "dropout of LoRA")
     prefix_tokens: int = setting(30, "virtual tokens of prefix tuning")
 
-    captions: str = setting(
-        "auto", "auto: reports where there are any", choices=("auto", "labels", "reports")
-    )
-    base_caption: str = setting(
-        "a chest X-ray of a patient with", "beginning of every caption made from labels"
-    )
+    captions: str = setting("auto", "auto: reports if there are any", choices=("auto", "labels", "reports"))
+    base_caption: str = setting("a chest X-ray of a patient with", "beginning of captions from labels")
     negative_captions: bool = setting(False, "captions name the absent findings too")
 
     steps: int | None = setting(None, "steps of stage 1 (authors: 40,000; demo: 200)", type=int)
@@ -83,9 +80,7 @@ class Config:
     weight_decay: float = setting(0.1, "of AdamW in stage 1")
     warmup: float = setting(0.1, "share of stage 1's steps in which the learning rate rises")
     temperature: float = setting(0.07, "initial temperature of the contrastive loss")
-    accumulate: int = setting(
-        1, "pieces of a rank's share of the batch; the loss stays that of the whole batch"
-    )
+    accumulate: int = setting(1, "pieces of a rank's batch; the loss stays that of the whole")
     checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     precision: str = setting("fp32", "arithmetic of the towers", choices=("fp32", "bf16"))
     save_every: int = setting(500, "steps between checkpoints")
@@ -102,33 +97,28 @@ class Config:
     cache_dir: str = setting("runs/cache", "folder of cached embeddings")
     device: str = setting("auto", "auto, cpu, cuda, cuda:0")
     workers: int = setting(0, "processes that decode images")
+    # fmt: on
 
     def __post_init__(self):
-        for name in ("steps", "lr", "batch_size", "accumulate", "dim", "temperature", "save_every", "context_tokens",
-                     "prompt_steps", "prompt_lr", "demo_images", "lora_rank", "context_length"):  # fmt: skip
+        optional = ("prefix_tokens", "weight_decay", "warmup", "lora_dropout", "balanced", "finetune_epochs")
+        for name in ("seed", "workers", *optional):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative")
+        for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"--{name.replace('_', '-')} {value} must be positive")
 
 
-AUTHORS = {
-    "steps": 40_000,
-    "lr": 4e-5,
-    "batch_size": 288,
-    "dim": 512,
-    "prompt_steps": 8000,
-    "prompt_lr": 1e-4,
-}  # FACTS 3
-SMALL = {
-    "steps": 200,
-    "lr": 1e-3,
-    "batch_size": 128,
-    "dim": 128,
-    "prompt_steps": 300,
-    "prompt_lr": 0.1,
-}  # (ours)
-TINY = {"data": "pretrain", "image": "small", "text": "small", "peft": "none", "demo_images": 12_000, "steps": 900,
-        "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.03, "captions": "reports", "seed": 0}  # fmt: skip
+# fmt: off
+# FACTS 3
+AUTHORS = {"steps": 40_000, "lr": 4e-5, "batch_size": 288, "dim": 512, "prompt_steps": 8000,
+           "prompt_lr": 1e-4}
+# (ours)
+SMALL = {"steps": 200, "lr": 1e-3, "batch_size": 128, "dim": 128, "prompt_steps": 300, "prompt_lr": 0.1}
+TINY = {"data": "pretrain", "image": "small", "text": "small", "peft": "none", "demo_images": 12_000,
+        "steps": 900, "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.03, "captions": "reports", "seed": 0}
+# fmt: on
 
 
 def settle(config: Config) -> Config:
@@ -137,7 +127,7 @@ def settle(config: Config) -> Config:
     return dataclasses.replace(config, **{k: v for k, v in preset.items() if getattr(config, k) is None})
 
 
-# ------------------------------------------------------------------------------------------------------------ Data
+# ------------------------------------------------------------------------------------------------------- Data
 
 
 def load_pretrain(config: retune.Config) -> Radiographs:
@@ -157,13 +147,15 @@ def load_rsna(config: retune.Config) -> Radiographs:
     return importlib.import_module("segmentation").load_masked(config)
 
 
-# The assessment letters of EMBED's clinical table, and the BI-RADS category that each stands for, mildest first.
-BI_RADS = {"N": "BI-RADS 1", "B": "BI-RADS 2", "A": "BI-RADS 0", "P": "BI-RADS 3", "S": "BI-RADS 4", "M": "BI-RADS 5",
-           "K": "BI-RADS 6"}  # fmt: skip
+# The assessment letters of EMBED's clinical table and their BI-RADS categories, mildest first.
+# fmt: off
+BI_RADS = {"N": "BI-RADS 1", "B": "BI-RADS 2", "A": "BI-RADS 0", "P": "BI-RADS 3", "S": "BI-RADS 4",
+           "M": "BI-RADS 5", "K": "BI-RADS 6"}
 MEANING = {"N": "negative", "B": "benign", "A": "incomplete", "P": "probably benign", "S": "suspicious",
-           "M": "highly suggestive of malignancy", "K": "known malignancy"}  # fmt: skip
-DENSITY = {"1": "almost entirely fatty", "2": "scattered fibroglandular densities", "3": "heterogeneously dense",
-           "4": "extremely dense"}  # fmt: skip
+           "M": "highly suggestive of malignancy", "K": "known malignancy"}
+DENSITY = {"1": "almost entirely fatty", "2": "scattered fibroglandular densities",
+           "3": "heterogeneously dense", "4": "extremely dense"}
+# fmt: on
 
 
 def load_embed(config: retune.Config) -> Radiographs:
@@ -175,14 +167,8 @@ def load_embed(config: retune.Config) -> Radiographs:
     root = config.root
     images_csv = retune.one_file(root, ["*metadata*.csv", "tables/*metadata*.csv"])
     clinical_csv = retune.one_file(root, ["*clinical*.csv", "tables/*clinical*.csv"])
-    needed = [
-        "empi_anon",
-        "acc_anon",
-        "anon_dicom_path",
-        "ImageLateralityFinal",
-        "ViewPosition",
-        "FinalImageType",
-    ]
+    needed = ["empi_anon", "acc_anon", "anon_dicom_path"]
+    needed += ["ImageLateralityFinal", "ViewPosition", "FinalImageType"]
     table = retune.read_table(images_csv, needed)
     exams = read_exams(clinical_csv)
     names, labels, patients, reports, rows = [], [], [], [], []
@@ -197,13 +183,12 @@ def load_embed(config: retune.Config) -> Radiographs:
                  for keys, value in ((BI_RADS, letter), (DENSITY, density))]  # fmt: skip
         labels.append(known[0] + known[1])
         patients.append(image["empi_anon"])
-        reports.append(
-            mammogram_caption(image["ImageLateralityFinal"], image["ViewPosition"], letter, density)
-        )
+        side, view = image["ImageLateralityFinal"], image["ViewPosition"]
+        reports.append(mammogram_caption(side, view, letter, density))
         rows.append(f"{images_csv} row {i + 2}")
     if not names:
         raise InputError(f"{images_csv}: no 2D image belongs to an exam with an assessment in {clinical_csv}")
-    split = retune.patient_split(patients, {"train": 0.7, "val": 0.1, "test": 0.2})
+    split = retune.patient_split(patients, retune.SHARES)
     paths = [retune.safe_path(root, name, row) for name, row in zip(names, rows, strict=True)]
     classes = (*BI_RADS.values(), *(f"Density {letter}" for letter in "ABCD"))
     note = f"EMBED: {len(names)} 2D images; captions name side, view, assessment and density"
@@ -212,12 +197,10 @@ def load_embed(config: retune.Config) -> Radiographs:
 
 def read_exams(path: Path) -> dict[tuple[str, str], tuple[str, str]]:
     """(exam, side) -> (most serious assessment letter, density digit), "" where unknown."""
-    table = retune.read_table(path, ["acc_anon", "side", "asses", "tissueden"])
+    columns = ("acc_anon", "side", "asses", "tissueden")
+    table, serious = retune.read_table(path, columns), ["", *BI_RADS]
     exams: dict[tuple[str, str], tuple[str, str]] = {}
-    serious = ["", *BI_RADS]
-    for exam, side, letter, density in zip(
-        *(table[key] for key in ("acc_anon", "side", "asses", "tissueden")), strict=True
-    ):
+    for exam, side, letter, density in zip(*(table[name] for name in columns), strict=True):
         letter, density = (letter if letter in BI_RADS else ""), density.split(".")[0]
         for breast in side if side in ("L", "R") else "LR":
             before = exams.get((exam, breast), ("", ""))
@@ -251,12 +234,13 @@ def caption(labels: Sequence[float], names: Sequence[str], config: Config) -> st
     return f"{config.base_caption} {', '.join(found or ['no finding'])}"
 
 
-# ---------------------------------------------------------------------------------------------------------- Towers
+# ----------------------------------------------------------------------------------------------------- Towers
 
 SMALL_IMAGE = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32, 64, 128],
                "depths": [1, 1, 1, 1], "layer_type": "basic"}  # fmt: skip
-SMALL_TEXT = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64, "resid_pdrop": 0.0,
-              "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
+SMALL_TEXT = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64,
+              "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None,
+              "eos_token_id": None}  # fmt: skip
 VOCABULARY = 2048
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -265,21 +249,16 @@ def build_encoder(config: Config, texts: Sequence[str]) -> DualEncoder:
     """An encoder of the two towers that `config` names; `texts` teach a small text tower its words."""
     image, transform, image_weights = image_part(config)
     text, tokenizer, text_weights = text_part(config, texts)
-    description = {
-        "name": "cleft",
-        "dim": config.dim,
-        "image": image,
-        "text": text,
-        "transform": transform,
-    }
+    parts = {"image": image, "text": text, "transform": transform}
     with torch.random.fork_rng():  # new weights by the seed, the caller's random numbers untouched
         torch.manual_seed(config.seed)
-        encoder = DualEncoder(description, tokenizer)
+        encoder = DualEncoder({"name": "cleft", "dim": config.dim, **parts}, tokenizer)
     for part, weights in ((encoder.image, image_weights), (encoder.text, text_weights)):
         own = part.state_dict()
-        part.load_state_dict(
-            {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}, strict=False
-        )
+        fitting = {
+            key: value for key, value in weights.items() if key in own and value.shape == own[key].shape
+        }
+        part.load_state_dict(fitting, strict=False)
     return encoder
 
 
@@ -304,9 +283,8 @@ def image_part(config: Config) -> tuple[dict, dict, dict]:
     side = getattr(tower.config, "image_size", 224)
     side = side if side % getattr(tower.config, "patch_size", 1) == 0 and side < 512 else 224
     transform = {"resize": side, "crop": side, "interpolation": "bicubic", **IMAGENET}
-    pool = (
-        "pre_norm_mean" if hasattr(tower.config, "num_hidden_layers") else "mean"
-    )  # FACTS 3: before the last norm
+    # FACTS 3: the mean before the last norm; a convolutional tower has no such tokens
+    pool = "pre_norm_mean" if hasattr(tower.config, "num_hidden_layers") else "mean"
     width = getattr(tower.config, "hidden_size", None) or tower.config.hidden_sizes[-1]
     return {"model": model, "pool": pool, "head": head(width, config.dim)}, transform, prefixed(tower)
 
@@ -335,15 +313,12 @@ def text_part(config: Config, texts: Sequence[str]) -> tuple[dict, object, dict]
         raise InputError(
             f"--text {config.text}: {sizes}; use its own tokenizer and a --pad-token that it knows"
         )
-    return (
-        {"model": model, "head": head(tower.config.hidden_size, config.dim), **reading},
-        tokenizer,
-        prefixed(tower),
-    )
+    part = {"model": model, "head": head(tower.config.hidden_size, config.dim), **reading}
+    return part, tokenizer, prefixed(tower)
 
 
 def our_part(name: str, part: str, dim: int):
-    """(tower's config with a head for `dim`, whole config, weights, tokenizer) of a folder in our format, or None."""
+    """(tower's config with a head for `dim`, config, weights, tokenizer) of our folder `name`, or None."""
     folder = HERE / "tiny" if name == "tiny" else Path(name)
     if not retune.is_ours(folder):
         return None
@@ -351,12 +326,10 @@ def our_part(name: str, part: str, dim: int):
     own = config[part]
     if dim != config["dim"]:
         own = own | {"head": head(next(iter(own["head"]))[1]["in_features"], dim)}
-    return (
-        own,
-        config,
-        {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")},
-        tokenizer,
-    )
+    state = {
+        key.removeprefix(f"{part}."): value for key, value in state.items() if key.startswith(f"{part}.")
+    }
+    return own, config, state, tokenizer
 
 
 def published(source: str):
@@ -376,31 +349,23 @@ def prefixed(tower: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def train_tokenizer(texts: Sequence[str]):
-    """Byte-level BPE in lower case: every text has tokens, and the words of `texts` and prompts.json are whole.
+    """Byte-level BPE in lower case: any text has tokens; words of `texts` and prompts.json have one each.
 
-    The final full stop goes and an end token comes: the last token, which is pooled, is the same for all texts.
+    The final full stop goes and an end token comes: the last token, which is pooled, is the same everywhere.
     """
-    from tokenizers import (
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, processors, trainers
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace(Regex(r"[.\s]+$"), "")]
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=["<pad>", "<end>"], show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        initial_alphabet=sorted(ByteLevel.alphabet()),
     )  # fmt: skip
     words = set(texts) | set(strings(retune.read_json(HERE / "prompts.json")))
     tokenizer.train_from_iterator(sorted(words), trainer)
@@ -419,20 +384,14 @@ def strings(value) -> Iterator[str]:
 
 
 def add_peft(tower: nn.Module, config: Config) -> nn.Module:
-    """`tower` frozen but for LoRA, IA3 or prefix weights; `none` trains the whole tower. InputError if unsupported."""
+    """`tower`, frozen but for LoRA, IA3 or prefix weights; `none`: trained whole. InputError if unfit."""
     from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
 
     task = {"task_type": "FEATURE_EXTRACTION"}
-    dropout = config.lora_dropout
     transposed = any(type(layer).__name__ == "Conv1D" for layer in tower.modules())  # GPT-2's linear layers
+    dropout = {"lora_dropout": config.lora_dropout, "fan_in_fan_out": transposed}
     kinds = {
-        "lora": lambda: LoraConfig(
-            fan_in_fan_out=transposed,
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=dropout,
-            **task,
-        ),
+        "lora": lambda: LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, **dropout, **task),
         "ia3": lambda: IA3Config(fan_in_fan_out=transposed, **task),
         "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=config.prefix_tokens, **task),
     }
@@ -447,7 +406,7 @@ def add_peft(tower: nn.Module, config: Config) -> nn.Module:
         ) from None
 
 
-# --------------------------------------------------------------------------------------------------------- Stage 1
+# ---------------------------------------------------------------------------------------------------- Stage 1
 
 
 class Cleft(nn.Module):
@@ -464,7 +423,7 @@ class Cleft(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
 
     def forward(self, pixels: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor):
-        """Pixels [B,3,H,W], tokens [B,T] and their mask -> unit vectors [B,D] of the images and of the texts."""
+        """Pixels [B,3,H,W], tokens [B,T], their mask -> unit vectors [B,D] of the images and of the texts."""
         images, texts = self.encoder.image(pixels), self.encoder.text(input_ids, attention_mask)
         return F.normalize(images.float(), dim=1), F.normalize(texts.float(), dim=1)
 
@@ -473,7 +432,7 @@ class Cleft(nn.Module):
         return self.log_scale.exp().clamp(max=100)
 
     def learned(self) -> dict[str, torch.Tensor]:
-        """What training changes: trainable weights and buffers (a frozen language model is not stored again)."""
+        """What training changes: trainable weights and buffers, not a frozen language model."""
         return {k: p for k, p in self.named_parameters() if p.requires_grad} | dict(self.named_buffers())
 
 
@@ -496,9 +455,10 @@ def gather(own: torch.Tensor) -> torch.Tensor:
 def contrastive_step(model: Cleft, pieces: Sequence[tuple], seed: int, autocast: Callable) -> torch.Tensor:
     """Gradients of the global batch's loss from this rank's pieces (pixels, ids, mask); returns the loss.
 
-    The loss needs all embeddings at once, the backward pass of a tower only one piece at a time (ours): embed
-    all pieces without a graph, differentiate the loss by the embeddings, then embed each piece again, with the same dropout,
-    and go on backwards from its part. So neither pieces nor ranks change the loss. Ranks' gradients are to be summed.
+    The loss needs all embeddings at once, a tower's backward pass only one piece (ours): embed all pieces
+    without a graph, differentiate the loss by the embeddings, then embed each piece again, with the same
+    dropout, and go on backwards from its part. So neither pieces nor ranks change the loss, except that batch
+    normalisation sees one piece at a time. The gradients of the ranks are still to be summed.
     """
     rank, world = retune.ranks()
 
@@ -529,7 +489,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float)
 
 
 def batch_rows(rows: np.ndarray, size: int, first: int, steps: int, seed: int) -> Iterator[np.ndarray]:
-    """The rows of batches `first` to `steps`; each epoch is a permutation by (seed, epoch) and drops its rest."""
+    """The rows of batches `first` to `steps`; an epoch is a permutation by (seed, epoch) without its rest."""
     if len(rows) < size:
         raise InputError(f"--batch-size {size} is more than the {len(rows)} training images; lower it")
     a_epoch, order = len(rows) // size, None
@@ -544,7 +504,7 @@ def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, compute: Callable, batches: Callable, rate: Callable,
     steps: int, path: Path, save_every: int, name: str,
 ) -> None:  # fmt: skip
-    """The loop of both stages. Resumes from the checkpoint `path` exactly: whatever is random depends on the step.
+    """The loop of both stages. Resumes from checkpoint `path` exactly: all randomness depends on the step.
 
     compute(step, batch) leaves gradients and returns the loss; batches(first) yields from step `first` on;
     rate(step) is the learning rate. InputError when the loss is not finite; the last checkpoint stays.
@@ -608,7 +568,7 @@ def build(config: Config, data: Radiographs) -> Cleft:
 
 
 def pretrain(config: Config, data: Radiographs) -> Cleft:
-    """Stage 1: both towers on image-text pairs, with the loss of the global batch; resumes at a checkpoint."""
+    """Stage 1: both towers on image-text pairs, with the loss of the global batch; resumes a checkpoint."""
     model, texts, device = build(config, data), captions(data, config), retune.pick_device(config.device)
     (rank, world), pieces = retune.ranks(), config.accumulate
     if config.batch_size % (world * pieces):
@@ -619,24 +579,19 @@ def pretrain(config: Config, data: Radiographs) -> Cleft:
     drawn = hasattr(data.images, "phantoms")  # phantoms are drawn once, not in every epoch
     images = np.stack([data.images[i] for i in range(len(data.images))]) if drawn else data.images
     pixels = retune.Images(images, model.encoder.transform)
-    parts = {
-        "image": model.encoder.image,
-        "text tower": model.encoder.text.tower,
-        "text head": model.encoder.text.head,
-    }
-    counts = (
-        f"{name} {trainable(part):,} of {sum(p.numel() for p in part.parameters()):,}"
-        for name, part in parts.items()
-    )
+    encoder = model.encoder
+    parts = {"image": encoder.image, "text tower": encoder.text.tower, "text head": encoder.text.head}
+    counts = [
+        f"{name} {trainable(m):,} of {sum(p.numel() for p in m.parameters()):,}" for name, m in parts.items()
+    ]
     retune.say(f"trainable parameters: {', '.join(counts)}")
 
     def batches(first: int):
         whole = batch_rows(rows, config.batch_size, first, config.steps, config.seed)
         own = (part for batch in whole for part in np.split(np.split(batch, world)[rank], pieces))
         options = {"collate_fn": retune.collate, "num_workers": config.workers}
-        stream = iter(
-            torch.utils.data.DataLoader(pixels, batch_sampler=map(np.ndarray.tolist, own), **options)
-        )
+        loader = torch.utils.data.DataLoader(pixels, batch_sampler=map(np.ndarray.tolist, own), **options)
+        stream = iter(loader)
         for _ in range(first, config.steps):
             yield [next(stream) for _ in range(pieces)]
 
@@ -674,7 +629,7 @@ def stage1(config: Config, data: Radiographs) -> Cleft:
     return model.eval().requires_grad_(False)
 
 
-# --------------------------------------------------------------------------------------------------------- Stage 2
+# ---------------------------------------------------------------------------------------------------- Stage 2
 
 
 class Prompt(nn.Module):
@@ -697,7 +652,7 @@ class Prompt(nn.Module):
             )
 
     def forward(self) -> torch.Tensor:
-        """Unit vectors of the class texts [C,D]: [start tokens] [context] [class name] [end tokens], last token."""
+        """Unit vectors of the texts [C,D]: [start tokens] [context] [class name] [end tokens], last token."""
         rows = [torch.cat([start, self.context, name, end]) for start, name, end in self.names]
         inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [C,T,H]
         lengths = torch.tensor([len(row) for row in rows], device=inputs.device)
@@ -711,7 +666,7 @@ class Prompt(nn.Module):
 
 
 def split_tokens(tokenizer, text: str, embedding: nn.Module) -> list[torch.Tensor]:
-    """Token embeddings [t,H] of a text in three parts: what the tokenizer puts before it, the text, what after."""
+    """Token embeddings [t,H] of a text: what the tokenizer puts before it, the text, what comes after."""
     plain = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not plain:
         raise InputError(f"the class name or caption {text!r} has no tokens; rename it")
@@ -753,7 +708,7 @@ def tune_prompt(model: Cleft, data: Radiographs, embeddings: np.ndarray, config:
     return prompt.requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------------ Evaluation
+# ------------------------------------------------------------------------------------------------- Evaluation
 
 
 def embed_images(model: Cleft, data: Radiographs, config: Config) -> np.ndarray:
@@ -782,7 +737,7 @@ def measure(scores: np.ndarray, data: Radiographs, rows: np.ndarray) -> dict:
 
 
 def balanced_rows(data: Radiographs, rows: np.ndarray, k: int, seed: int) -> np.ndarray:
-    """k rows a class (fewer when the rarest class has fewer) among those with exactly one positive finding."""
+    """k rows a class (fewer if the rarest class has fewer) among those with exactly one positive finding."""
     single = rows[np.nansum(data.labels[rows], axis=1) == 1]
     label = np.nanargmax(data.labels[single], axis=1) if len(single) else np.zeros(0, int)
     counts = np.bincount(label, minlength=len(data.class_names))
@@ -816,9 +771,8 @@ def linear_probe(
         known = train_rows[~np.isnan(data.labels[train_rows, c])]
         if len(np.unique(data.labels[known, c])) == 2:
             probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-            scores[:, c] = probe.fit(embeddings[known], data.labels[known, c]).decision_function(
-                embeddings[rows]
-            )
+            probe.fit(embeddings[known], data.labels[known, c])
+            scores[:, c] = probe.decision_function(embeddings[rows])
     return scores
 
 
@@ -827,15 +781,12 @@ def finetune(model: Cleft, data: Radiographs, rows: np.ndarray, config: Config) 
     device, train_rows = retune.pick_device(config.device), data.where("train")
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        classifier = nn.Sequential(
-            copy.deepcopy(model.encoder.image), nn.Linear(config.dim, len(data.class_names))
-        )
+        last = nn.Linear(config.dim, len(data.class_names))
+    classifier = nn.Sequential(copy.deepcopy(model.encoder.image), last)
     classifier.to(device).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(classifier.parameters(), config.lr, weight_decay=config.weight_decay)
-    pixels, size = (
-        retune.Images(data.images, model.encoder.transform),
-        min(config.batch_size, len(train_rows)),
-    )
+    pixels = retune.Images(data.images, model.encoder.transform)
+    size = min(config.batch_size, len(train_rows))
 
     def loader(batches: list):
         options = {"collate_fn": retune.collate, "num_workers": config.workers}
@@ -851,15 +802,13 @@ def finetune(model: Cleft, data: Radiographs, rows: np.ndarray, config: Config) 
         optimizer.step()
     classifier.eval()
     with torch.inference_mode():
-        parts = [
-            classifier(images.to(device)).cpu()
-            for _, images, _ in loader(np.array_split(rows, len(rows) // 64 + 1))
-        ]
+        blocks = loader(np.array_split(rows, len(rows) // 64 + 1))
+        parts = [classifier(images.to(device)).cpu() for _, images, _ in blocks]
     return torch.cat(parts).numpy()
 
 
 def evaluate(config: Config, data: Radiographs) -> dict:
-    """Every measure on the test split, written to evaluation.json, evaluation.md and balanced.csv in --output."""
+    """Every measure on the test split; writes evaluation.json, evaluation.md and balanced.csv to --output."""
     folder, model = Path(config.output), stage1(config, data)
     embeddings, test = embed_images(model, data, config), data.where("test")  # by all ranks; the rest by one
     if retune.ranks()[0] > 0:
@@ -893,7 +842,7 @@ def evaluate(config: Config, data: Radiographs) -> dict:
 
 
 def export(config: Config, data: Radiographs, target: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write the tuned encoder in retune.py's folder format, LoRA and IA3 merged into the weights they tune."""
+    """Write the tuned encoder in retune.py's folder format, LoRA and IA3 merged into the weights."""
     model = stage1(config, data)
     tower = model.encoder.text.tower
     if config.peft == "prefix":
@@ -908,7 +857,7 @@ def export(config: Config, data: Radiographs, target: Path, dtype: torch.dtype =
     retune.say(f"written to {target}")
 
 
-# -------------------------------------------------------------------------------------------------------- Counting
+# --------------------------------------------------------------------------------------------------- Counting
 
 REAL = {  # the published architectures, from their configs
     "image": {"model_type": "dinov2_with_registers", "hidden_size": 768, "num_hidden_layers": 12,
@@ -932,42 +881,35 @@ def count(config: Config) -> str:
         towers = {name: AutoModel.from_config(AutoConfig.for_model(**model)) for name, model in REAL.items()}
         total = sum(p.numel() for p in towers["text"].parameters())
         tuned = add_peft(towers["text"].requires_grad_(False), config)
-    dim, image = 512, trainable(towers["image"]) + 768 * 512
-    rows = []
-    bert = trainable(towers["bert"])
-    for name, text, width in (
-        (f"CLEFT: GPT-2 architecture of {total / 1e9:.2f} B, {config.peft}", trainable(tuned), 2560),
-        ("BERT-base, all of it", bert, 768),
-        ("CLIP's text transformer, all of it", trainable(towers["clip"]), 512),
-    ):
-        whole = image + text + width * dim
-        rows.append(
-            [
-                name,
-                f"{image:,}",
-                f"{text:,}",
-                f"{width * dim:,}",
-                f"{whole:,}",
-                f"{(text + width * dim) / bert:.1%}",
-            ]
-        )
-    ours = int(rows[0][4].replace(",", ""))
-    for row in rows:
-        row.append(f"{1 - ours / int(row[4].replace(',', '')):.1%}")
+    dim, bert = 512, trainable(towers["bert"])
+    image = trainable(towers["image"]) + 768 * dim
+    kinds = {  # the text tower's trainable parameters and width
+        f"CLEFT: GPT-2 architecture of {total / 1e9:.2f} B, {config.peft}": (trainable(tuned), 2560),
+        "BERT-base, all of it": (bert, 768),
+        "CLIP's text transformer, all of it": (trainable(towers["clip"]), 512),
+    }
+    rows, ours = [], None
+    for name, (text, width) in kinds.items():
+        heads = width * dim
+        whole = image + text + heads
+        ours = ours or whole
+        counts = [f"{number:,}" for number in (image, text, heads, whole)]
+        rows.append([name, *counts, f"{(text + heads) / bert:.1%}", f"{1 - ours / whole:.1%}"])
     header = [
         "text tower",
-        "image tower + head",
-        "text tower",
+        "image and head",
+        "text",
         "text head",
         "total",
-        "text / BERT",
+        "text and head / BERT",
         "CLEFT trains fewer by",
     ]
     return retune.markdown_table(header, rows)
 
 
-# ---------------------------------------------------------------------------------------------------- Command line
+# ----------------------------------------------------------------------------------------------- Command line
 
+EVALUATION = ("balanced", "finetune_epochs", "save_every")  # settings that the stages do not depend on
 DATASETS = {"pretrain": load_pretrain, "rsna": load_rsna, "embed": load_embed}
 
 
@@ -992,13 +934,6 @@ def run(command: str, config: Config, target: Path | None = None, dtype: torch.d
             export(config, data, target, dtype)
 
 
-EVALUATION = (
-    "balanced",
-    "finetune_epochs",
-    "save_every",
-)  # settings that the stages' results do not depend on
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0 on success, 2 with one line on standard error for bad input."""
     parser = retune.build_parser(Config, __doc__)
@@ -1016,7 +951,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.command == "make-tiny":  # a preset of stage 1, no trainer of its own
             if (target := arguments.to or HERE / "tiny").exists():
                 raise InputError(f"{target} exists: move it away, or name another folder with --to")
-            config = settle(Config(**TINY, output=arguments.output))
+            folder = "runs/tiny" if arguments.output == Config.output else arguments.output
+            config = settle(Config(**TINY, output=folder))
             torch.set_num_threads(1)  # the bytes do not depend on the number of cores
             run("pretrain", config)
             run("export", config, target, torch.float16)

@@ -14,7 +14,8 @@ import numpy as np
 
 FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 PREVALENCE = np.array([0.27, 0.22, 0.17, 0.24, 0.32])
-# Correlation of the findings' latent severities: heart failure brings edema and effusions, effusions compress lung.
+# Correlation of the findings' latent severities: heart failure brings edema and effusions, which
+# compress the lung.
 CO_OCCURRENCE = np.array(
     [
         [1.0, 0.1, 0.1, 0.1, 0.4],
@@ -159,7 +160,10 @@ class _Images:
 
 
 def make_phantoms(n_images, seed, size=64, domain="demo"):
-    """Phantoms of about n_images / 3 patients; `domain` is a key of DOMAINS or a Domain. Same arguments, same bytes."""
+    """Phantoms of about n_images / 3 patients; `domain` is a key of DOMAINS or a Domain.
+
+    Same arguments, same bytes. Raises ValueError for no image or fewer than 16 pixels.
+    """
     if n_images < 1 or size < 16:
         raise ValueError(
             f"phantoms need at least 1 image of 16 pixels, got {n_images} images of {size} pixels"
@@ -285,7 +289,7 @@ def _mottle(generator, x, y, lowest, highest, waves=16):
 
 
 def _chest(p, severity, size, generator):
-    """Density of the projected chest, float32 [H, W] (0 = air outside, 1 = spine), and the masks [5, H, W]."""
+    """Density of the projected chest, float32 [H, W] (0 is air, 1 the spine), and the masks [5, H, W]."""
     atelectasis, cardiomegaly, consolidation, edema, effusion = severity.astype(np.float32)
     axis = ((np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1) / np.float32(p["magnification"])
     x, y = axis[None, :] - np.float32(p["shift"][0]), axis[:, None] - np.float32(p["shift"][1])
