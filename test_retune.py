@@ -1731,17 +1731,15 @@ def run_until_killed(arguments, files, batches):
 def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(
     demo_arguments, finished, fork, tmp_path
 ):
-    """SIGKILL during embedding, and after a random number of written files until the run is whole."""
+    """SIGKILL while embedding, between chunks and tasks, before and after each saved state, in the report."""
     run, cache = tmp_path / "run", tmp_path / "cache"
     arguments = [*demo_arguments, "--cache-dir", str(cache), "--output", str(run)]
     process = fork(run_until_killed, arguments, -1, 6)
     assert exit_code(process) == -signal.SIGKILL and not (run / "metrics.json").exists()
     assert len(list(cache.rglob("chunk-*.npy"))) == 2
-    generator, kills = random.Random(0), 1
-    while (code := exit_code(fork(run_until_killed, arguments, generator.randint(2, 5), -1))) != 0:
-        assert code == -signal.SIGKILL
-        kills += 1
-    assert 4 <= kills <= 15
+    for files in (2, 2, 3, 2, 3, 6):
+        assert exit_code(fork(run_until_killed, arguments, files, -1)) == -signal.SIGKILL, files
+    assert exit_code(fork(run_until_killed, arguments, -1, -1)) == 0
     assert metrics_of(run) == metrics_of(finished)
     assert model_bytes(run) == model_bytes(finished)
     assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in finished.iterdir())
@@ -1837,9 +1835,8 @@ def test_a_second_process_on_one_output_folder_is_refused(demo_arguments, tmp_pa
     assert retune.main([*map(str, arguments), "--scenario", "zero"]) == 0
 
 
-def run_and_exit(arguments, environment=None):
-    os.environ.update(environment or {})
-    retune.CHUNK = 16
+def run_and_exit(arguments):
+    retune.CHUNK = 64
     sys.exit(retune.main(arguments))
 
 
@@ -1892,7 +1889,7 @@ def run_on_small_disk(arguments, limit, report):
     sys.exit(code)
 
 
-@pytest.mark.parametrize("limit", [500, 2500, 5000, 10000, 20000])
+@pytest.mark.parametrize("limit", [500, 5000, 20000])
 def test_a_full_disk_leaves_whole_files_only_and_the_run_goes_on_later(
     demo_arguments, finished, fork, tmp_path, limit
 ):
