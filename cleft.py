@@ -17,6 +17,7 @@ import contextlib
 import copy
 import dataclasses
 import importlib
+import io
 import math
 import pickle
 import sys
@@ -216,6 +217,14 @@ def mammogram_caption(side: str, view: str, letter: str, density: str) -> str:
     return text + (f", breast density {DENSITY[density]}" if density else "")
 
 
+def two_classes(data: Radiographs) -> Radiographs:
+    """A single finding as a choice of two classes, as the paper evaluates RSNA: it, or no finding."""
+    if len(data.class_names) > 1:
+        return data
+    labels = np.concatenate([data.labels, 1 - data.labels], axis=1)  # nan stays nan
+    return dataclasses.replace(data, labels=labels, class_names=(*data.class_names, "No Finding"))
+
+
 def captions(data: Radiographs, config: Config) -> list[str]:
     """One text per image: its report, or the base caption and the names of its findings (FACTS 3)."""
     if config.captions == "reports" and data.reports is None:
@@ -226,12 +235,15 @@ def captions(data: Radiographs, config: Config) -> list[str]:
     return [caption(row, names, config) for row in data.labels]
 
 
+NONE = "no finding"
+
+
 def caption(labels: Sequence[float], names: Sequence[str], config: Config) -> str:
     """The caption of one image from its labels [C]; unknown labels are not mentioned."""
     present = [name for name, label in zip(names, labels, strict=True) if label == 1]
-    absent = [f"no {name}" for name, label in zip(names, labels, strict=True) if label == 0]
+    absent = [f"no {name}" for name, label in zip(names, labels, strict=True) if label == 0 and name != NONE]
     found = present + (absent if config.negative_captions else [])
-    return f"{config.base_caption} {', '.join(found or ['no finding'])}"
+    return f"{config.base_caption} {', '.join(found or [NONE])}"
 
 
 # ----------------------------------------------------------------------------------------------------- Towers
@@ -301,7 +313,12 @@ def text_part(config: Config, texts: Sequence[str]) -> tuple[dict, object, dict]
     if (ours := our_part(config.text, "text", config.dim)) is not None:
         return ours[0], ours[3], ours[2]
     tower, model = published(config.text)
-    tokenizer = AutoTokenizer.from_pretrained(config.text)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.text)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--text {config.text}: no tokenizer ({' '.join(str(error).split())[:200]})"
+        ) from None
     if config.pad_token is not None:
         tokenizer.pad_token = config.pad_token
     if tokenizer.pad_token_id is None:
@@ -523,10 +540,10 @@ def train(
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if ((step + 1) % save_every == 0 or step + 1 == steps) and retune.ranks()[0] == 0:
+            state, buffer = {"step": step + 1, "model": model.learned()}, io.BytesIO()
+            torch.save(state | {"optimizer": optimizer.state_dict()}, buffer)
             with retune.atomic(path) as partial:
-                torch.save(
-                    {"step": step + 1, "model": model.learned(), "optimizer": optimizer.state_dict()}, partial
-                )
+                partial.write_bytes(buffer.getbuffer())  # a full disk is an OSError here, not in torch.save
     retune.barrier()
 
 
@@ -819,11 +836,13 @@ def evaluate(config: Config, data: Radiographs) -> dict:
     if restore(folder / "stage2.pt", prompt) == config.prompt_steps:
         with torch.inference_mode():
             texts["zero-shot, learned context"] = prompt()
+    else:
+        retune.say("stage 2 is not finished: no learned context is evaluated")
     results = {name: measure((images @ t.cpu().T).numpy(), data, test) for name, t in texts.items()}
     results["linear probe"] = measure(linear_probe(embeddings, data, data.where("train"), test), data, test)
     if config.finetune_epochs:
         results["full fine-tuning"] = measure(finetune(model, data, test, config), data, test)
-    if len(data.class_names) > 1 and config.balanced:
+    if config.balanced:
         chosen = balanced_rows(data, test, config.balanced, config.seed)
         at = np.searchsorted(test, chosen)
         for name, t in texts.items():
@@ -916,7 +935,7 @@ DATASETS = {"pretrain": load_pretrain, "rsna": load_rsna, "embed": load_embed}
 def run(command: str, config: Config, target: Path | None = None, dtype: torch.dtype = torch.float32) -> None:
     """One command, or `all` of them in order; every stage finds in --output what the one before left."""
     data_config = retune.Config(**{key: getattr(config, key) for key in retune.DATA_KEYS})
-    data, folder = retune.load_radiographs(data_config), Path(config.output)
+    data, folder = two_classes(retune.load_radiographs(data_config)), Path(config.output)
     retune.say(data.note)
     folder.mkdir(parents=True, exist_ok=True)
     with retune.locked(folder, wait=False) if retune.ranks()[0] == 0 else contextlib.nullcontext():

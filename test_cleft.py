@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -102,21 +103,21 @@ def test_lora_sits_on_the_attention_and_adds_a_scaled_product(folder):
     model, config = make_model(folder)
     tuned = [name for name, p in model.encoder.text.tower.named_parameters() if p.requires_grad]
     assert len(tuned) == 4 and all(".attn.c_attn.lora_" in name for name in tuned)  # 2 layers x A, B
-    frozen = DualEncoder.load(str(folder))
-    model.eval()
-    tokens = model.encoder.tokenize(CAPTIONS)
+    frozen = DualEncoder.load(str(folder)).double()
+    model.double().eval()
+    tokens, generator = model.encoder.tokenize(CAPTIONS), torch.Generator().manual_seed(0)
     torch.testing.assert_close(model.encoder.text(*tokens.values()), frozen.text(*tokens.values()))
     state = dict(model.encoder.text.tower.named_parameters())
     with torch.no_grad():
         for layer, block in enumerate(frozen.text.tower.h):
             prefix = f"base_model.model.h.{layer}.attn.c_attn.lora_"
-            state[f"{prefix}B.default.weight"].normal_()
+            state[f"{prefix}B.default.weight"].normal_(generator=generator)
             product = state[f"{prefix}B.default.weight"] @ state[f"{prefix}A.default.weight"]  # [3H, H]
             block.attn.c_attn.weight += (
                 config.lora_alpha / config.lora_rank * product.T
             )  # Conv1D stores [H, 3H]
     torch.testing.assert_close(
-        model.encoder.text(*tokens.values()), frozen.text(*tokens.values()), atol=1e-5, rtol=1e-5
+        model.encoder.text(*tokens.values()), frozen.text(*tokens.values()), atol=1e-6, rtol=0
     )
 
 
@@ -391,6 +392,44 @@ def test_embed_joins_images_and_exams(tmp_path):
 # --------------------------------------------------------------------------------------------------- Refusals
 
 
+def test_rsna_is_a_choice_of_two_classes(folder, tmp_path):
+    from torchvision.io import write_png
+
+    root = make(tmp_path / "rsna")
+    boxes = ["patientId,x,y,width,height,Target"]
+    for i in range(60):
+        write_png(torch.full((1, 16, 16), 4 * i, dtype=torch.uint8), str(root / f"p{i}.png"))
+        boxes += [f"p{i},1,2,3,4,1", f"p{i},5,5,3,3,1"] if i % 2 else [f"p{i},,,,,0"]
+    (root / "stage_2_train_labels.csv").write_text("\n".join(boxes) + "\n")
+    base = ["--image", str(folder), "--text", str(folder), "--dim", "8", "--batch-size", "12", "--steps", "2",
+            "--prompt-steps", "2", "--data", "rsna", "--data-dir", str(root), "--output", str(tmp_path / "run"),
+            "--cache-dir", str(tmp_path / "cache"), "--device", "cpu", "--truncate"]  # fmt: skip
+    assert cleft.main(["all", *base]) == 0
+    results = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert set(results["zero-shot"]["auroc"]) == {"Pneumonia", "No Finding"}
+    assert 0 <= results["balanced, zero-shot"]["accuracy"] <= 1
+    labels = np.array([[1], [0], [np.nan]], np.float32)
+    data = retune.Radiographs([Path("a"), Path("b"), Path("c")], labels, ("Mass",), list("abc"), ["test"] * 3)
+    names = [name.lower() for name in cleft.two_classes(data).class_names]
+    config = Config(negative_captions=True)
+    told = [cleft.caption(row, names, config) for row in cleft.two_classes(data).labels]
+    assert told[0].endswith("with mass") and told[1].endswith("with no finding, no mass")
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(folder, tmp_path, monkeypatch):
+    data, step = retune.load_radiographs(retune.Config(demo_images=200)), cleft.contrastive_step
+    config = settings(folder, output=str(tmp_path), save_every=1)
+
+    def explodes(model, pieces, seed, autocast):
+        loss = step(model, pieces, seed, autocast)
+        return loss * math.nan if (tmp_path / "stage1.pt").exists() else loss
+
+    monkeypatch.setattr(cleft, "contrastive_step", explodes)
+    with pytest.raises(InputError, match="step 2: the loss is nan"):
+        cleft.pretrain(config, data)
+    assert torch.load(tmp_path / "stage1.pt")["step"] == 1
+
+
 def test_a_tokenizer_without_padding_is_refused_with_the_remedy(tmp_path):
     from transformers import GPT2Config, GPT2Model
 
@@ -425,6 +464,9 @@ def test_wrong_input_is_named(folder, tmp_path):
         next(cleft.batch_rows(np.arange(3), 4, 0, 1, 0))
     with pytest.raises(InputError, match="--lr"):
         Config(lr=-1.0)
+    for name in ("image", "text"):
+        with pytest.raises(InputError, match="no transformers model"):
+            cleft.build_encoder(settings(folder, **{name: str(tmp_path / "nothing")}), CAPTIONS)
     with pytest.raises(InputError, match="not finished"):
         cleft.stage1(
             dataclasses.replace(config, output=str(tmp_path)),
