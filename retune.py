@@ -1005,8 +1005,8 @@ def make_tasks(
     """Cut training rows 0..N-1 with labels [N, C] into the tasks of a scenario (FACTS 1 "Scenarios").
 
     data: `parts` (5) parts train all classes. class: part t trains the t-th class (with fewer parts than
-    classes, the t-th group of them); label: part t trains classes 0..t. joint: one task; zero: none. Parts are
-    disjoint and share no patient; `contiguous` is the authors' cut, ceil(N / parts) rows in file order.
+    classes, the t-th group of them); label: part t trains classes 0..t. joint: one task; zero: none. Parts
+    are disjoint and share no patient; `contiguous` is the authors' cut, ceil(N / parts) rows in file order.
     `positives_only`: class-incremental task t has all positives of its classes instead, so that an image with
     two findings comes twice. `order` names the classes in the order of their arrival.
     """
@@ -1058,7 +1058,7 @@ def evaluate(scores: np.ndarray, predictions: np.ndarray, labels: np.ndarray, cl
     """Multi-label metrics of scores, 0/1 predictions and labels, each [N, C]; nan labels are not scored.
 
     A class whose known labels are all alike is nan, named in a warning and left out of the means. Weighted
-    means weigh by positives; accuracy is the exact match of fully labelled images. scikit-learn computes them.
+    means weigh by positives; accuracy is the exact match of fully labelled images.
     """
     from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score
 
@@ -1166,7 +1166,7 @@ class Config:
     data: str = setting("demo", "data set", choices=tuple(DATASETS), group="data")
     data_dir: str | None = setting(None, "folder of the data set; chestmnist is downloaded to it")
     labels_csv: str | None = setting(None, "label file instead of the data set's own")
-    classes: tuple[str, ...] | None = setting(None, "findings, in order (CheXpert: five; else all)", nargs="+")
+    classes: tuple[str, ...] | None = setting(None, "findings, in order (default: see README)", nargs="+")
     view: str = setting("all", "views, for chexpert and mimic", choices=("all", "frontal", "lateral"))
     uncertain: str = setting("ignore", "what a label of -1 becomes", choices=("ones", "zeros", "ignore"))
     blank: str | None = setting(None, "what a blank label becomes (csv: ignore)", choices=("zero", "ignore"))
@@ -1185,22 +1185,25 @@ class Config:
 
     scenario: str = setting("data", "how training data arrive", many=True,
                             choices=("data", "class", "label", "joint", "zero"), group="scenario")
-    parts: int | None = setting(None, "parts of the training set (data: 5; else one per class)", type=int, many=True)
+    parts: int | None = setting(None, "parts of the training set (5, or one per class)", type=int, many=True)
     class_order: tuple[str, ...] | None = setting(None, "order of arrival, or `random` by seed", nargs="+")
     contiguous: bool = setting(False, "cut parts in file order, as the authors do, instead of by patient")
     positives_only: bool = setting(False, "class-incremental: train on all positives of the class only")
 
-    method: str = setting("retune", "retune, or a baseline", group="method (several values give several runs)", many=True,
+    method: str = setting("retune", "retune, or a baseline", group="method", many=True,
                           choices=("retune", "linear", "mlp", "ewc", "lwf", "replay", "joint"))
     memory: int = setting(500, "embeddings that the replay baseline stores")
-    adaptor: str = setting("mlp", "the paper's mlp, linear, residual (ours)", choices=("mlp", "linear", "residual"), many=True)
-    adapt: str = setting("both", "which towers get an adaptor", choices=("both", "shared", "image", "text"), many=True)
+    adaptor: str = setting("mlp", "mlp (the paper's), linear, residual (ours)", many=True,
+                           choices=("mlp", "linear", "residual"))
+    adapt: str = setting("both", "towers that get an adaptor", many=True,
+                         choices=("both", "shared", "image", "text"))
     pool: str = setting("mean", "how a class's prompts join", choices=("mean", "single", "max"), many=True)
     negatives: bool = setting(True, "train and score with positive prompts alone", flag="--no-negatives")
-    score: str = setting("diff", "score for AUROC: diff, as in the loss, or pos", choices=("diff", "pos"), many=True)
+    score: str = setting("diff", "score for AUROC: as in the loss, or pos", choices=("diff", "pos"), many=True)
     logit_scale: float = setting(1.0, "factor on the logits (authors: none)", many=True)
     prompts: str = setting(str(HERE / "prompts.json"), "file of positive and negative prompts")
-    wording: str = setting("specific", "each finding's own, or templates", choices=("specific", "generic"), many=True)
+    wording: str = setting("specific", "prompts of each finding, or templates", many=True,
+                           choices=("specific", "generic"))
 
     epochs: int | None = setting(None, "epochs a task (10)", type=int, group="training")
     lr: float | None = setting(None, "learning rate (authors: 1e-4; small sets: 1e-3)", type=float, many=True)
@@ -1208,21 +1211,12 @@ class Config:
     optimizer: str = setting("adam", "optimiser, one for all tasks", choices=("adam", "sgd"))
     seed: int = setting(27, "seed; several give mean and standard deviation", many=True)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    output: str | None = setting(None, "folder of the run; {scenario}, {seed} and any other setting are filled in")
+    output: str | None = setting(None, "folder of the run; {scenario}, {seed}, any setting, are filled in")
     figures: bool = setting(True, "draw no figures", flag="--no-figures")
     # fmt: on
 
     def __post_init__(self):
-        for name in (
-            "demo_images",
-            "encode_batch",
-            "parts",
-            "memory",
-            "epochs",
-            "lr",
-            "batch_size",
-            "logit_scale",
-        ):
+        for name in "demo_images encode_batch parts memory epochs lr batch_size logit_scale".split():
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be positive")
@@ -1249,12 +1243,8 @@ class Config:
 
 
 AUTHORS = {"epochs": 10, "lr": 1e-4, "batch_size": 6144}  # FACTS 1 "Optimiser"
-SMALL = {
-    "epochs": 10,
-    "lr": 1e-3,
-    "batch_size": 64,
-}  # (ours) enough steps for a set of less than SMALL_SET images
-SMALL_SET = 20_000
+SMALL = {"epochs": 10, "lr": 1e-3, "batch_size": 64}  # (ours) enough steps for a small set to learn
+SMALL_SET = 20_000  # training images from which on the authors' settings hold
 NOT_RESULTS = (  # settings that may differ when a run is resumed
     "data_dir", "output", "cache_dir", "device", "workers", "encode_batch", "encoder_dir", "prompts",
     "figures", "skip_bad_images",
@@ -1266,9 +1256,8 @@ def settle(config: Config, data: Radiographs) -> Config:
     preset = SMALL if len(data.where("train")) < SMALL_SET else AUTHORS
     chosen = {name: value for name, value in preset.items() if getattr(config, name) is None}
     if config.class_order == ("random",):
-        chosen["class_order"] = tuple(
-            np.random.default_rng(config.seed).permutation(data.class_names).tolist()
-        )
+        order = np.random.default_rng(config.seed).permutation(len(data.class_names))
+        chosen["class_order"] = tuple(data.class_names[c] for c in order)
     return dataclasses.replace(config, **chosen)
 
 
@@ -1319,15 +1308,10 @@ def fit(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loaded, steps = None, epochs * math.ceil(len(rows) / batch_size)
     with progress(total=steps, desc=f"training {task.name}", unit="step") as bar:
-        for piece in itertools.chain.from_iterable(
-            shuffled_windows(rows, window, generator) for _ in range(epochs)
-        ):
+        for piece in (p for _ in range(epochs) for p in shuffled_windows(rows, window, generator)):
             if loaded is not piece:
-                x, y, loaded = (
-                    read_rows(embeddings, piece),
-                    labels[piece][:, columns],
-                    piece,
-                )  # [n, D], [n, classes]
+                x, y = read_rows(embeddings, piece), labels[piece][:, columns]  # [n, D], [n, classes]
+                loaded = piece
             for batch in torch.randperm(len(piece), generator=generator).split(batch_size):
                 count, batch = int((~y[batch].isnan()).sum()), batch[rank::world]
                 images, target = x[batch].to(device), y[batch].to(device)
@@ -1406,7 +1390,8 @@ def claim(folder: Path, identity: dict) -> None:
 
 
 DATA_KEYS = (
-    "data", "data_dir", "labels_csv", "classes", "view", "uncertain", "blank", "size", "demo_images", "cache_dir",
+    "data", "data_dir", "labels_csv", "classes", "view", "uncertain", "blank", "size", "demo_images",
+    "cache_dir",
 )  # fmt: skip
 
 
@@ -1466,7 +1451,7 @@ def run(config: Config, load_data: Callable = load_radiographs, load_encoder=Dua
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generator inside the block alone; modules draw their first weights from no other."""
+    """Seed torch's global generator inside the block alone; modules draw their weights from no other."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
@@ -1648,7 +1633,10 @@ def summary(metrics: dict) -> str:
     value = {key: "-" if v is None else f"{v:.3f}" for key, v in metrics["continual"].items()}
     low, high = ("-" if v is None else f"{v:.3f}" for v in last["auroc_macro_ci"])
     auroc = "-" if last["auroc_macro"] is None else f"{last['auroc_macro']:.3f}"
-    run = f"{config['method']}, {config['data']}, {config['encoder']}, {config['scenario']}, seed {config['seed']}"
+    run = (
+        ", ".join(config[key] for key in ("method", "data", "encoder", "scenario"))
+        + f", seed {config['seed']}"
+    )
     interval = f"95% CI {low} to {high}, 1,000 patient-level bootstrap resamples, n = {last['n']:,} images"
     lines = [markdown_table(header, rows), ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in value.items())]
     lines.append(f"{run}: macro AUROC {auroc} ({interval})")
@@ -1699,7 +1687,7 @@ def heatmap(path: Path, metrics: dict, key: str, title: str) -> None:
 
 
 def seeds_table(runs: Sequence[dict]) -> str:
-    """Mean and standard deviation over seeds of the runs that differ in nothing else: test split, last task."""
+    """Mean and standard deviation over seeds of runs alike in all else: test split, last task."""
     many = [
         item.name for item in dataclasses.fields(Config) if item.metadata.get("many") and item.name != "seed"
     ]
@@ -1729,10 +1717,8 @@ def seeds_table(runs: Sequence[dict]) -> str:
 
 def build_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """A parser with an option for every field of a dataclass made with `setting`."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    section = parser
+    layout = argparse.RawDescriptionHelpFormatter
+    section = parser = argparse.ArgumentParser(description=description, formatter_class=layout)
     for item in dataclasses.fields(config_class):
         options = dict(item.metadata)
         if group := options.pop("group", None):
@@ -1742,9 +1728,7 @@ def build_parser(config_class: type, description: str) -> argparse.ArgumentParse
             options["action"] = "store_false" if item.default else "store_true"
         elif item.default is not None:
             options.setdefault("type", type(item.default))
-            options["help"] += (
-                f" (default: {os.path.basename(item.default) if item.name == 'prompts' else item.default})"
-            )
+            options["help"] += f" (default: {os.path.basename(str(item.default))})"
         options |= {"nargs": "+", "default": [item.default]} if many else {"default": item.default}
         section.add_argument(flag, dest=item.name, **options)
     return parser
@@ -1763,10 +1747,7 @@ def build_configs(config_class: type, arguments: argparse.Namespace) -> list:
 def run_all(configs: Sequence[Config]) -> None:
     """Run every configuration and print its table; of several, also the mean and deviation over seeds."""
     if len({config.folder for config in configs}) < len(configs):
-        names = ", ".join(
-            f"{{{item.name}}}" for item in dataclasses.fields(Config) if item.metadata.get("many")
-        )
-        raise InputError(f"several runs need several folders; put what differs into --output, of {names}")
+        raise InputError("several runs need several folders; name what differs in --output, like {adaptor}")
     runs, share = [], functools.lru_cache(maxsize=1)  # these runs mostly read the same data and encoder
     load_data, load_encoder = share(load_radiographs), share(DualEncoder.load)
     for config in configs:
@@ -1805,15 +1786,13 @@ def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
 
 def print_predictions(predictions: list[dict], as_json: bool) -> None:
     """A table of image x finding with score and decision, or JSON."""
-    rows = [
-        [
-            p["image"],
-            *(f"{f['score']:.3f} {'yes' if f['present'] else ' no'}" for f in p["findings"].values()),
-        ]
-        for p in predictions
-    ]
-    table = markdown_table(["image", *predictions[0]["findings"]], rows)
-    print(json.dumps(predictions, indent=1) if as_json else table)
+    if as_json:
+        return print(json.dumps(predictions, indent=1))
+    rows = []
+    for p in predictions:
+        cells = [f"{f['score']:.3f} {'yes' if f['present'] else ' no'}" for f in p["findings"].values()]
+        rows.append([p["image"], *cells])
+    print(markdown_table(["image", *predictions[0]["findings"]], rows))
 
 
 def join_ranks() -> None:
@@ -1827,9 +1806,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0, or 2 with one line on standard error for bad input."""
     parser = build_parser(Config, __doc__)
     other = parser.add_argument_group("instead of a run")
-    other.add_argument(
-        "--predict", nargs="+", metavar="IMAGE", help="score images with the adaptors of --run"
-    )
+    other.add_argument("--predict", nargs="+", metavar="IMAGE", help="score images with a run's adaptors")
     other.add_argument("--run", type=Path, metavar="FOLDER", help="a finished run")
     other.add_argument("--json", action="store_true", help="predictions as JSON")
     other.add_argument("--convert", metavar="ENCODER", help="write an encoder in our folder format, to --to")
