@@ -82,6 +82,8 @@ class Config:
 
     width: int | None = setting(None, "width P (authors: 768; small sets: 256)", type=int, group="pre-training")
     layers: int = setting(2, "transformer layers")
+    standardise: str | None = setting(None, "scale embeddings by training mean and deviation (authors: no; small sets: yes)",
+                                      choices=("yes", "no"))
     heads: int | None = setting(None, "attention heads (authors: 12; small sets: 8)", type=int)
     feedforward: int | None = setting(None, "feed-forward width (authors: 2048; small sets: 512)", type=int)
     dropout: float = setting(0.1, "dropout")
@@ -128,8 +130,10 @@ class Config:
 
 
 # FACTS 2; (ours) SMALL, for sets on which the authors' schedule would take a few hundred steps
-AUTHORS = {"epochs": 50, "lr": 2e-5, "batch_size": 1024, "width": 768, "heads": 12, "feedforward": 2048}
-SMALL = {"epochs": 30, "lr": 1e-3, "batch_size": 256, "width": 256, "heads": 8, "feedforward": 512}
+AUTHORS = {"epochs": 50, "lr": 2e-5, "batch_size": 1024, "width": 768, "heads": 12, "feedforward": 2048,
+           "standardise": "no"}  # fmt: skip
+SMALL = {"epochs": 30, "lr": 1e-3, "batch_size": 256, "width": 256, "heads": 8, "feedforward": 512,
+         "standardise": "yes"}  # fmt: skip
 
 
 def settle(config: Config, n_train: int) -> Config:
@@ -186,6 +190,12 @@ class Adaptor(nn.Module):
         feedforward: int = 2048, dropout: float = 0.1,
     ):  # fmt: skip
         super().__init__()
+        for side, dim in (
+            ("image", image_dim),
+            ("text", text_dim),
+        ):  # see `standardise`; as they are here: the paper's
+            self.register_buffer(f"{side}_mean", torch.zeros(dim))
+            self.register_buffer(f"{side}_deviation", torch.ones(dim))
         self.image_projection = nn.Linear(image_dim, width, bias=False)
         self.text_projection = nn.Linear(text_dim, width, bias=False)
         self.layers = nn.ModuleList(
@@ -195,7 +205,7 @@ class Adaptor(nn.Module):
 
     def forward(self, images: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Paired embeddings [B, d_image], [B, d_text] (or tokens [B, T, d]) -> both [B, P] (or [B, T, P])."""
-        image, text = self.project(self.image_projection, images), self.project(self.text_projection, texts)
+        image, text = self.project("image", images), self.project("text", texts)
         for layer in self.layers:
             image = layer(image, text)
             text = layer(text, image)
@@ -203,16 +213,28 @@ class Adaptor(nn.Module):
 
     def alone(self, side: str, embeddings: torch.Tensor) -> torch.Tensor:
         """One side by itself, through self-attention: [B, d] -> [B, P], or tokens [B, T, d] -> [B, T, P]."""
-        x = self.project(getattr(self, f"{side}_projection"), embeddings)
+        x = self.project(side, embeddings)
         for layer in self.layers:
             x = layer(x)
         return x.reshape(*embeddings.shape[:-1], -1)
 
-    @staticmethod
-    def project(projection: nn.Linear, embeddings: torch.Tensor) -> torch.Tensor:
+    def project(self, side: str, embeddings: torch.Tensor) -> torch.Tensor:
         """[B, d] or [B, T, d] -> L2-normalised tokens [B, 1 or T, P]."""
-        x = F.normalize(projection(embeddings), dim=-1)
+        x = F.normalize(getattr(self, f"{side}_projection")(self.centre(side, embeddings)), dim=-1)
         return x if x.ndim == 3 else x[:, None]
+
+    def centre(self, side: str, embeddings: torch.Tensor) -> torch.Tensor:
+        """Embeddings [.., d] in the scale of `standardise`; unchanged without it."""
+        return (embeddings - getattr(self, f"{side}_mean")) / getattr(self, f"{side}_deviation")
+
+    def standardise(self, side: str, embeddings: torch.Tensor) -> None:
+        """Take each dimension's mean and deviation over the training embeddings [n, d] (ours).
+
+        Embeddings of many towers are nearly parallel (the demo's autoencoder: mean cosine 0.99), and what tells
+        them apart would be lost in the projection's normalisation until long training finds it.
+        """
+        getattr(self, f"{side}_mean").copy_(embeddings.mean(0))
+        getattr(self, f"{side}_deviation").copy_(embeddings.std(0).clamp_min(1e-6))
 
 
 def contrastive_loss(
@@ -347,13 +369,16 @@ def export_pair(model: Adaptor, encoder: DualEncoder, directory: str) -> None:
              "dropout": first.dropout.p, "batch_first": True}  # fmt: skip
     config, state = copy.deepcopy(encoder.config) | {"dim": width}, encoder.state_dict()
     for side in ("image", "text"):
-        projection = getattr(model, f"{side}_projection")
+        mean, deviation = getattr(model, f"{side}_mean"), getattr(model, f"{side}_deviation")
+        weight = (
+            getattr(model, f"{side}_projection").weight.detach() / deviation
+        )  # standardising becomes a bias
         config[side]["head"] = [
-            ["Linear", {"in_features": projection.in_features, "out_features": width, "bias": False}],
+            ["Linear", {"in_features": len(mean), "out_features": width}],
             ["Normalize", {}], ["Unflatten", {"dim": 1, "unflattened_size": [1, width]}],
             *[["TransformerEncoderLayer", layer]] * len(model.layers), ["Flatten", {}],
         ]  # fmt: skip
-        state |= {f"{side}.head.0.weight": projection.weight.detach()}
+        state |= {f"{side}.head.0.weight": weight, f"{side}.head.0.bias": -weight @ mean}
         for i, module in enumerate(model.layers, 3):
             state |= {f"{side}.head.{i}.{key}": value for key, value in module.state_dict().items()}
     with seeded(0):
@@ -435,6 +460,9 @@ def align(config: Config, encoder: DualEncoder, pairs: Pairs | None, device: str
     model = load_adaptor(config.pretrained, encoder) if config.pretrained else build_adaptor(encoder, config)
     model, result = model.to(device), {"history": []}
     if not config.pretrained:
+        if config.standardise == "yes":
+            for side, store, rows in zip(("image", "text"), (pairs.images, pairs.texts), pairs.rows["train"]):
+                model.standardise(side, read_rows(store, rows).to(device))
         result["before"] = validate(model, pairs, "test", config, device)
         result["history"] = pretrain(model, pairs, config, folder, device)
         draw_curves(folder / "loss.png", result["history"])

@@ -44,19 +44,19 @@ def train_head(features: Callable, labels: torch.Tensor, rows: dict, config: Con
     steps for every subset, one restart a quarter (ours).
     """
     data = {
-        split: (features(torch.from_numpy(r)), labels[r]) for split, r in rows.items() if split != "train"
+        split: (features(torch.from_numpy(rows[split])), labels[rows[split]]) for split in ("val", "test")
     }
     train = torch.from_numpy(rows["train"])
     with seeded(seed):
         head = build_head(data["val"][0].shape[1], labels.shape[1]).to(data["val"][0].device)
         optimizer = torch.optim.AdamW(head.parameters(), lr=5e-4, weight_decay=0.05)
-        restarts = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
-            optimizer, max(1, config.head_steps // 4)
-        )
-        best, kept = -math.inf, None
-        for step in range(1, config.head_steps + 1):
-            batch = train[torch.randint(len(train), (64,))]
-            logits, target = head.train()(features(batch)), labels[batch].to(data["val"][0].device)
+        quarter, best, kept = max(1, config.head_steps // 4), -math.inf, None
+        restarts = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, quarter)
+        drawn = train[torch.randint(len(train), (config.head_steps, 64))]
+        seen, place = drawn.unique(return_inverse=True)  # features of what training sees, once
+        x, y = features(seen), labels[seen].to(data["val"][0].device)
+        for step, batch in enumerate(place, 1):
+            logits, target = head.train()(x[batch]), y[batch]
             if config.multiclass:
                 loss = F.cross_entropy(logits, target.argmax(1))
             else:
@@ -65,7 +65,7 @@ def train_head(features: Callable, labels: torch.Tensor, rows: dict, config: Con
             loss.backward()
             optimizer.step()
             restarts.step()
-            if step % max(1, config.head_steps // 4) == 0:
+            if step % quarter == 0:
                 value = measure_head(head, *data["val"], config)["auroc_macro"]
                 if kept is None or value > best:
                     best, kept = value, copy.deepcopy(head.state_dict())
@@ -78,13 +78,12 @@ def measure_head(head: nn.Module, features: torch.Tensor, labels: torch.Tensor, 
     """retune's metrics of the head's answers; multi-class: softmax scores, the largest is the prediction."""
     logits = head.eval()(features).cpu()
     scores = logits.softmax(1) if config.multiclass else logits.sigmoid()
-    predictions = (
+    chosen = (
         F.one_hot(scores.argmax(1), scores.shape[1]).float() if config.multiclass else (scores > 0.5).float()
     )
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # classes without both labels were named when the run began
-        return retune.evaluate(scores.numpy(), predictions.numpy(), labels.numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a class without both labels would be named at every measurement
+        return retune.evaluate(scores.numpy(), chosen.numpy(), labels.numpy())
 
 
 def classify(
@@ -103,10 +102,12 @@ def classify(
 
     @torch.no_grad()
     def adapted(rows: torch.Tensor) -> torch.Tensor:
-        return model.alone("image", read_rows(images, rows).to(device))
+        return torch.cat([model.alone("image", read_rows(images, r).to(device)) for r in rows.split(4096)])
 
     def bare(rows: torch.Tensor) -> torch.Tensor:
-        return read_rows(images, rows).to(device)
+        return model.centre(
+            "image", read_rows(images, rows).to(device)
+        )  # the comparison gets the same scaling
 
     labels, train, results = torch.from_numpy(data.labels), data.where("train"), []
     for repeat in retune.progress(range(config.repeats), desc="classification", unit="repeat"):

@@ -286,7 +286,7 @@ def segment(
                 .reshape(len(batch), side.grid[0] ** 2, -1)
             )
             with torch.no_grad():
-                return model.alone("image", x) if name == "adaptor" else x
+                return model.alone("image", x) if name == "adaptor" else model.centre("image", x)
 
         place = folder / f"segmentation-{name.split()[0]}"
         decoder = fit_decoder(features, mask_rows, train, side.grid, config, place, device)

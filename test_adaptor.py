@@ -587,7 +587,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(finished, towers, stop, monkeyp
 
 
 def test_a_killed_process_goes_on_to_the_same_bytes(finished, towers, tmp_path):
-    argv = options(towers, finished, "--stages", "retrieval", "--epochs", "40")
+    argv = options(towers, finished, "--stages", "retrieval", "--epochs", "12")
     command = [sys.executable, str(HERE / "adaptor.py"), *argv]
     place = command.index("--output") + 1
     folders = [tmp_path / "killed", tmp_path / "whole"]
@@ -653,9 +653,6 @@ def test_an_image_without_a_report(towers, tmp_path, capsys):
     )
     argv = options(towers, tmp_path, "--data", "csv", "--data-dir", str(root), "--stages", "retrieval")
     assert "data.csv row 5: no report (1 images have none); --skip-unpaired" in fails(capsys, *argv)
-    assert adaptor.main([*argv, "--skip-unpaired"]) == 2  # another configuration of the same folder
-    capsys.readouterr()
-    argv[argv.index("--output") + 1] = str(tmp_path / "other")
     assert adaptor.main([*argv, "--skip-unpaired"]) == 0
     assert "11 pairs; 1 images without a text" in capsys.readouterr().out
 
