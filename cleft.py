@@ -592,6 +592,7 @@ def pretrain(config: Config, data: Radiographs) -> Cleft:
         raise InputError(
             f"--batch-size {config.batch_size} does not divide by {world} ranks x {pieces} pieces"
         )
+    Prompt(model, data.class_names, config)  # what stage 2 would refuse is refused before the training
     rows = data.where("train")
     drawn = hasattr(data.images, "phantoms")  # phantoms are drawn once, not in every epoch
     images = np.stack([data.images[i] for i in range(len(data.images))]) if drawn else data.images

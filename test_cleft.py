@@ -79,24 +79,24 @@ def test_contrastive_loss_is_both_cross_entropies():
 
 
 def test_text_feature_is_the_last_token_whatever_the_padding(folder):
-    encoder = DualEncoder.load(str(folder))
-    together = encoder.encode_texts(CAPTIONS)
+    encoder = DualEncoder.load(str(folder)).double()
+    together = encoder.encode_texts(CAPTIONS)  # float32 from double
     for text, row in zip(CAPTIONS, together, strict=True):
         ids = torch.tensor([encoder.tokenizer(text)["input_ids"]])
         with torch.inference_mode():
             hidden = encoder.text.tower(ids)["last_hidden_state"][0, -1]  # [H]
             alone = hidden @ encoder.text.head[0].weight.T
         assert ids[0, -1] == encoder.tokenizer.eos_token_id
-        torch.testing.assert_close(row, alone, atol=1e-6, rtol=0)
+        torch.testing.assert_close(row, alone.float(), atol=1e-6, rtol=0)
 
 
 def test_image_feature_is_the_mean_before_the_last_norm(folder):
-    encoder = DualEncoder.load(str(folder))
-    pixels = torch.randn(2, 3, 16, 16)
+    encoder = DualEncoder.load(str(folder)).double()
+    pixels = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     with torch.inference_mode():
         hidden = encoder.image.tower(pixels, output_hidden_states=True)["hidden_states"][-1]  # [2, 5, H]
         plain = hidden.mean(1) @ encoder.image.head[0].weight.T
-    torch.testing.assert_close(encoder.encode_images(pixels), plain, atol=1e-6, rtol=0)
+    torch.testing.assert_close(encoder.encode_images(pixels), plain.float(), atol=1e-6, rtol=0)
 
 
 def test_lora_sits_on_the_attention_and_adds_a_scaled_product(folder):
