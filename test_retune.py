@@ -1580,13 +1580,13 @@ def test_full_batch_training_of_two_tasks_is_plain_adam_in_float64_with_one_stat
     model = random_weights(retune.RETune(6))
     weights = [p.detach().double().requires_grad_() for p in model.parameters()]
     tasks = [retune.Task("a", np.arange(0, 20), (0, 2)), retune.Task("b", np.arange(15, 30), (1,))]
-    trained = train(model, embeddings, labels, tasks, epochs=6, batch_size=50)
+    trained = train(model, embeddings, labels, tasks, epochs=3, batch_size=50)
 
     bank = small_bank()
     prompts, first, second, step = bank.embeddings.double(), [0.0] * 8, [0.0] * 8, 0
     for task in tasks:
         x, y = torch.tensor(embeddings[task.rows]).double(), labels[task.rows][:, task.classes].tolist()
-        for _ in range(6):
+        for _ in range(3):
             step += 1
             cosines = plain_model(x, prompts, bank.group.tolist(), weights[:4], weights[4:], "mlp", "mean")
             loss = plain_loss([[row[2 * c] - row[2 * c + 1] for c in task.classes] for row in cosines], y)
@@ -2090,8 +2090,9 @@ def test_heatmaps_print_every_value_with_zero_shot_on_top(finished, tmp_path, mo
 
 
 def test_several_seeds_give_mean_and_deviation_of_their_own_runs(demo_arguments, tmp_path, capsys):
-    output = ["--output", str(tmp_path / "runs"), "--seed", "1", "2", "3", "--scenario", "joint"]
-    assert retune.main([*demo_arguments, *output]) == 0
+    seeds = ["--seed", "1", "2", "3", "--scenario", "joint", "--output"]
+    assert "{seed}" in failure(capsys, [*demo_arguments, *seeds, tmp_path / "runs"])
+    assert retune.main([*demo_arguments, *seeds, str(tmp_path / "runs" / "{seed}")]) == 0
     last_lines = capsys.readouterr().out.strip().splitlines()[-1]
     runs = [json.loads(path.read_text()) for path in sorted((tmp_path / "runs").rglob("metrics.json"))]
     assert [m["config"]["seed"] for m in runs] == [1, 2, 3]
