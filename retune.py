@@ -120,6 +120,34 @@ def read_json(path: Path):
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
+    """Write tensors and what describes them to a safetensors file, atomically."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    try:
+        with atomic(path) as partial:
+            save_file(plain, partial, {"retune": json.dumps(metadata)})
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from None
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """What `save_tensors` wrote; InputError for a missing or damaged file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in list(file.keys())}, json.loads(
+                file.metadata()["retune"]
+            )
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}); delete its folder and run again") from None
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A message's tail: the known name most like `name`, then all of them."""
     known = list(known)
@@ -609,17 +637,15 @@ class DualEncoder(nn.Module):
 
     def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write config.json, model.safetensors (as `dtype`) and the tokenizer into a new or empty folder."""
-        from safetensors.torch import save_file
-
         target = Path(directory)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise InputError(f"{target} exists and is not an empty folder: choose another")
         with atomic(target) as partial:
             partial.mkdir(parents=True)
             (partial / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
-            state = {key: value.cpu().contiguous() for key, value in self.state_dict().items()}
+            state = self.state_dict()
             state |= {key: value.to(dtype) for key, value in state.items() if value.is_floating_point()}
-            save_file(state, partial / "model.safetensors")
+            save_tensors(partial / "model.safetensors", state, {})
             self.tokenizer.save_pretrained(partial)
 
     def load_weights(self, state: dict[str, torch.Tensor], source: str | Path) -> None:
@@ -799,22 +825,25 @@ def embed_chunks(encoder, data, chunks, dtype, batch_size, workers, precision, d
 def assemble(folder: Path, data: Radiographs, chunks: dict[Path, range], shape, dtype) -> None:
     """Join the chunks into embeddings.npy, then write facts.json, whose presence says that it is whole."""
     seconds, unreadable, digest = 0.0, {}, hashlib.sha256()
-    with atomic(folder / "embeddings.npy") as partial:
-        whole = np.lib.format.open_memmap(partial, "w+", dtype, shape)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    # Written, not mapped: a full disk is an error here, and a killed process under a memory map.
+    with atomic(folder / "embeddings.npy") as partial, open(partial, "wb") as whole:
+        np.lib.format.write_array_header_1_0(whole, header)
         for chunk, rows in chunks.items():
             try:
                 with open(chunk, "rb") as file:
                     block, took = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
-                whole[rows.start : rows.stop] = block
+                if (block.shape, block.dtype) != ((len(rows), shape[1]), dtype):
+                    raise ValueError(f"it holds {block.dtype} {block.shape}")
             except (ValueError, EOFError) as error:
                 chunk.unlink()
                 raise InputError(f"{chunk}: damaged ({error}), so it was removed; run again") from None
+            whole.write(block.data)
             digest.update(block.data)
             seconds += float(took)
             for row in np.flatnonzero(np.isnan(block[:, 0])) + rows.start:
                 reason = Images(data.images, lambda pixels: pixels)[row][2]
                 unreadable[int(row)] = f"{data.rows[row]}: {reason}"
-        whole.flush()
     facts = {"sha256": digest.hexdigest(), "seconds": seconds, "unreadable": unreadable}
     write_json(folder / "facts.json", facts)
 
@@ -1199,7 +1228,7 @@ class Config:
                          choices=("both", "shared", "image", "text"))
     pool: str = setting("mean", "how a class's prompts join", choices=("mean", "single", "max"), many=True)
     negatives: bool = setting(True, "train and score with positive prompts alone", flag="--no-negatives")
-    score: str = setting("diff", "score for AUROC: as in the loss, or pos", choices=("diff", "pos"), many=True)
+    score: str = setting("diff", "score for AUROC; diff is the loss's", choices=("diff", "pos"), many=True)
     logit_scale: float = setting(1.0, "factor on the logits (authors: none)", many=True)
     prompts: str = setting(str(HERE / "prompts.json"), "file of positive and negative prompts")
     wording: str = setting("specific", "prompts of each finding, or templates", many=True,
@@ -1216,7 +1245,17 @@ class Config:
     # fmt: on
 
     def __post_init__(self):
-        for name in "demo_images encode_batch parts memory epochs lr batch_size logit_scale".split():
+        positive = (
+            "demo_images",
+            "encode_batch",
+            "parts",
+            "memory",
+            "epochs",
+            "lr",
+            "batch_size",
+            "logit_scale",
+        )
+        for name in positive:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be positive")
@@ -1337,30 +1376,6 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
             p.grad.copy_(gradient.view_as(p))
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
-    """Write tensors and what describes them to a safetensors file, atomically."""
-    from safetensors.torch import save_file
-
-    with atomic(path) as partial:
-        plain = {key: value.detach().cpu().clone() for key, value in tensors.items()}
-        save_file(plain, partial, {"retune": json.dumps(metadata)})
-
-
-def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """What `save_tensors` wrote; InputError for a missing or damaged file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in list(file.keys())}, json.loads(
-                file.metadata()["retune"]
-            )
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({error}); delete its folder and run again") from None
-
-
 def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Copy tensors into a model; InputError when names or shapes differ."""
     try:
@@ -1429,6 +1444,7 @@ def run(config: Config, load_data: Callable = load_radiographs, load_encoder=Dua
         if ranks()[0] == 0:
             claim(folder, identity)
         if (folder / "metrics.json").exists():
+            (folder / "resume.safetensors").unlink(missing_ok=True)
             say(f"{folder}: finished before; delete it to run again")
             return Results(folder, read_json(folder / "metrics.json"))
         embeddings = embed(
