@@ -241,15 +241,7 @@ torch.save((loss.item(), test_cleft.gradients(model)), f"{sys.argv[2]}/{rank}.pt
 def test_two_ranks_take_the_step_of_one(folder, tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(RANK)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29611",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     here = {"PYTHONPATH": str(Path(cleft.__file__).parent), "OMP_NUM_THREADS": "1"}
     subprocess.run(
         [*command, script, folder, tmp_path], check=True, env=os.environ | here, capture_output=True
