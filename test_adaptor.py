@@ -189,18 +189,22 @@ def test_retrieval_by_hand():
         and found["image_to_text"]["median_rank"] == 2
     )
     assert found["text_to_image"]["recall_1"] == pytest.approx(1 / 3)
-    same = adaptor.retrieval(image, text, ["a", "b", "b"])
-    assert same["image_to_text"]["recall_1"] == pytest.approx(
-        2 / 3
-    )  # the second image finds its report's twin
-    assert same["chance"]["recall_1"] == pytest.approx((1 / 3 + 2 / 3 + 2 / 3) / 3)
+    assert found["image_to_text"]["chance"]["recall_1"] == pytest.approx(1 / 3)
+    same = adaptor.retrieval(
+        image, text[[0, 1, 1]], ["a", "b", "b"]
+    )  # two reports, one of them of two images
+    assert same["distinct_reports"] == 2 and same["image_to_text"]["recall_1"] == pytest.approx(2 / 3)
+    assert same["text_to_image"]["recall_1"] == pytest.approx(1 / 2)
+    assert same["text_to_image"]["chance"]["recall_1"] == pytest.approx((1 / 3 + 2 / 3) / 2)
+    assert same["text_to_image"]["chance"]["recall_5"] == 1
 
 
 def test_constant_embeddings_find_nothing():
     constant = torch.ones(40, 3) / math.sqrt(3)
     found = adaptor.retrieval(constant, constant, [str(i) for i in range(40)])
-    assert found["image_to_text"] == {"recall_1": 0, "recall_5": 0, "recall_10": 0, "median_rank": 40}
-    assert found["chance"]["recall_5"] == pytest.approx(5 / 40)
+    for way in ("image_to_text", "text_to_image"):
+        assert found[way]["recall_10"] == 0 and found[way]["median_rank"] == 40
+        assert found[way]["chance"]["recall_5"] == pytest.approx(5 / 40)
 
 
 # ------------------------------------------------------------------------------------------------------------- Texts
