@@ -1649,13 +1649,10 @@ def summary(metrics: dict) -> str:
     value = {key: "-" if v is None else f"{v:.3f}" for key, v in metrics["continual"].items()}
     low, high = ("-" if v is None else f"{v:.3f}" for v in last["auroc_macro_ci"])
     auroc = "-" if last["auroc_macro"] is None else f"{last['auroc_macro']:.3f}"
-    run = (
-        ", ".join(config[key] for key in ("method", "data", "encoder", "scenario"))
-        + f", seed {config['seed']}"
-    )
+    run = ", ".join(str(config[key]) for key in ("method", "data", "encoder", "scenario"))
     interval = f"95% CI {low} to {high}, 1,000 patient-level bootstrap resamples, n = {last['n']:,} images"
     lines = [markdown_table(header, rows), ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in value.items())]
-    lines.append(f"{run}: macro AUROC {auroc} ({interval})")
+    lines.append(f"{run}, seed {config['seed']}: macro AUROC {auroc} ({interval})")
     if config["data"] == "demo":
         lines.append("Demo on synthetic phantoms: not clinical numbers.")
     return "\n\n".join(lines)
@@ -1734,7 +1731,9 @@ def seeds_table(runs: Sequence[dict]) -> str:
 def build_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """A parser with an option for every field of a dataclass made with `setting`."""
     layout = argparse.RawDescriptionHelpFormatter
-    section = parser = argparse.ArgumentParser(description=description, formatter_class=layout)
+    section = parser = argparse.ArgumentParser(
+        description=description, formatter_class=layout, usage="%(prog)s [option ...]"
+    )
     for item in dataclasses.fields(config_class):
         options = dict(item.metadata)
         if group := options.pop("group", None):
