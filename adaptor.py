@@ -1,4 +1,5 @@
-"""Adaptor: aligns two frozen encoders that never met, an image encoder and a text encoder, with one light module.
+"""Adaptor: aligns two frozen encoders that never met, an image encoder and a text encoder, with one light
+module.
 
 The method is here: settings, the module and its loss, pre-training and retrieval, export, the run. The frozen
 towers are in `unimodal.py`, texts in `reports.py`, the downstream tasks in `classification.py` and
@@ -38,7 +39,7 @@ from reports import embed_texts, make_texts
 from retune import DualEncoder, InputError, Radiographs, markdown_table, ranks, read_rows, say, setting
 from unimodal import Side, embed, load_backbones, seeded
 
-# ----------------------------------------------------------------------------------------------------- 1. Settings
+# ------------------------------------------------------------------------------------------------ 1. Settings
 
 
 def same(name: str):
@@ -66,23 +67,23 @@ class Config:
     size: int = same("size")
     demo_images: int = setting(12000, "number of phantoms in the demo")
     skip_bad_images: bool = same("skip_bad_images")
-    texts: str = setting("auto", "auto: reports, else captions from labels", choices=("auto", "reports", "labels"))
-    reports_dir: str | None = setting(None, "folder with MIMIC-CXR's files/p10/.../s*.txt (default: --data-dir)")
-    skip_unpaired: bool = setting(False, "leave images without a report out of the pairs, instead of stopping")
+    texts: str = setting("auto", "reports, or captions from labels", choices=("auto", "reports", "labels"))
+    reports_dir: str | None = setting(None, "folder of MIMIC-CXR's reports (default: --data-dir)")
+    skip_unpaired: bool = setting(False, "leave images without a report out of the pairs")
 
-    image_encoder: str = setting("demo", "demo, a folder, a transformers id, torchvision:NAME[=WEIGHTS.pth]", group="encoders")
+    image_encoder: str = setting("demo", "demo, folder, hub id, torchvision:NAME[=FILE]", group="encoders")
     text_encoder: str = setting("demo", "demo, a folder, a transformers id")
-    image_pool: str | None = setting(None, "pooling of images (tokens: cls; maps: mean)", choices=("cls", "mean", "pooler"))
-    text_pool: str | None = setting(None, "pooling of texts (authors: cls)", choices=("cls", "mean", "last", "pooler"))
+    image_pool: str | None = setting(None, "tokens: cls; maps: mean", choices=("cls", "mean", "pooler"))
+    text_pool: str | None = setting(None, "authors: cls", choices=("cls", "mean", "last", "pooler"))
     precision: str = same("precision")
     store: str = same("store")
     encode_batch: int = same("encode_batch")
     workers: int = same("workers")
     cache_dir: str = same("cache_dir")
 
-    width: int | None = setting(None, "width P (authors: 768; small sets: 256)", type=int, group="pre-training")
+    width: int | None = setting(None, "width (authors: 768; small sets: 256)", type=int, group="pre-training")
     layers: int = setting(2, "transformer layers")
-    standardise: str | None = setting(None, "scale embeddings by training mean and deviation (authors: no; small sets: yes)",
+    standardise: str | None = setting(None, "by training mean and deviation (authors: no; small sets: yes)",
                                       choices=("yes", "no"))
     heads: int | None = setting(None, "attention heads (authors: 12; small sets: 8)", type=int)
     feedforward: int | None = setting(None, "feed-forward width (authors: 2048; small sets: 512)", type=int)
@@ -94,25 +95,28 @@ class Config:
     weight_decay: float = setting(0.01, "weight decay")
     pretrained: str | None = setting(None, "an earlier run's folder: its adaptor instead of pre-training")
 
-    stages: tuple[str, ...] | None = setting(None, "what to measure (default: all that the data allow)", nargs="+",
-                                             choices=("retrieval", "classification", "segmentation"), group="downstream")
+    stages: tuple[str, ...] | None = setting(None, "what to measure (all the data allow)", nargs="+",
+                                             choices=("retrieval", "classification", "segmentation"),
+                                             group="downstream")
     fractions: tuple[float, ...] | None = setting(None, "labelled shares (0.01 0.1 1)", nargs="+", type=float)
     repeats: int = setting(3, "labelled subsets per share, for mean and standard deviation")
     multiclass: bool = setting(False, "each image has exactly one class (COVIDx): softmax and accuracy")
     head_steps: int = setting(400, "training steps of a classification head")
     mask_epochs: int = setting(10, "training epochs of a segmentation decoder")
     mask_images: int | None = setting(None, "most images to segment (demo: 1500)", type=int)
-    decoder_width: int | None = setting(None, "channels of the decoder (authors: 512; small sets: 64)", type=int)
+    decoder_width: int | None = setting(None, "decoder channels (authors: 512; small sets: 64)", type=int)
 
-    export: str | None = setting(None, "new folder for the aligned pair, for retune.py --encoder", group="run")
+    export: str | None = setting(None, "new folder for the aligned pair (retune.py --encoder)", group="run")
     seed: int = setting(42, "seed")
     device: str = same("device")
     output: str | None = setting(None, "folder of the run (default: runs/adaptor-DATA-ENCODERS-seedSEED)")
     # fmt: on
 
     def __post_init__(self):
-        counts = "epochs batch_size width heads feedforward layers demo_images repeats head_steps mask_epochs mask_images"
-        for name in f"{counts} decoder_width encode_batch lr".split():
+        positive = (
+            "epochs batch_size width heads feedforward layers demo_images repeats head_steps mask_epochs"
+        )
+        for name in f"{positive} mask_images decoder_width encode_batch lr".split():
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be positive")
@@ -159,11 +163,12 @@ def load_data(config: Config) -> Radiographs:
     return retune.load_radiographs(retune.Config(**{name: getattr(config, name) for name in DATA}))
 
 
-# -------------------------------------------------------------------------------------------------------- 2. Model
+# --------------------------------------------------------------------------------------------------- 2. Model
 
 
 class Layer(nn.TransformerEncoderLayer):
-    """torch's post-norm encoder layer (ReLU), with the query from elsewhere: keys, values and residual are `src`'s.
+    """torch's post-norm encoder layer (ReLU), with the query from elsewhere: keys, values and residual are
+    `src`'s.
 
     Its parameters have torch's names, so that an exported pair runs on torch's own module.
     """
@@ -230,8 +235,8 @@ class Adaptor(nn.Module):
     def standardise(self, side: str, embeddings: torch.Tensor) -> None:
         """Take each dimension's mean and deviation over the training embeddings [n, d] (ours).
 
-        Embeddings of many towers are nearly parallel (the demo's autoencoder: mean cosine 0.99), and what tells
-        them apart would be lost in the projection's normalisation until long training finds it.
+        Embeddings of many towers are nearly parallel (the demo's autoencoder: mean cosine 0.99), and what
+        tells them apart would be lost in the projection's normalisation until long training finds it.
         """
         getattr(self, f"{side}_mean").copy_(embeddings.mean(0))
         getattr(self, f"{side}_deviation").copy_(embeddings.std(0).clamp_min(1e-6))
@@ -246,7 +251,7 @@ def contrastive_loss(
     return image_weight * F.cross_entropy(logits, pair) + (1 - image_weight) * F.cross_entropy(logits.T, pair)
 
 
-# ------------------------------------------------------------------------------------------------- 3. Pre-training
+# -------------------------------------------------------------------------------------------- 3. Pre-training
 
 
 @dataclass
@@ -270,7 +275,8 @@ class Pairs:
 def train_epochs(folder: Path, model, optimizer, epochs: int, seed: int, one_epoch: Callable) -> list[dict]:
     """Call `one_epoch(k)` for each epoch that `folder` does not hold yet; its results, in order.
 
-    Every epoch draws from a seed of its own and ends on disk, so that a killed process goes on with the same bytes.
+    Every epoch draws from a seed of its own and ends on disk, so that a killed process goes on with the same
+    bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done, _ = retune.restore(folder, model, optimizer)
@@ -284,7 +290,7 @@ def train_epochs(folder: Path, model, optimizer, epochs: int, seed: int, one_epo
 
 
 def step_factor(step: int, steps: int, warmup: float = 0.02) -> float:
-    """Share of the peak learning rate: linear up over the first 2% of the steps, linear down to 0 (FACTS 2)."""
+    """Share of the peak learning rate: linear up over the first 2% of the steps, then down to 0 (FACTS 2)."""
     rise = max(1, round(warmup * steps))
     return min((step + 1) / rise, (steps - step) / max(1, steps - rise))
 
@@ -354,9 +360,8 @@ def retrieval(image: torch.Tensor, text: torch.Tensor, words: Sequence[str]) -> 
         rank, wrong, missed = torch.cat(rank), torch.cat(miss).double(), 1.0
         values = {"median_rank": rank.double().quantile(0.5).item(), "chance": {}}
         for k in range(1, 11):
-            missed = (
-                missed * (wrong - k + 1).clamp_min(0) / max(1, len(candidates) - k + 1)
-            )  # place k is wrong too
+            # place k is wrong too
+            missed = missed * (wrong - k + 1).clamp_min(0) / max(1, len(candidates) - k + 1)
             if k in (1, 5, 10):
                 values[f"recall_{k}"] = (rank <= k).double().mean().item()
                 values["chance"][f"recall_{k}"] = 1 - missed.mean().item()
@@ -364,23 +369,24 @@ def retrieval(image: torch.Tensor, text: torch.Tensor, words: Sequence[str]) -> 
     return result
 
 
-# ----------------------------------------------------------------------------------------- 4. Export and parameters
+# ----------------------------------------------------------------------------------- 4. Export and parameters
 
 
 def export_pair(model: Adaptor, encoder: DualEncoder, directory: str) -> None:
-    """Write backbones, projections and adaptor as one encoder in retune's folder format (ours): the bridge to RE-tune.
+    """Write backbones, projections and adaptor as one encoder in retune's folder format (ours): the bridge to
+    RE-tune.
 
-    One token attends to itself alone, so that each side is a plain head of torch's modules with the shared weights.
+    One token attends to itself alone, so that each side is a plain head of torch's modules with the shared
+    weights.
     """
     width, first = model.image_projection.out_features, model.layers[0]
-    layer = {"d_model": width, "nhead": first.self_attn.num_heads, "dim_feedforward": first.linear1.out_features,
-             "dropout": first.dropout.p, "batch_first": True}  # fmt: skip
+    layer = {"d_model": width, "nhead": first.self_attn.num_heads, "dropout": first.dropout.p}
+    layer |= {"dim_feedforward": first.linear1.out_features, "batch_first": True}
     config, state = copy.deepcopy(encoder.config) | {"dim": width}, encoder.state_dict()
     for side in ("image", "text"):
         mean, deviation = getattr(model, f"{side}_mean"), getattr(model, f"{side}_deviation")
-        weight = (
-            getattr(model, f"{side}_projection").weight.detach() / deviation
-        )  # standardising becomes a bias
+        # standardising becomes a bias
+        weight = getattr(model, f"{side}_projection").weight.detach() / deviation
         config[side]["head"] = [
             ["Linear", {"in_features": len(mean), "out_features": width}],
             ["Normalize", {}], ["Unflatten", {"dim": 1, "unflattened_size": [1, width]}],
@@ -402,12 +408,14 @@ def count(module: nn.Module) -> int:
 PAPERS_ENCODERS = {  # FACTS 2; BERT-base is the size of BioBERT and ClinicalBERT
     "DINOv2-S + BERT": {"model_type": "dinov2", "hidden_size": 384, "num_attention_heads": 6},
     "DINOv2-B + BERT": {"model_type": "dinov2"},
-    "Swin-B + BERT": {"model_type": "swin", "embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]},
+    "Swin-B + BERT": {"model_type": "swin", "embed_dim": 128, "depths": [2, 2, 18, 2],
+                      "num_heads": [4, 8, 16, 32]},
 }  # fmt: skip
 
 
 def parameter_table(model: Adaptor, encoder: DualEncoder) -> list[list]:
-    """Rows (pair, frozen, trained here, end-to-end, share saved): this run's pair, and the paper's at its widths.
+    """Rows (pair, frozen, trained here, end-to-end, share saved): this run's pair, and the paper's at its
+    widths.
 
     End-to-end is what contrastive pre-training without freezing trains: both towers and the two projections.
     """
@@ -427,13 +435,13 @@ def parameter_table(model: Adaptor, encoder: DualEncoder) -> list[list]:
     return rows
 
 
-# ----------------------------------------------------------------------------------------------- 5. Run and report
+# ------------------------------------------------------------------------------------------ 5. Run and report
 
 
 def build_adaptor(encoder: DualEncoder, config: Config) -> Adaptor:
     with seeded(config.seed):
-        return Adaptor(encoder.dim, encoder.text_dim, config.width, config.layers, config.heads, config.feedforward,
-                       config.dropout)  # fmt: skip
+        return Adaptor(encoder.dim, encoder.text_dim, config.width, config.layers, config.heads,
+        config.feedforward, config.dropout)  # fmt: skip
 
 
 def load_adaptor(folder: Path, encoder: DualEncoder) -> Adaptor:
@@ -623,7 +631,9 @@ def run_stages(
 
 
 def report(config: Config, metrics: dict, data: Radiographs) -> None:
-    """splits.csv (with the least labelled share an image is in, first repeat), table.md and, last, metrics.json."""
+    """splits.csv (with the least labelled share an image is in, first repeat), table.md and, last,
+    metrics.json.
+    """
     from classification import nested_subsets
 
     folder, train, share = config.folder, data.where("train"), [""] * len(data.images)

@@ -1,7 +1,7 @@
 """Classification on frozen embeddings, the first downstream task of `adaptor.py` (FACTS 2).
 
-The authors' head is trained on 1%, 10% and 100% of the training patients' labels, on the adaptor's image embeddings
-and on the bare backbone's; multi-label (or binary, which is one finding) and multi-class.
+The authors' head is trained on 1%, 10% and 100% of the training patients' labels, on the adaptor's image
+embeddings and on the bare backbone's; multi-label (or binary, which is one finding) and multi-class.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from unimodal import seeded
 
 
 def nested_subsets(patients: Sequence[str], fractions: Sequence[float], seed: int) -> list[np.ndarray]:
-    """Rows of the first patients of one seeded order, for each fraction: a smaller subset lies in every larger."""
+    """Rows of the first patients in a seeded order, per fraction: a smaller subset lies in every larger."""
     ids, patient = np.unique(np.asarray(patients), return_inverse=True)
     place = np.random.default_rng(seed).permutation(len(ids))
     return [np.flatnonzero(place[patient] < max(1, round(fraction * len(ids)))) for fraction in fractions]
@@ -40,8 +40,8 @@ def build_head(dim: int, classes: int) -> nn.Sequential:
 def train_head(features: Callable, labels: torch.Tensor, rows: dict, config: Config, seed: int) -> dict:
     """Train a head on rows["train"], keep its best state on rows["val"], and measure that on rows["test"].
 
-    features: rows [B] -> [B, d]; labels [N, C]. AdamW 5e-4, weight decay 0.05, cosine restarts (FACTS 2); as many
-    steps for every subset, one restart a quarter (ours).
+    features: rows [B] -> [B, d]; labels [N, C]. AdamW 5e-4, weight decay 0.05, cosine restarts (FACTS 2); as
+    many steps for every subset, one restart a quarter (ours).
     """
     data = {
         split: (features(torch.from_numpy(rows[split])), labels[rows[split]]) for split in ("val", "test")
@@ -117,7 +117,7 @@ def classify(
             for name, features in (("adaptor", adapted), ("bare backbone", bare)):
                 metrics = train_head(features, labels, rows, config, config.seed + repeat)
                 results.append({"fraction": fraction, "repeat": repeat, "features": name, "n": len(subset),
-                                "patients": len(set(data.patients[train][subset])), "test": metrics})  # fmt: skip
+                                "patients": len({*data.patients[train][subset]}), "test": metrics})  # fmt: skip
     retune.write_json(file, results)
     return retune.read_json(file)
 

@@ -50,7 +50,7 @@ def make_texts(config, data: Radiographs) -> tuple[list[str], str]:
 
 
 class TokenRows:
-    """Reports as rows of token ids and their mask, int64 [2, L], so that retune's `embed` can read them by index."""
+    """Reports as rows of token ids and mask, int64 [2, L], which retune's `embed` can read by index."""
 
     def __init__(self, encoder: DualEncoder, texts: Sequence[str]):
         self.tokenize, self.texts = encoder.tokenize, texts

@@ -1,7 +1,7 @@
 """Segmentation on frozen patch tokens, the second downstream task of `adaptor.py` (FACTS 2).
 
-Masks (phantoms, SIIM's run-lengths, RSNA's boxes), the decoder, Dice, training, pictures. A mask follows its image
-through the encoder's resize and crop, so that Dice is measured on the pixels that the encoder sees.
+Masks (phantoms, SIIM's run-lengths, RSNA's boxes), the decoder, Dice, training, pictures. A mask follows its
+image through the encoder's resize and crop: Dice is measured on the pixels that the encoder sees.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from unimodal import Side, blank_pixels, seeded
 
 SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg")
 
-# ----------------------------------------------------------------------------------------------------------- Masks
+# ------------------------------------------------------------------------------------------------------ Masks
 
 
 def rle_to_mask(text: str, height: int, width: int, row: str = "") -> np.ndarray:
@@ -92,7 +92,7 @@ def read_masked_table(config: Config) -> tuple[Path, dict[str, list[str]], str, 
 def load_masked(config: Config) -> Radiographs:
     """SIIM-ACR pneumothorax or RSNA pneumonia: images anywhere under --data-dir, one finding, no reports.
 
-    The files name no split: 70/10/20% of the patients by hash. SIIM names no patient: each image counts as one.
+    The files name no split: 70/10/20% of patients by hash. SIIM names no patient: each image counts as one.
     """
     path, table, column, finding = read_masked_table(config)
     files = {f.stem: f for f in sorted(Path(config.data_dir).rglob("*")) if f.suffix.lower() in SUFFIXES}
@@ -116,12 +116,13 @@ def load_masked(config: Config) -> Radiographs:
         if part not in split:
             raise InputError(f"{path}: the {part} split is empty; give more images")
     note = "; each image counts as a patient of its own" if config.data == "siim" else ""
-    return Radiographs([files[name] for name in ids], labels, (finding,), ids, split, ids, [rows[n] for n in ids],
-                       note=f"{config.data}: no official split, 70/10/20% by a hash of the id{note}")  # fmt: skip
+    images, rows = [files[name] for name in ids], [rows[name] for name in ids]
+    return Radiographs(images, labels, (finding,), ids, split, ids, rows,
+                       note=f"{config.data}: no official split: 70/10/20% by hash{note}")  # fmt: skip
 
 
 def find_masks(config: Config, data: Radiographs) -> Callable[[int], np.ndarray] | None:
-    """A function from an image's row to its masks, bool [C, H, W] in the image's own pixels; None without masks."""
+    """Image row -> its masks, bool [C, H, W] in the image's own pixels; None for data without masks."""
     if config.data == "demo":
         phantoms = data.images.phantoms
         columns = [phantoms.class_names.index(name) for name in data.class_names]
@@ -170,8 +171,7 @@ class MaskRows:
         if row not in self.kept:
             mask = transform_mask(self.masks(row), **self.transform)
             if tuple(mask.shape) != self.shape:
-                raise InputError(f"image row {row}: its mask becomes {tuple(mask.shape)}, the encoder sees {self.shape}; "
-                                 "use an encoder that crops to a square")  # fmt: skip
+                raise InputError(f"image {row}: its mask becomes {tuple(mask.shape)}, the encoder sees {self.shape}; crop to a square")  # fmt: skip
             self.kept[row] = np.packbits(mask.numpy())
         bits = np.unpackbits(self.kept[row], count=math.prod(self.shape))
         return torch.from_numpy(bits.reshape(self.shape).astype(bool))
@@ -181,11 +181,11 @@ class MaskRows:
         return torch.stack([self[int(row)] for row in rows])
 
 
-# ---------------------------------------------------------------------------------------------------------- Tokens
+# ----------------------------------------------------------------------------------------------------- Tokens
 
 
 class PatchSide(Side):
-    """The image tower's patch tokens, flattened to [B, T * d] for retune's `embed`; `grid` is (h, w), T = h * w."""
+    """The image tower's patch tokens as rows [T * d] for retune's `embed`; `grid` is (h, w), T = h * w."""
 
     def __init__(self, encoder: DualEncoder, name: str = ""):
         super().__init__(encoder, "image", 0)
@@ -197,7 +197,7 @@ class PatchSide(Side):
 
     @torch.inference_mode()
     def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels [B, 3, H, H] -> patch tokens [B, T, d]; class and register tokens, which come first, are dropped."""
+        """Pixels [B, 3, H, H] -> patch tokens [B, T, d], without the class and register tokens in front."""
         features = self.encoder.image.tower(pixels)["last_hidden_state"]
         if features.ndim == 4:
             return features.flatten(2).transpose(1, 2).float()
@@ -208,7 +208,7 @@ class PatchSide(Side):
 
 
 def build_decoder(dim: int, first: int, classes: int) -> nn.ModuleList:
-    """Four blocks of first, first/2, first/4, first/8 channels (authors: 512-256-128-64), then the classes' logits."""
+    """Four blocks of `first`, 1/2, 1/4, 1/8 of it channels (authors: 512-256-128-64), then the logits."""
     channels = [dim, *(max(8, first // 2**i) for i in range(4))]
     blocks = [
         nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
@@ -220,7 +220,7 @@ def build_decoder(dim: int, first: int, classes: int) -> nn.ModuleList:
 def decode(
     decoder: nn.ModuleList, tokens: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]
 ) -> torch.Tensor:
-    """Tokens [B, T, P] -> logits [B, C, H, W]; each block doubles the map until it reaches the mask's size."""
+    """Tokens [B, T, P] -> logits [B, C, H, W]; blocks double the map until it reaches the mask's size."""
     x = tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
     for block in decoder[:-1]:
         x = block(x)
@@ -229,11 +229,11 @@ def decode(
     return F.interpolate(decoder[-1](x), size, mode="bilinear")
 
 
-# ------------------------------------------------------------------------------------------------------------ Dice
+# ------------------------------------------------------------------------------------------------------- Dice
 
 
 def dice(prediction: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """2 |P and M| / (|P| + |M|) of bool [..., H, W], per image and finding [...]; two empty masks count 1 (FACTS 2)."""
+    """2 |P and M| / (|P| + |M|) of bool [..., H, W] -> [...]; two empty masks count 1 (FACTS 2)."""
     total = prediction.sum((-2, -1)) + mask.sum((-2, -1))
     overlap = (prediction & mask).sum((-2, -1))
     return torch.where(total == 0, 1.0, 2 * overlap / total.clamp_min(1))
@@ -242,7 +242,7 @@ def dice(prediction: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def mask_loss(
     logits: torch.Tensor, mask: torch.Tensor, alpha: float = 10.0, gamma: float = 2.0
 ) -> torch.Tensor:
-    """alpha * focal - log(soft Dice), Dice per finding over the batch; logits and float masks [B, C, H, W] (FACTS 2).
+    """alpha * focal - log(soft Dice), per finding over the batch; both [B, C, H, W] (FACTS 2).
 
     The facts name no alpha and gamma; these are ours.
     """
@@ -253,13 +253,13 @@ def mask_loss(
     return alpha * focal - soft.log().mean()
 
 
-# -------------------------------------------------------------------------------------------------------- Training
+# --------------------------------------------------------------------------------------------------- Training
 
 
 def segment(
     model: Adaptor, encoder: DualEncoder, data: Radiographs, masks: Callable, config: Config, device: str
 ) -> list[dict]:
-    """Train a decoder on adapted and on bare patch tokens, both frozen; test Dice per finding, and overlay.png."""
+    """Train decoders on adapted and on bare patch tokens, frozen; test Dice per finding, overlay.png."""
     folder, file = config.folder, config.folder / "segmentation.json"
     if file.exists():
         return retune.read_json(file)
@@ -270,12 +270,10 @@ def segment(
         data.split[chosen], [data.names[i] for i in chosen], [data.rows[i] for i in chosen],
         key=data.key and f"{data.key} rows {chosen.tolist()}",
     )  # fmt: skip
-    say(
-        f"segmentation: {len(rows['train']):,} training and {len(rows['test']):,} test images, {side.grid} tokens each"
-    )
+    train, test = np.split(np.arange(len(chosen)), [len(rows["train"])])
+    say(f"segmentation: {len(train):,} training, {len(test):,} test images, {side.grid} tokens each")
     tokens = embed(side, subset, config, device, store="fp16")
     mask_rows = MaskRows(lambda i: masks(int(chosen[i])), encoder, len(data.class_names))
-    train, test = np.split(np.arange(len(chosen)), [len(rows["train"])])
     found = {}
     for name in ("adaptor", "bare backbone"):
 
@@ -347,7 +345,7 @@ def predict_masks(decoder, features, masks: MaskRows, rows: np.ndarray, grid) ->
 
 
 def dice_row(name: str, found: dict[str, torch.Tensor], truth: torch.Tensor, column) -> dict:
-    """One line of the table: Dice over all test images with the empty-mask rule, and over those with the finding."""
+    """A line of the table: Dice over all test images (empty-mask rule), and over those with the finding."""
     truth, row = truth[:, column], {"finding": name, "images": len(truth)}
     present = truth.flatten(-2).any(-1)
     row["with it"] = int(present.sum()) if present.ndim == 1 else int(present.any(1).sum())
@@ -359,7 +357,7 @@ def dice_row(name: str, found: dict[str, torch.Tensor], truth: torch.Tensor, col
 
 
 def segmentation_table(results: Sequence[dict]) -> str:
-    """Test Dice per finding: over all images (an empty mask counts 1 when the prediction is empty), and where it is."""
+    """Test Dice per finding: over all images (1 for an empty mask found empty), and where it is present."""
     header = [
         "segmentation, test Dice",
         "images",
@@ -373,7 +371,7 @@ def segmentation_table(results: Sequence[dict]) -> str:
 
 
 def draw_overlay(path: Path, data, chosen, test, truth, predicted, encoder, images: int = 4) -> None:
-    """A few test images with the true outlines (solid) above the predicted ones (dashed), a colour per finding."""
+    """A few test images, true outlines above predicted ones, a colour per finding."""
     from matplotlib.figure import Figure
 
     present = truth.flatten(-2).any(-1).sum(1)

@@ -1,4 +1,6 @@
-"""Tests of adaptor.py and its modules: the method against plain constructions, results by hand, the whole chain."""
+"""Tests of adaptor.py and its modules: the method against plain constructions, results by hand, the whole
+chain.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,7 @@ def fails(capsys, *argv: str) -> str:
     return error
 
 
-# ----------------------------------------------------------------------------------------------------------- Module
+# ----------------------------------------------------------------------------------------------------- Module
 
 
 def plain_layer(layer: adaptor.Layer, src: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
@@ -176,7 +178,7 @@ def test_defaults_are_the_papers():
     assert [adaptor.step_factor(s, 100) for s in (0, 1, 51, 99)] == [0.5, 1.0, 0.5, 1 / 98]
 
 
-# -------------------------------------------------------------------------------------------------------- Retrieval
+# -------------------------------------------------------------------------------------------------- Retrieval
 
 
 def test_retrieval_by_hand():
@@ -207,7 +209,7 @@ def test_constant_embeddings_find_nothing():
         assert found[way]["chance"]["recall_5"] == pytest.approx(5 / 40)
 
 
-# ------------------------------------------------------------------------------------------------------------- Texts
+# ------------------------------------------------------------------------------------------------------ Texts
 
 REPORT = """                                 FINAL REPORT
  EXAMINATION:  CHEST (PA AND LAT)
@@ -250,7 +252,7 @@ def test_mimic_reports_are_found_by_study(tmp_path):
     assert [bool(text) for text in reports.make_texts(skip, data)[0]] == [True, False, True]
 
 
-# ------------------------------------------------------------------------------------------------- Masks and Dice
+# --------------------------------------------------------------------------------------------- Masks and Dice
 
 
 def mask_to_rle(mask: np.ndarray) -> str:
@@ -369,7 +371,7 @@ def test_a_mask_of_another_size_is_refused(tmp_path, monkeypatch):
         segmentation.find_masks(config, adaptor.load_data(config))(1)
 
 
-# ---------------------------------------------------------------------------------------------------- Classification
+# --------------------------------------------------------------------------------------------- Classification
 
 
 def test_subsets_are_nested_by_patient_and_seeded():
@@ -408,12 +410,14 @@ def test_multiclass_refuses_two_classes_of_one_image(tmp_path):
         )
 
 
-# ---------------------------------------------------------------------------------------------------- Any encoder
+# ------------------------------------------------------------------------------------------------ Any encoder
 
 
 @pytest.fixture(scope="session")
 def published(towers, tmp_path_factory) -> Path:
-    """Folders as transformers publishes them: a DINOv2 with registers, and a BERT with its pooler and tokenizer."""
+    """Folders as transformers publishes them: a DINOv2 with registers, and a BERT with its pooler and
+    tokenizer.
+    """
     import transformers
 
     root = tmp_path_factory.mktemp("published")
@@ -507,7 +511,7 @@ def test_the_demos_towers_train_apart_and_the_same_twice(tmp_path, capsys):
     assert first.config["image"]["head"] == first.config["text"]["head"] == []
 
 
-# ------------------------------------------------------------------------------------------------- The whole chain
+# -------------------------------------------------------------------------------------------- The whole chain
 
 
 def test_a_run_writes_its_results(finished, towers):
@@ -627,7 +631,7 @@ def test_an_earlier_adaptor_serves_other_data(finished, towers, tmp_path, capsys
     assert json.loads((tmp_path / "run/metrics.json").read_text())["retrieval"]["history"] == []
 
 
-# -------------------------------------------------------------------------------------------------------- Bad input
+# -------------------------------------------------------------------------------------------------- Bad input
 
 
 def write_csv(root: Path, change=lambda lines: lines) -> Path:
@@ -684,7 +688,7 @@ def test_bad_options_end_with_one_line(towers, published, finished, tmp_path, ca
     shutil.copytree(published / "text", tmp_path / "text")
     shutil.copy(published / "image/preprocessor_config.json", tmp_path / "text")
     assert "gives no hidden states for images" in error("--image-encoder", str(tmp_path / "text"))
-    assert "torchvision has no model 'resnet5'" in error("--image-encoder", "torchvision:resnet5")
+    assert "no such model; did you mean" in error("--image-encoder", "torchvision:resnet5")
     assert "adaptor was trained on other encoders" in error(
         "--pretrained", str(finished / "run"), "--text-encoder", str(published / "text"))  # fmt: skip
     assert "no such file" in error("--pretrained", str(tmp_path / "none"), "--output", str(tmp_path / "o2"))
@@ -693,5 +697,5 @@ def test_bad_options_end_with_one_line(towers, published, finished, tmp_path, ca
     root = write_csv(tmp_path / "data")
     assert "csv has no masks" in error("--data", "csv", "--data-dir", str(root), "--stages", "segmentation",
                                        "--output", str(tmp_path / "o3"))  # fmt: skip
-    assert "is not an empty folder" in error("--export", str(finished / "pair"), "--output", str(finished / "run"),
-                                             "--cache-dir", str(finished / "cache"))  # fmt: skip
+    assert "is not an empty folder" in error("--export", str(finished / "pair"), "--output", str(finished /
+    "run"), "--cache-dir", str(finished / "cache"))  # fmt: skip

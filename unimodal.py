@@ -1,9 +1,9 @@
-"""Frozen unimodal encoders for `adaptor.py`: any transformers or torchvision model, a folder, or the demo's two.
+"""Frozen unimodal encoders for `adaptor.py`: of transformers, torchvision, a folder, or the demo's own two.
 
-The demo's towers are trained here, each on its own: the image tower learns to clean noisy phantoms (a convolutional
-autoencoder, no text), the text tower to fill in masked words of reports (a BERT, no image), on phantoms of other
-patients than the demo's. No image and report is ever paired, so whatever alignment the demo shows was learned by
-the adaptor. That would not be so for the towers of `tiny`, which were trained together.
+The demo's towers are trained here, each on its own: the image tower learns to clean noisy phantoms (a
+convolutional autoencoder, no text), the text tower to fill in masked words of reports (a BERT, no image), on
+phantoms of other patients than the demo's. No image and report is ever paired, so whatever alignment the demo
+shows was learned by the adaptor. That would not be so for the towers of `tiny`, which were trained together.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Side:
-    """One tower of a pair with the surface that retune's `embed` needs of an encoder, keyed by this tower alone."""
+    """One tower of a pair as retune's `embed` needs an encoder; the cache is keyed by this tower alone."""
 
     def __init__(self, encoder: DualEncoder, side: str, dim: int):
         self.encoder, self.side, self.dim, self.transform = encoder, side, dim, encoder.transform
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the side's config (the image's with its transform) and of every tensor as float32."""
+        """SHA-256 (hex) of the side's config (the image's with its transform) and of every tensor."""
         config = [type(self).__name__, self.encoder.config[self.side]]
         config += [self.encoder.config["transform"]] if self.side == "image" else []
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -73,12 +73,13 @@ def embed(side: Side, data: Radiographs, config, device: str, store: str | None 
     """retune's `embed` with this run's settings: read-only memory map [N, d], not normalised."""
     return retune.embed(
         side, data, Path(config.cache_dir), batch_size=config.encode_batch, workers=config.workers,
-        precision=config.precision, store=store or config.store, device=device, skip_bad_images=config.skip_bad_images,
+        precision=config.precision, store=store or config.store, device=device,
+        skip_bad_images=config.skip_bad_images,
     )  # fmt: skip
 
 
 def load_backbones(config) -> DualEncoder:
-    """The two frozen towers side by side, without heads: `encode_images` [B, d_image], `encode_texts` [M, d_text].
+    """The two frozen towers without heads: `encode_images` [B, d_image], `encode_texts` [M, d_text].
 
     Of an encoder in retune's folder format (`tiny` too) only the tower is used, never its joint projection.
     """
@@ -118,7 +119,7 @@ def blank_pixels(encoder: DualEncoder) -> torch.Tensor:
 
 
 def load_side(side: str, name: str, pool: str | None, config) -> tuple[dict, dict, object]:
-    """(its part of a DualEncoder's config, its tensors, the transform or the tokenizer) of one unimodal encoder."""
+    """(part of a DualEncoder's config, tensors, transform or tokenizer) of one unimodal encoder."""
     folder = retune.HERE / name if name == "tiny" else Path(name)
     if name == "demo" or retune.is_ours(folder):
         if name == "demo":
@@ -173,7 +174,8 @@ def read_transform(processor: dict) -> dict:
         "resize": size,
         "crop": (crop if processor.get("do_center_crop") else square) if isinstance(size, int) else None,
         "interpolation": {2: "bilinear", 3: "bicubic"}.get(processor.get("resample"), "bilinear"),
-        "mean": list(processor.get("image_mean", IMAGENET[0])), "std": list(processor.get("image_std", IMAGENET[1])),
+        "mean": list(processor.get("image_mean", IMAGENET[0])),
+        "std": list(processor.get("image_std", IMAGENET[1])),
     }  # fmt: skip
 
 
@@ -181,15 +183,13 @@ IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 def load_torchvision(name: str, pool: str | None) -> tuple[dict, dict, dict]:
-    """`torchvision:resnet50` with torchvision's own weights, or `torchvision:resnet50=weights.pth` with a file's."""
+    """`torchvision:resnet50` with torchvision's own weights, `torchvision:resnet50=FILE` with a file's."""
     from torchvision.models import get_model, list_models
     from torchvision.models.feature_extraction import get_graph_node_names
 
     model, _, weights = name.removeprefix("torchvision:").partition("=")
     if model not in list_models():
-        raise InputError(
-            f"--image-encoder {name}: torchvision has no model {model!r}; {retune.nearest(model, list_models())}"
-        )
+        raise InputError(f"--image-encoder {name}: no such model; {retune.nearest(model, list_models())}")
     try:
         network = get_model(model, weights=None if weights else "DEFAULT")
         if weights:
@@ -242,9 +242,7 @@ def demo_encoder(cache_dir: Path, phantoms: int = PHANTOMS, steps: dict[str, int
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.parent, wait=True):
         if not folder.exists():
-            say(
-                "training the demo's two unimodal encoders: an autoencoder of images and a masked language model"
-            )
+            say("training the demo's two encoders, each alone: an autoencoder, a masked language model")
             train(phantoms, steps).save(folder)
     return DualEncoder.load(str(folder))
 
@@ -298,11 +296,12 @@ def one_cycle(parameters, steps: int, peak: float):
 
 
 def train_image(encoder: DualEncoder, images: Sequence, steps: int) -> None:
-    """Denoising autoencoder: from the noisy film's feature map [B, 128, 8, 8] to the clean film at half size."""
+    """Denoising autoencoder: from a noisy film's map [B, 128, 8, 8] to the clean film at half size."""
     pixels = torch.stack([encoder.transform(torch.from_numpy(np.asarray(image))[None]) for image in images])
     decoder = nn.Sequential(
         nn.Conv2d(128, 16, 1), nn.Conv2d(16, 64, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2),
-        nn.Conv2d(64, 32, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(32, 1, 3, padding=1),
+        nn.Conv2d(64, 32, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2),
+        nn.Conv2d(32, 1, 3, padding=1),
     )  # fmt: skip
     optimizer, schedule = one_cycle([*encoder.image.parameters(), *decoder.parameters()], steps, 4e-3)
     for _ in progress(range(steps), desc="image tower", unit="step"):
