@@ -1762,7 +1762,11 @@ def build_configs(config_class: type, arguments: argparse.Namespace) -> list:
 def run_all(configs: Sequence[Config]) -> None:
     """Run every configuration and print its table; of several, also the mean and deviation over seeds."""
     if len({config.folder for config in configs}) < len(configs):
-        raise InputError("several runs need several folders; name what differs in --output, like {adaptor}")
+        many = [item.name for item in dataclasses.fields(Config) if item.metadata.get("many")]
+        names = [f"{{{name}}}" for name in many if len({getattr(config, name) for config in configs}) > 1]
+        raise InputError(
+            f"{len(configs)} runs need a folder each; --output must contain {' and '.join(names)}"
+        )
     runs, share = [], functools.lru_cache(maxsize=1)  # these runs mostly read the same data and encoder
     load_data, load_encoder = share(load_radiographs), share(DualEncoder.load)
     for config in configs:
