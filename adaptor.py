@@ -102,7 +102,7 @@ class Config:
     repeats: int = setting(3, "labelled subsets per share, for mean and standard deviation")
     multiclass: bool = setting(False, "each image has exactly one class (COVIDx): softmax and accuracy")
     head_steps: int = setting(400, "training steps of a classification head")
-    mask_epochs: int = setting(10, "training epochs of a segmentation decoder")
+    mask_epochs: int = setting(16, "training epochs of a segmentation decoder")
     mask_images: int | None = setting(None, "most images to segment (demo: 1500)", type=int)
     decoder_width: int | None = setting(None, "decoder channels (authors: 512; small sets: 64)", type=int)
 
