@@ -312,10 +312,11 @@ def forgetting_note(table: Table) -> str:
     return (
         f"Class-incremental, RE-tune forgets {ours[1]:.3f}, the MLP head {mlp[1]:.3f}, the linear head {linear[1]:.3f}. That RE-tune"
         f" forgets at least 0.05 less than a linear head trained in sequence {holds} here. Labels that a part does not bring"
-        " are masked for every method, and a linear head shares no weights between findings, so it has nothing to"
-        " forget; the adaptors, as the MLP, are shared by all findings. What the text gives is a start: before its"
-        f" own part, a finding differs from zero-shot by {ours[3]:+.3f} with RE-tune, by {mlp[3]:+.3f} with the MLP head and by"
-        f" {linear[3]:+.3f} with the linear head (forward transfer). Table `adaptors` asks what starting at zero-shot changes."
+        " are masked for every method, and a linear head shares no weights between findings: it has next to nothing to"
+        " forget (Adam's momentum moves a finding's weights for some steps after its part). The adaptors, as the MLP, are"
+        f" shared by all findings. Forward transfer, a finding's AUROC before its own part against zero-shot, is {ours[3]:+.3f} with"
+        f" RE-tune, {mlp[3]:+.3f} with the MLP head and {linear[3]:+.3f} with the linear head, both of which know no text. Table"
+        " `adaptors` asks what starting at zero-shot changes."
     )
 
 
@@ -691,7 +692,7 @@ def prompt_cosines(runs: Sequence[Run], folder: Path) -> None:
     """Cosine of every prompt with every other before and after the text adaptor (joint, first seed)."""
     run = choose(runs, **in_scenario("joint"))[0]
     _, data, _, bank, model = open_run(run)
-    size = max(4.5, 0.13 * len(bank.group) + 1.5)
+    size = min(7.5, max(4.5, 0.13 * len(bank.group) + 1.5))
     figure, axes = new_figure(2, 1, size, 0.85 * size)
     edges = np.flatnonzero(np.diff(bank.group.numpy() // 2)) + 0.5
     middles = [
