@@ -112,7 +112,7 @@ class Config:
 
 
 # fmt: off
-# FACTS 3
+# The published setting (arXiv 2407.21011)
 AUTHORS = {"steps": 40_000, "lr": 4e-5, "batch_size": 288, "dim": 512, "prompt_steps": 8000,
            "prompt_lr": 1e-4}
 # (ours)
@@ -226,7 +226,7 @@ def two_classes(data: Radiographs) -> Radiographs:
 
 
 def captions(data: Radiographs, config: Config) -> list[str]:
-    """One text per image: its report, or the base caption and the names of its findings (FACTS 3)."""
+    """One text per image: its report, or the base caption and the names of its findings."""
     if config.captions == "reports" and data.reports is None:
         raise InputError(f"--captions reports: the data set {config.data} has no reports; use labels")
     if data.reports is not None and config.captions != "labels":
@@ -295,7 +295,7 @@ def image_part(config: Config) -> tuple[dict, dict, dict]:
     side = getattr(tower.config, "image_size", 224)
     side = side if side % getattr(tower.config, "patch_size", 1) == 0 and side < 512 else 224
     transform = {"resize": side, "crop": side, "interpolation": "bicubic", **IMAGENET}
-    # FACTS 3: the mean before the last norm; a convolutional tower has no such tokens
+    # The mean before the last norm; a convolutional tower has no such tokens
     pool = "pre_norm_mean" if hasattr(tower.config, "num_hidden_layers") else "mean"
     width = getattr(tower.config, "hidden_size", None) or tower.config.hidden_sizes[-1]
     return {"model": model, "pool": pool, "head": head(width, config.dim)}, transform, prefixed(tower)
@@ -454,7 +454,7 @@ class Cleft(nn.Module):
 
 
 def contrastive_loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Symmetric CLIP loss of N pairs of unit vectors [N,D]: the sum of both cross-entropies (FACTS 3)."""
+    """Symmetric CLIP loss of N pairs of unit vectors [N,D]: the sum of both cross-entropies."""
     logits = scale * images @ texts.T  # [N,N]
     own = torch.arange(len(logits), device=logits.device)
     return F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
@@ -651,7 +651,7 @@ def stage1(config: Config, data: Radiographs) -> Cleft:
 
 
 class Prompt(nn.Module):
-    """Learned context tokens [n,H] before each class name, read by the frozen text tower (FACTS 3)."""
+    """Learned context tokens [n,H] before each class name, read by the frozen text tower."""
 
     def __init__(self, model: Cleft, class_names: Sequence[str], config: Config):
         super().__init__()

@@ -1,7 +1,7 @@
 """Published vision-language encoders (BiomedCLIP, BioViL, transformers' CLIP and SigLIP), read as published.
 
 `read_published` returns what a `retune.DualEncoder` is built from: our config, tensors under our names, a
-tokenizer. Layouts: FACTS 4. No checkpoint is executed: safetensors, or `torch.load(weights_only=True)`.
+tokenizer. No checkpoint is executed: safetensors, or `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def convolution(inputs: int, outputs: int, bias: bool = True) -> list:
     return ["Conv2d", {"in_channels": inputs, "out_channels": outputs, "kernel_size": 1, "bias": bias}]
 
 
-# The published encoders (FACTS 4) in our format, their tensors' names (regular expressions) and their files.
+# The published encoders in our format, their tensors' names (regular expressions) and their files.
 # fmt: off
 BIOMEDCLIP = {
     "name": "biomedclip", "dim": 512,

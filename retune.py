@@ -535,7 +535,7 @@ class Tower(nn.Module):
     """Pixels [B,3,H,W], or tokens and their mask [M,T], -> embeddings [B or M,D]: a tower, a pool and a head.
 
     `config`: config.json's "image" or "text". Pools: the CLS token, the mean of the tokens or of the map, the
-    last token, the model's own, CLEFT's mean before the last norm (FACTS 3), or none: the head sees it all.
+    last token, the model's own, CLEFT's mean before the last norm, or none: the head sees it all.
     """
 
     def __init__(self, config: dict):
@@ -666,7 +666,7 @@ class DualEncoder(nn.Module):
 
         `directory` holds its files exactly as published, or as `save` wrote them, and rules out the network;
         without it they come from the hub's cache or are downloaded. `crop` replaces a convolutional tower's
-        (BioViL: RE-tune's 512, FACTS 1; its own is 480). InputError if a file is missing or unfit.
+        (BioViL: RE-tune's 512; its own is 480). InputError if a file is missing or unfit.
         """
         folder = Path(directory or (HERE / "tiny" if name == "tiny" else name))
         if is_ours(folder):
@@ -892,7 +892,7 @@ def read_rows(embeddings: np.ndarray, rows: torch.Tensor) -> torch.Tensor:
 
 
 class Adaptor(nn.Module):
-    """A small network [.., D] -> [.., D] on frozen embeddings (FACTS 1 "Model").
+    """A small network [.., D] -> [.., D] on frozen embeddings.
 
     mlp: Linear(D, 2D), ReLU, Linear(2D, D), the paper's. linear: Linear(D, D), its ablation. residual (ours):
     x + mlp(x) on L2-normalised x with the last layer zero, so that training starts at zero-shot.
@@ -1031,7 +1031,7 @@ def make_tasks(
     patients: Sequence[str] | None = None, order: Sequence[str] | None = None, contiguous: bool = False,
     positives_only: bool = False,
 ) -> list[Task]:  # fmt: skip
-    """Cut training rows 0..N-1 with labels [N, C] into the tasks of a scenario (FACTS 1 "Scenarios").
+    """Cut training rows 0..N-1 with labels [N, C] into the tasks of a scenario.
 
     data: `parts` (5) parts train all classes. class: part t trains the t-th class (with fewer parts than
     classes, the t-th group of them); label: part t trains classes 0..t. joint: one task; zero: none. Parts
@@ -1281,7 +1281,7 @@ class Config:
         return Path(self.data_dir)
 
 
-AUTHORS = {"epochs": 10, "lr": 1e-4, "batch_size": 6144}  # FACTS 1 "Optimiser"
+AUTHORS = {"epochs": 10, "lr": 1e-4, "batch_size": 6144}  # arXiv 2410.17827
 SMALL = {"epochs": 10, "lr": 1e-3, "batch_size": 64}  # (ours) enough steps for a small set to learn
 SMALL_SET = 20_000  # training images from which on the authors' settings hold
 NOT_RESULTS = (  # settings that may differ when a run is resumed

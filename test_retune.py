@@ -1036,7 +1036,7 @@ def test_rows_of_a_half_precision_memory_map_are_read_exactly(tmp_path):
     assert retune.read_rows(values, rows[:0]).shape == (0, 5)
 
 
-# ------------------------------------------------ 5 and 6. Model and loss, against loops in float64 (FACTS 1)
+# ------------------------------------------------ 5 and 6. Model and loss, against loops in float64
 
 
 def plain_adaptor(x, weights, kind):
