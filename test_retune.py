@@ -2258,3 +2258,55 @@ def test_real_radiographs_run_end_to_end(tmp_path, demo_arguments):
     splits = retune.read_table(tmp_path / "run/splits.csv")
     assert len(set(zip(splits["patient"], splits["split"]))) == len(set(splits["patient"]))
     assert len(splits["image"]) == len(table["Image Index"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_metrics_of_the_cpu(demo_arguments, finished, tmp_path):
+    arguments = [
+        "--device",
+        "cuda",
+        "--cache-dir",
+        str(tmp_path / "cache"),
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    assert retune.main([*demo_arguments, *arguments]) == 0
+    tasks = [
+        retune.read_json(folder / "metrics.json")["after_task"] for folder in (tmp_path / "run", finished)
+    ]
+    for gpu, cpu in zip(*tasks):
+        assert gpu["test"]["auroc_macro"] == pytest.approx(cpu["test"]["auroc_macro"], abs=1e-3)
+
+
+def readme_commands() -> list[list[str]]:
+    """The README's calls of our programs, as lists of words; comments and line ends inside a call removed."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    blocks = "\n".join(
+        text.split("```bash\n")[k].split("```")[0] for k in range(1, text.count("```bash\n") + 1)
+    )
+    lines = [line.split("  #")[0] for line in blocks.replace("\\\n", " ").splitlines()]
+    calls = [call.split() for line in lines for call in line.split("&&")]
+    return [words[words.index("python") + 1 :] for words in calls if "python" in words]
+
+
+def test_every_command_of_the_readme_is_one_that_its_program_takes(monkeypatch):
+    commands = readme_commands()
+    assert ["retune.py", "--scenario", "data", "--epochs", "5"] in commands
+    assert len(commands) >= 5
+    parsed = 0
+    monkeypatch.setattr(retune, "run_all", lambda configs: None)
+    monkeypatch.setattr(retune, "predict", lambda *arguments: [{"image": "a", "findings": {}}])
+    monkeypatch.setattr(retune.DualEncoder, "load", lambda *a, **k: type("E", (), {"save": lambda *a: None}))
+    for program, *arguments in commands:
+        if program == "retune.py":
+            assert retune.main(arguments) == 0, arguments
+            parsed += 1
+    assert parsed >= 5
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    ci = (HERE / ".ci" / "run").read_text(encoding="utf-8")
+    readme = (HERE / "README.md").read_text(encoding="utf-8").splitlines()
+    command = next(line for line in readme if line.startswith("pip install") and "pytest" in line)
+    assert command == "pip install -r requirements.txt && python -m pytest -q"
+    assert "grep -m 1 '^pip install.*pytest' README.md" in ci
