@@ -1,12 +1,12 @@
-"""Tables and figures of the experiments, from the folders of finished runs: Markdown, CSV and LaTeX from one place.
+"""Tables and figures of the experiments from finished runs: Markdown, CSV and LaTeX from one place.
 
     python tables.py results/demo-tiny                       # every table and figure that its runs allow
     python tables.py results/demo-tiny --only main cost      # some of them; refuses when a run is missing
     python tables.py results/demo-tiny --readme README.md    # also write the README's results block
 
-Runs are found under `<results>/runs`, wherever they lie: what a run is, its own `metrics.json` says. A table is a
-list of rows and columns, each of which names the runs and the metric it wants. `cells.csv` traces every number
-to them: table, row, column, metric, one value per run, and the runs' folders.
+Runs are found under `<results>/runs`, wherever they lie: what a run is, its own `metrics.json` says. A table
+is a list of rows and columns, each of which names the runs and the metric it wants. `cells.csv` traces every
+number to them: table, row, column, metric, one value per run, and the runs' folders.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from retune import (
     write_json,
 )
 
-# --------------------------------------------------------------------------------------------------------- 1. Runs
+# ---------------------------------------------------------------------------------------------------- 1. Runs
 
 # What a table can vary. Where a row does not name one, it wants RE-tune as the paper has it.
 REFERENCE = {
@@ -56,8 +56,8 @@ REFERENCE = {
 }  # fmt: skip
 METHODS = ("retune", "linear", "mlp", "ewc", "lwf", "replay", "joint")
 NAMES = {
-    "retune": "RE-tune", "linear": "linear head", "mlp": "MLP head", "ewc": "MLP head, EWC", "lwf": "MLP head, LwF",
-    "replay": "MLP head, replay", "joint": "MLP head, all data kept",
+    "retune": "RE-tune", "linear": "linear head", "mlp": "MLP head", "ewc": "MLP head, EWC",
+    "lwf": "MLP head, LwF", "replay": "MLP head, replay", "joint": "MLP head, all data kept",
 }  # fmt: skip
 SCENARIOS = {
     "joint": "joint",
@@ -110,19 +110,19 @@ def find_runs(folder: Path) -> list[Run]:
 
 
 def choose(runs: Sequence[Run], **wanted) -> list[Run]:
-    """The runs with the wanted settings; what is not named is as in REFERENCE, the learning rate as in its runs."""
+    """The runs with the wanted settings; others are as in REFERENCE, the learning rate as in its runs."""
     wanted = REFERENCE | wanted
     if "lr" not in wanted:
         wanted["lr"] = next((r.settings["lr"] for r in runs if REFERENCE.items() <= r.settings.items()), None)
     return [run for run in runs if wanted.items() <= run.settings.items()]
 
 
-# --------------------------------------------------------------------------------------------- 2. Cells and tables
+# ---------------------------------------------------------------------------------------- 2. Cells and tables
 
 
 @dataclass(frozen=True)
 class Column:
-    """A metric's path, which end of it is better (max, min or none), its number format, and which runs it wants."""
+    """A metric's path, which end of it is better (max, min or none), its format, and which runs it wants."""
 
     name: str
     path: str
@@ -133,7 +133,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """Labels, which runs it wants, and the group in which the best is sought. `zero`: the runs' zero-shot values."""
+    """Labels, which runs it wants, the group in which the best is sought. `zero`: the zero-shot values."""
 
     labels: tuple[str, ...]
     where: dict
@@ -143,7 +143,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Cell:
-    """One value per run; text is "mean ± deviation", or the value alone when all runs agree or there is one."""
+    """One value per run; text is "mean ± deviation", or the value alone where all runs agree."""
 
     path: str
     values: tuple[float, ...]
@@ -215,7 +215,8 @@ def describe(run: Run) -> str:
     demo = "; synthetic phantoms, not clinical numbers" if config["data"] == "demo" else ""
     patients, images = training_set(run.folder)
     return (
-        f"Data: {config['data']} ({images:,} training images of {patients:,} patients, {m['val']['n']:,} validation"
+        f"Data: {config['data']} ({images:,} training images of {patients:,} patients,"
+        f" {m['val']['n']:,} validation"
         f" and {m['test']['n']:,} test images{demo}). Encoder: {Path(config['encoder']).name}, frozen."
         f" Classes: {', '.join(run.metrics['classes'])}."
     )
@@ -293,15 +294,17 @@ def forgetting_table(runs: Sequence[Run]) -> Table:
         for s, m in itertools.product(("class", "label", "data"), METHODS)
     ]
     title = (
-        "What is left of earlier tasks after the last one, test split. Forward transfer is against the encoder's"
-        " zero-shot AUROC for every method. The MLP head that keeps all data is a bound and not in the running."
+        "What is left of earlier tasks after the last one, test split. Forward transfer is against the"
+        " encoder's"
+        " zero-shot AUROC for every method. The MLP head that keeps all data is a bound and not in the"
+        " running."
     )
     table = build(runs, "forgetting", title, ("scenario", "method"), CONTINUAL, rows)
     return dataclasses.replace(table, notes=[forgetting_note(table)])
 
 
 def forgetting_note(table: Table) -> str:
-    """The claim and its numbers, whichever way they fall: class-incremental forgetting of RE-tune and of the heads."""
+    """The claim about class-incremental forgetting and its numbers, whichever way they fall."""
     means = {
         row.labels[1]: [c.mean for c in cells]
         for row, cells in zip(table.rows, table.cells)
@@ -310,12 +313,18 @@ def forgetting_note(table: Table) -> str:
     (ours, mlp, linear) = (means[NAMES[method]] for method in ("retune", "mlp", "linear"))
     holds = "holds" if linear[1] - ours[1] >= 0.05 else "does not hold"
     return (
-        f"Class-incremental, RE-tune forgets {ours[1]:.3f}, the MLP head {mlp[1]:.3f}, the linear head {linear[1]:.3f}. That RE-tune"
-        f" forgets at least 0.05 less than a linear head trained in sequence {holds} here. Labels that a part does not bring"
-        " are masked for every method, and a linear head shares no weights between findings: it has next to nothing to"
-        " forget (Adam's momentum moves a finding's weights for some steps after its part). The adaptors, as the MLP, are"
-        f" shared by all findings. Forward transfer, a finding's AUROC before its own part against zero-shot, is {ours[3]:+.3f} with"
-        f" RE-tune, {mlp[3]:+.3f} with the MLP head and {linear[3]:+.3f} with the linear head, both of which know no text. Table"
+        f"Class-incremental, RE-tune forgets {ours[1]:.3f}, the MLP head {mlp[1]:.3f}, the linear head"
+        f" {linear[1]:.3f}. That RE-tune"
+        f" forgets at least 0.05 less than a linear head trained in sequence {holds} here. Labels that"
+        f" a part does not bring"
+        " are masked for every method, and a linear head shares no weights between findings: it has"
+        " next to nothing to"
+        " forget (Adam's momentum moves a finding's weights for some steps after its part). The"
+        " adaptors, as the MLP, are"
+        f" shared by all findings. Forward transfer, a finding's AUROC before its own part against"
+        f" zero-shot, is {ours[3]:+.3f} with"
+        f" RE-tune, {mlp[3]:+.3f} with the MLP head and {linear[3]:+.3f} with the linear head, both of"
+        f" which know no text. Table"
         " `adaptors` asks what starting at zero-shot changes."
     )
 
@@ -331,10 +340,13 @@ def adaptors_table(runs: Sequence[Run]) -> Table:
         for kind, place in itertools.product(("mlp", "linear"), ("both", "shared", "image", "text"))
     ]
     rows += [
-        Row((f"residual (ours), logit scale {scale:g}, lr {lr:g}", "both"), {"adaptor": "residual", "logit_scale": scale, "lr": lr})
+        Row(
+            (f"residual (ours), logit scale {scale:g}, lr {lr:g}", "both"),
+            {"adaptor": "residual", "logit_scale": scale, "lr": lr},
+        )
         for scale, lr in itertools.product((1.0, 10.0), (1e-3, 1e-4))
     ]  # fmt: skip
-    title = "Which adaptor, on which tower; macro AUROC after the last task and forgetting, per scenario, test split."
+    title = "Which adaptor, on which tower; macro AUROC after the last task, and forgetting; test split."
     return build(runs, "adaptors", title, ("adaptor", "towers"), columns, rows)
 
 
@@ -365,7 +377,7 @@ def order_table(runs: Sequence[Run]) -> Table:
         names = " > ".join(run.metrics["config"]["class_order"])
         rows.append(Row((f"{names} (seed {run.settings['seed']})",), wanted | {"seed": run.settings["seed"]}))
     rows.append(Row((f"mean of {len(rows)} orders",), wanted, group="mean"))
-    title = "RE-tune, class-incremental, in random class orders; the seed draws the order, the parts and the weights."
+    title = "RE-tune, class-incremental, in random class orders; the seed draws order, parts and weights."
     return build(runs, "order", title, ("order",), CONTINUAL, rows)
 
 
@@ -381,7 +393,8 @@ def cost_table(runs: Sequence[Run]) -> Table:
     ]
     rows = [Row((NAMES[m],), in_scenario("class") | {"method": m}) for m in METHODS]
     title = (
-        "What a method costs, class-incremental, all tasks together. Embedding is done once for all. Memory is the"
+        "What a method costs, class-incremental, all tasks together. Embedding is done once for all."
+        " Memory is the"
         " highest of the process, libraries and earlier runs included. Stored: patients' data (embeddings and"
         " labels) that must be kept for the next task, in all and per training patient."
     )
@@ -400,7 +413,8 @@ def calibration_table(runs: Sequence[Run]) -> Table:
     rows += [Row((f"RE-tune, {SCENARIOS[s]}",), in_scenario(s)) for s in SCENARIOS]
     rows += [Row(("MLP head, class-incremental",), in_scenario("class") | {"method": "mlp"})]
     title = (
-        "Calibration (ours) of sigmoid(logit / temperature), test split, mean over classes: expected calibration error"
+        "Calibration (ours) of sigmoid(logit / temperature), test split, mean over classes: expected"
+        " calibration error"
         " (15 bins of equal width) and Brier score, before and after one temperature fitted on validation."
     )
     return build(runs, "calibration", title, ("method",), columns, rows)
@@ -415,7 +429,8 @@ TABLES: dict[str, Callable[[Sequence[Run]], Table]] = {
 def to_markdown(table: Table) -> str:
     header = [*table.labels, *(column.name for column in table.columns)]
     notes = "".join(f"\n{note}\n" for note in table.notes)
-    return f"**{table.name.capitalize()}.** {table.caption()}\n\n{markdown_table(header, table.grid('**{}**'))}\n{notes}"
+    body = markdown_table(header, table.grid("**{}**"))
+    return f"**{table.name.capitalize()}.** {table.caption()}\n\n{body}\n{notes}"
 
 
 def to_csv(table: Table) -> str:
@@ -469,7 +484,7 @@ def trace(tables: Iterable[Table], root: Path) -> str:
     return text.getvalue()
 
 
-# --------------------------------------------------------------------------------------------------- 3. Calibration
+# --------------------------------------------------------------------------------------------- 3. Calibration
 
 
 @functools.lru_cache(maxsize=1)
@@ -485,7 +500,7 @@ def _inputs(config: Config) -> tuple:
 
 
 def open_run(run: Run) -> tuple:
-    """(config, data, embeddings [N, D], prompt bank, model) of a finished run; embeddings come from the cache."""
+    """(config, data, embeddings [N, D] from the cache, prompt bank, model) of a finished run."""
     known = {item.name for item in dataclasses.fields(Config)}
     values = {key: value for key, value in run.metrics["config"].items() if key in known}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
@@ -503,10 +518,11 @@ def open_run(run: Run) -> tuple:
 def reliability(
     logits: np.ndarray, labels: np.ndarray, temperature: float, bins: int = 15
 ) -> dict[str, float]:
-    """Expected calibration error and Brier score of sigmoid(logits / temperature), both [N, C], mean over classes.
+    """Expected calibration error and Brier score of sigmoid(logits / temperature), mean over classes.
 
-    ECE: over bins of equal width, the share of images times |mean probability - share of positives| (Guo et al.
-    2017, for the probability of the finding). nan labels are left out; so is a class without a known label.
+    logits, labels: [N, C]. ECE: over bins of equal width, the share of images times
+    |mean probability - share of positives| (Guo et al. 2017, for the finding's probability). nan labels are left
+    out; so is a class without a known label.
     """
     ece, brier = [], []
     for c in range(labels.shape[1]):
@@ -539,7 +555,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 @torch.inference_mode()
 def calibration(run: Run) -> dict:
-    """{"model", "zero_shot"}: {temperature, ece_before, ece_after, brier_before, brier_after}; kept in the folder."""
+    """{"model", "zero_shot"} -> temperature, ECE and Brier score before and after; kept in the run's"
+    " folder."""
     path = run.folder / "calibration.json"
     if path.exists() and path.stat().st_mtime >= (run.folder / "metrics.json").stat().st_mtime:
         return read_json(path)
@@ -560,7 +577,7 @@ def calibration(run: Run) -> dict:
     return result
 
 
-# ------------------------------------------------------------------------------------------------------- 4. Figures
+# ------------------------------------------------------------------------------------------------- 4. Figures
 
 
 def new_figure(columns: int, rows: int, width: float, height: float):
@@ -600,7 +617,7 @@ def task_heatmaps(runs: Sequence[Run], folder: Path) -> None:
             heatmap(folder / f"{key}-{scenario}.png", metrics, key, f"{title}{seeds}")
 
 
-# Line style, marker and place on a scale from dark to light: told apart in black and white, RE-tune the heaviest.
+# Line style, marker, place from dark to light: told apart in black and white, RE-tune the heaviest.
 STYLES = {
     "retune": ("-", "o", None), "linear": ("--", "s", 0.15), "mlp": ("-.", "^", 0.4), "ewc": (":", "v", 0.55),
     "lwf": ((0, (5, 1, 1, 1, 1, 1)), "D", 0.7), "replay": ((0, (3, 3)), "P", 0.0), "joint": ("-", "x", 0.85),
@@ -653,7 +670,8 @@ def auroc_over_tasks(runs: Sequence[Run], folder: Path) -> None:
 
 @torch.inference_mode()
 def tsne(runs: Sequence[Run], folder: Path, images: int = 600) -> None:
-    """t-SNE of test images with one finding or none, before and after the image adaptor (joint, first seed)."""
+    """t-SNE of test images with at most one finding, before and after the image adaptor (joint, first"
+    " seed)."""
     from sklearn.manifold import TSNE
 
     run = choose(runs, **in_scenario("joint"))[0]
@@ -720,7 +738,7 @@ def draw_figures(runs: Sequence[Run], folder: Path) -> None:
         draw(runs, folder)
 
 
-# ---------------------------------------------------------------------------------------- 5. README, command line
+# ------------------------------------------------------------------------------------ 5. README, command line
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 OPEN = ("main", "forgetting")  # the README shows these at once; the others unfold
@@ -734,7 +752,7 @@ def readme_block(folder: Path) -> str:
         parts.append(text if name in OPEN else f"<details><summary>{name}</summary>\n\n{text}\n\n</details>")
     parts.insert(
         1,
-        f"![Test AUROC of every class after every task, class-incremental]({folder.as_posix()}/auroc-class.png)",
+        f"![Test AUROC of every class after every task]({folder.as_posix()}/auroc-class.png)",
     )
     return "\n\n".join([BEGIN, *parts, END])
 

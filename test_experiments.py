@@ -54,7 +54,7 @@ def train(model, embeddings, labels, task, optimizer=None, epochs=3):
         model.consolidate(embeddings, labels, task, None)
 
 
-# ---------------------------------------------------------------------------------------------------- baselines
+# -------------------------------------------------------------------------------------------------- baselines
 
 
 @pytest.mark.parametrize("method", ["linear", "mlp", "ewc", "lwf", "replay", "joint"])
@@ -202,7 +202,7 @@ def test_an_interrupted_baseline_ends_with_the_same_metrics(method, cache, tmp_p
         assert again[key] == whole[key]
 
 
-# ------------------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------------------------- tables
 
 
 def copy_run(source: Path, target: Path, **settings) -> None:
@@ -216,7 +216,7 @@ def copy_run(source: Path, target: Path, **settings) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, cache):
-    """A folder with every run that the tables need; the real ones are those of `mlp-both`, `mlp` and `order`."""
+    """A folder with every run that the tables need; real ones: `mlp-both`, `mlp` and `order`."""
     root = tmp_path_factory.mktemp("results")
     runs = root / "runs"
     for seed in (27, 28):
@@ -427,7 +427,7 @@ def test_figures_are_there_and_not_blank(results):
         assert pixels.std() > 10 and min(pixels.shape) > 200, name
 
 
-# --------------------------------------------------------------------------------------- committed results, README
+# ---------------------------------------------------------------------------------- committed results, README
 
 COMMITTED = HERE / "results" / "demo-tiny"
 
@@ -448,7 +448,7 @@ def test_the_committed_tables_follow_from_the_committed_values():
 
 
 def test_a_run_of_today_gives_the_committed_value(tmp_path):
-    """One run of the script's, from the images on; other processors round differently, hence the tolerance."""
+    """One run of the script's from the images on; processors round differently, hence the tolerance."""
     config = Config(
         scenario="class", figures=False, cache_dir=str(tmp_path / "cache"), output=str(tmp_path / "run")
     )
@@ -464,16 +464,18 @@ def test_a_run_of_today_gives_the_committed_value(tmp_path):
     assert checked == 7
 
 
-# ---------------------------------------------------------------------------------------------------- the script
+# ------------------------------------------------------------------------------------------------- the script
 
 
 @pytest.fixture
 def script(tmp_path):
-    """Run the script with a stand-in for python that notes its arguments; it fails where FAIL is among them."""
+    """Run the script with a stand-in for python that notes its arguments and fails where FAIL is among"
+    " them."""
     stand_in = tmp_path / "bin" / "python"
     stand_in.parent.mkdir()
     stand_in.write_text(
-        f'#!/usr/bin/env bash\necho "$*" >>"{tmp_path}/calls"\n[[ -n "$FAIL" && "$*" == *"$FAIL"* ]] && exit 3\nexit 0\n'
+        f'#!/usr/bin/env bash\necho "$*" >>"{tmp_path}/calls"\n'
+        '[[ -n "$FAIL" && "$*" == *"$FAIL"* ]] && exit 3\nexit 0\n'
     )
     stand_in.chmod(0o755)
 
@@ -500,8 +502,10 @@ def test_script_runs_everything_once_and_then_nothing(script):
         "--data chexpert --data-dir /x y --encoder biovil" in c and "--seed 1 2" in c for c in calls[:-1]
     )
     assert calls[-1].startswith("tables.py") and "chexpert-biovil" in calls[-1]
-    for option in ("--parts 10 20", "--method linear mlp ewc lwf replay joint", "--adapt both shared image text",
-                   "--pool single max", "--no-negatives", "--wording generic", "--score pos", "--class-order random"):  # fmt: skip
+    for option in (
+        "--parts 10 20", "--method linear mlp ewc lwf replay joint", "--adapt both shared image text",
+        "--pool single max", "--no-negatives", "--wording generic", "--score pos", "--class-order random",
+    ):  # fmt: skip
         assert sum(option in call for call in calls) == 1, option
     done, calls = script(SEEDS="1 2", DATA="chexpert", DATA_DIR="/x y", ENCODER="biovil")
     assert done.returncode == 0 and calls == [] and "nothing to do" in done.stdout
