@@ -120,6 +120,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be positive")
+        if self.workers < 0:
+            raise InputError(f"--workers {self.workers} must not be negative")
         if self.seed < 0 or not 0 <= self.image_weight <= 1 or not 0 <= self.dropout < 1:
             raise InputError("--seed must not be negative; --image-weight must be in 0..1, --dropout in 0..1")
         if bad := [f for f in self.fractions or () if not 0 < f <= 1]:
