@@ -103,7 +103,7 @@ class Config:
     multiclass: bool = setting(False, "each image has exactly one class (COVIDx): softmax and accuracy")
     head_steps: int = setting(400, "training steps of a classification head")
     mask_epochs: int = setting(16, "training epochs of a segmentation decoder")
-    mask_images: int | None = setting(None, "most images to segment (demo: 1500)", type=int)
+    mask_images: int | None = setting(None, "most images to segment (demo: 1000)", type=int)
     decoder_width: int | None = setting(None, "decoder channels (authors: 512; small sets: 64)", type=int)
 
     export: str | None = setting(None, "new folder for the aligned pair (retune.py --encoder)", group="run")
@@ -149,7 +149,7 @@ def settle(config: Config, n_train: int) -> Config:
         "decoder_width": 64 if small else 512,
         "fractions": (0.01, 0.1, 1.0),
     }
-    preset |= {"mask_images": 1500} if config.data == "demo" else {}
+    preset |= {"mask_images": 1000} if config.data == "demo" else {}
     config = dataclasses.replace(config, **{k: v for k, v in preset.items() if getattr(config, k) is None})
     if config.width % config.heads:
         raise InputError(f"--width {config.width} must be a multiple of --heads {config.heads}")

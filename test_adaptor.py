@@ -507,7 +507,7 @@ def test_torchvision_with_a_weights_file(towers, tmp_path):
 def test_the_demos_towers_train_apart_and_the_same_twice(tmp_path, capsys):
     steps = {"image": 2, "text": 2}
     first, second = (unimodal.demo_encoder(tmp_path / name, phantoms=24, steps=steps) for name in "ab")
-    assert first.fingerprint() == second.fingerprint() and "two unimodal encoders" in capsys.readouterr().out
+    assert first.fingerprint() == second.fingerprint() and "two encoders, each alone" in capsys.readouterr().out
     assert first.config["image"]["head"] == first.config["text"]["head"] == []
 
 
