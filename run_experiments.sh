@@ -19,6 +19,7 @@ OUT=${OUT:-results}             # results go to $OUT/$DATA-$ENCODER, embeddings 
 OPTIONS=${OPTIONS:-}            # more options of retune.py, such as "--view frontal --contiguous"
 ONLY=${ONLY:-main forgetting adaptors prompts order cost calibration figures}
 
+[[ $DATA == demo ]] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # its matrices are too small to divide
 RESULTS=$OUT/$DATA-$(basename "$ENCODER")
 RETUNE=(python retune.py --data "$DATA" ${DATA_DIR:+--data-dir "$DATA_DIR"} --encoder "$ENCODER"
     ${ENCODER_DIR:+--encoder-dir "$ENCODER_DIR"} --cache-dir "$OUT/cache" --no-figures $OPTIONS --seed $SEEDS)
