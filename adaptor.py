@@ -135,7 +135,7 @@ class Config:
         return Path(self.output or f"runs/{name}")
 
 
-# FACTS 2; (ours) SMALL, for sets on which the authors' schedule would take a few hundred steps
+# arXiv 2401.01179; (ours) SMALL, for sets on which the authors' schedule would take a few hundred steps
 AUTHORS = {"epochs": 50, "lr": 2e-5, "batch_size": 1024, "width": 768, "heads": 12, "feedforward": 2048,
            "standardise": "no"}  # fmt: skip
 SMALL = {"epochs": 20, "lr": 5e-4, "batch_size": 256, "width": 256, "heads": 8, "feedforward": 512,
@@ -185,7 +185,7 @@ class Layer(nn.TransformerEncoderLayer):
 
 
 class Adaptor(nn.Module):
-    """Projections and L shared transformer layers on frozen embeddings (FACTS 2 "Adaptor").
+    """Projections and L shared transformer layers on frozen embeddings.
 
     Each layer's weights serve both directions: image <- layer(image, query=text), then text <- layer(text,
     query=new image). With one token a modality the attention weight is 1 and the query cannot matter: no
@@ -247,7 +247,7 @@ class Adaptor(nn.Module):
 def contrastive_loss(
     image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor, image_weight: float = 0.75
 ) -> torch.Tensor:
-    """Weighted symmetric contrastive loss of pairs [B, P], normalised here (FACTS 2 "Loss")."""
+    """Weighted symmetric contrastive loss of pairs [B, P], normalised here."""
     logits = log_scale.exp() * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T  # [B images, B texts]
     pair = torch.arange(len(logits), device=logits.device)
     return image_weight * F.cross_entropy(logits, pair) + (1 - image_weight) * F.cross_entropy(logits.T, pair)
@@ -292,7 +292,7 @@ def train_epochs(folder: Path, model, optimizer, epochs: int, seed: int, one_epo
 
 
 def step_factor(step: int, steps: int, warmup: float = 0.02) -> float:
-    """Share of the peak learning rate: linear up over the first 2% of the steps, then down to 0 (FACTS 2)."""
+    """Share of the peak learning rate: linear up over the first 2% of the steps, then down to 0."""
     rise = max(1, round(warmup * steps))
     return min((step + 1) / rise, (steps - step) / max(1, steps - rise))
 
@@ -407,7 +407,7 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-PAPERS_ENCODERS = {  # FACTS 2; BERT-base is the size of BioBERT and ClinicalBERT
+PAPERS_ENCODERS = {  # arXiv 2401.01179; BERT-base is the size of BioBERT and ClinicalBERT
     "DINOv2-S + BERT": {"model_type": "dinov2", "hidden_size": 384, "num_attention_heads": 6},
     "DINOv2-B + BERT": {"model_type": "dinov2"},
     "Swin-B + BERT": {"model_type": "swin", "embed_dim": 128, "depths": [2, 2, 18, 2],

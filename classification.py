@@ -1,4 +1,4 @@
-"""Classification on frozen embeddings, the first downstream task of `adaptor.py` (FACTS 2).
+"""Classification on frozen embeddings, the first downstream task of `adaptor.py`.
 
 The authors' head is trained on 1%, 10% and 100% of the training patients' labels, on the adaptor's image
 embeddings and on the bare backbone's; multi-label (or binary, which is one finding) and multi-class.
@@ -30,7 +30,7 @@ def nested_subsets(patients: Sequence[str], fractions: Sequence[float], seed: in
 
 
 def build_head(dim: int, classes: int) -> nn.Sequential:
-    """The authors' classification head (FACTS 2)."""
+    """The authors' classification head."""
     return nn.Sequential(
         nn.Dropout(0.1), nn.Linear(dim, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(), nn.Dropout(0.1),
         nn.Linear(512, classes),
@@ -40,7 +40,7 @@ def build_head(dim: int, classes: int) -> nn.Sequential:
 def train_head(features: Callable, labels: torch.Tensor, rows: dict, config: Config, seed: int) -> dict:
     """Train a head on rows["train"], keep its best state on rows["val"], and measure that on rows["test"].
 
-    features: rows [B] -> [B, d]; labels [N, C]. AdamW 5e-4, weight decay 0.05, cosine restarts (FACTS 2); as
+    features: rows [B] -> [B, d]; labels [N, C]. AdamW 5e-4, weight decay 0.05, cosine restarts; as
     many steps for every subset, one restart a quarter (ours).
     """
     data = {

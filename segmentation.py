@@ -1,4 +1,4 @@
-"""Segmentation on frozen patch tokens, the second downstream task of `adaptor.py` (FACTS 2).
+"""Segmentation on frozen patch tokens, the second downstream task of `adaptor.py`.
 
 Masks (phantoms, SIIM's run-lengths, RSNA's boxes), the decoder, Dice, training, pictures. A mask follows its
 image through the encoder's resize and crop: Dice is measured on the pixels that the encoder sees.
@@ -235,7 +235,7 @@ def decode(
 
 
 def dice(prediction: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """2 |P and M| / (|P| + |M|) of bool [..., H, W] -> [...]; two empty masks count 1 (FACTS 2)."""
+    """2 |P and M| / (|P| + |M|) of bool [..., H, W] -> [...]; two empty masks count 1."""
     total = prediction.sum((-2, -1)) + mask.sum((-2, -1))
     overlap = (prediction & mask).sum((-2, -1))
     return torch.where(total == 0, 1.0, 2 * overlap / total.clamp_min(1))
@@ -244,7 +244,7 @@ def dice(prediction: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def mask_loss(
     logits: torch.Tensor, mask: torch.Tensor, alpha: float = 10.0, gamma: float = 2.0
 ) -> torch.Tensor:
-    """alpha * focal - log(soft Dice), per finding over the batch; both [B, C, H, W] (FACTS 2).
+    """alpha * focal - log(soft Dice), per finding over the batch; both [B, C, H, W].
 
     The facts name no alpha and gamma; these are ours.
     """
@@ -314,7 +314,7 @@ def choose_rows(data: Radiographs, most: int | None, seed: int) -> dict[str, np.
 def fit_decoder(
     features, masks: MaskRows, rows: np.ndarray, grid, config: Config, folder: Path, device: str
 ) -> nn.ModuleList:
-    """AdamW 5e-4, weight decay 1e-4 (FACTS 2), batches of 32, cosine to zero (ours)."""
+    """AdamW 5e-4, weight decay 1e-4, batches of 32, cosine to zero (ours)."""
     with seeded(config.seed):
         decoder = build_decoder(features(rows[:1]).shape[-1], config.decoder_width, masks.shape[0]).to(device)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=5e-4, weight_decay=1e-4)

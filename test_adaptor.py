@@ -39,11 +39,6 @@ QUICK = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)  # faster than two on matrices this small
-
-
 @pytest.fixture(scope="session")
 def towers(tmp_path_factory) -> Path:
     """An encoder folder with two small random towers of different widths."""
@@ -90,7 +85,7 @@ def fails(capsys, *argv: str) -> str:
 
 
 def plain_layer(layer: adaptor.Layer, src: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """The layer of FACTS 2 from torch's own attention and norms, with the same weights."""
+    """The layer of the paper from torch's own attention and norms, with the same weights."""
     width = src.shape[-1]
     attention = nn.MultiheadAttention(width, layer.self_attn.num_heads, batch_first=True, dtype=src.dtype)
     attention.load_state_dict(layer.self_attn.state_dict())
@@ -507,7 +502,9 @@ def test_torchvision_with_a_weights_file(towers, tmp_path):
 def test_the_demos_towers_train_apart_and_the_same_twice(tmp_path, capsys):
     steps = {"image": 2, "text": 2}
     first, second = (unimodal.demo_encoder(tmp_path / name, phantoms=24, steps=steps) for name in "ab")
-    assert first.fingerprint() == second.fingerprint() and "two encoders, each alone" in capsys.readouterr().out
+    assert (
+        first.fingerprint() == second.fingerprint() and "two encoders, each alone" in capsys.readouterr().out
+    )
     assert first.config["image"]["head"] == first.config["text"]["head"] == []
 
 
