@@ -37,7 +37,7 @@ from torch import nn
 import retune
 from reports import embed_texts, make_texts
 from retune import DualEncoder, InputError, Radiographs, markdown_table, ranks, read_rows, say, setting
-from unimodal import Side, embed, load_backbones, seeded
+from unimodal import Side, embed, load_backbones
 
 # ------------------------------------------------------------------------------------------------ 1. Settings
 
@@ -284,7 +284,7 @@ def train_epochs(folder: Path, model, optimizer, epochs: int, seed: int, one_epo
     done, _ = retune.restore(folder, model, optimizer)
     history = retune.read_json(folder / "history.json")[:done] if done else []
     for k in retune.progress(range(done, epochs), initial=done, total=epochs, desc=folder.name, unit="epoch"):
-        with seeded(seed * 10_007 + k):
+        with retune.seeded(seed * 10_007 + k):
             history.append(one_epoch(k))
         retune.write_json(folder / "history.json", history)
         retune.keep(folder, model, optimizer, k + 1, 0.0)
@@ -397,7 +397,7 @@ def export_pair(model: Adaptor, encoder: DualEncoder, directory: str) -> None:
         state |= {f"{side}.head.0.weight": weight, f"{side}.head.0.bias": -weight @ mean}
         for i, module in enumerate(model.layers, 3):
             state |= {f"{side}.head.{i}.{key}": value for key, value in module.state_dict().items()}
-    with seeded(0):
+    with retune.seeded(0):
         pair = DualEncoder(config, encoder.tokenizer)
     pair.load_weights({k: v.cpu() for k, v in state.items()}, "the aligned pair")
     pair.save(directory)
@@ -441,7 +441,7 @@ def parameter_table(model: Adaptor, encoder: DualEncoder) -> list[list]:
 
 
 def build_adaptor(encoder: DualEncoder, config: Config) -> Adaptor:
-    with seeded(config.seed):
+    with retune.seeded(config.seed):
         return Adaptor(encoder.dim, encoder.text_dim, config.width, config.layers, config.heads,
         config.feedforward, config.dropout)  # fmt: skip
 

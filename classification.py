@@ -19,7 +19,6 @@ from torch import nn
 import retune
 from adaptor import Adaptor, Config
 from retune import InputError, Radiographs, markdown_table, read_rows
-from unimodal import seeded
 
 
 def nested_subsets(patients: Sequence[str], fractions: Sequence[float], seed: int) -> list[np.ndarray]:
@@ -47,7 +46,7 @@ def train_head(features: Callable, labels: torch.Tensor, rows: dict, config: Con
         split: (features(torch.from_numpy(rows[split])), labels[rows[split]]) for split in ("val", "test")
     }
     train = torch.from_numpy(rows["train"])
-    with seeded(seed):
+    with retune.seeded(seed):
         head = build_head(data["val"][0].shape[1], labels.shape[1]).to(data["val"][0].device)
         optimizer = torch.optim.AdamW(head.parameters(), lr=5e-4, weight_decay=0.05)
         quarter, best, kept = max(1, config.head_steps // 4), -math.inf, None

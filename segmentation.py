@@ -20,7 +20,7 @@ from torch import nn
 import retune
 from adaptor import Adaptor, Config, embed, train_epochs
 from retune import DualEncoder, InputError, Radiographs, read_rows, say
-from unimodal import Side, blank_pixels, seeded
+from unimodal import Side, blank_pixels
 
 SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg")
 
@@ -315,7 +315,7 @@ def fit_decoder(
     features, masks: MaskRows, rows: np.ndarray, grid, config: Config, folder: Path, device: str
 ) -> nn.ModuleList:
     """AdamW 5e-4, weight decay 1e-4, batches of 32, cosine to zero (ours)."""
-    with seeded(config.seed):
+    with retune.seeded(config.seed):
         decoder = build_decoder(features(rows[:1]).shape[-1], config.decoder_width, masks.shape[0]).to(device)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=5e-4, weight_decay=1e-4)
     per_epoch = math.ceil(len(rows) / 32)

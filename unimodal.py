@@ -8,11 +8,10 @@ shows was learned by the adaptor. That would not be so for the towers of `tiny`,
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +21,6 @@ from torch import nn
 
 import retune
 from retune import DualEncoder, InputError, Radiographs, locked, progress, say
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generator inside the block only: initialisation and dropout take no generator."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
 
 # --------------------------------------------------------------------------------------------- Any encoder
 
@@ -86,7 +76,7 @@ def load_backbones(config) -> DualEncoder:
     image, image_state, transform = load_side("image", config.image_encoder, config.image_pool, config)
     text, text_state, tokenizer = load_side("text", config.text_encoder, config.text_pool, config)
     name = f"{config.image_encoder} + {config.text_encoder}"
-    with seeded(0):
+    with retune.seeded(0):
         encoder = DualEncoder(
             {"name": name, "dim": 0, "image": image, "text": text, "transform": transform}, tokenizer
         )
@@ -263,7 +253,7 @@ def train(n_phantoms: int, steps: dict[str, int]) -> DualEncoder:
         },
         "transform": TRANSFORM,
     }  # fmt: skip
-    with seeded(7):
+    with retune.seeded(7):
         encoder = DualEncoder(config, tokenizer).train().requires_grad_(True)
         train_image(encoder, films.images, steps["image"])
         train_text(encoder, reports, steps["text"])
