@@ -55,7 +55,7 @@ def towers(tmp_path_factory) -> Path:
         "transform": {"resize": 32, "crop": 32, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.25] * 3},
     }  # fmt: skip
     folder = tmp_path_factory.mktemp("towers") / "random"
-    with unimodal.seeded(0):
+    with retune.seeded(0):
         DualEncoder(config, tokenizer).save(folder)
     return folder
 
@@ -107,7 +107,7 @@ def plain_adaptor(model: Adaptor, images: torch.Tensor, texts: torch.Tensor):
 
 
 def small_adaptor(dtype=torch.float32, **changes) -> Adaptor:
-    with unimodal.seeded(3):
+    with retune.seeded(3):
         return Adaptor(
             **{"image_dim": 7, "text_dim": 5, "width": 24, "heads": 4, "feedforward": 32} | changes
         ).to(dtype)
@@ -116,7 +116,7 @@ def small_adaptor(dtype=torch.float32, **changes) -> Adaptor:
 @pytest.mark.parametrize("tokens", [1, 6])
 def test_module_equals_torchs_attention_and_norms_with_shared_weights(tokens):
     model = small_adaptor(torch.float64, layers=3).eval()
-    with unimodal.seeded(4):
+    with retune.seeded(4):
         images, texts = (torch.randn(9, tokens, d, dtype=torch.float64, requires_grad=True) for d in (7, 5))
     expected, found = plain_adaptor(model, images, texts), model(images, texts)
     for a, b in zip(expected, found):
@@ -131,11 +131,11 @@ def test_module_equals_torchs_attention_and_norms_with_shared_weights(tokens):
 @pytest.mark.parametrize("training", [False, True])
 def test_with_one_token_an_image_does_not_depend_on_its_text(training):
     model = small_adaptor().train(training)
-    with unimodal.seeded(5):
+    with retune.seeded(5):
         images, texts, others = torch.randn(9, 7), torch.randn(9, 5), torch.randn(9, 5)
     outputs = []
     for text in (texts, others):
-        with unimodal.seeded(6):  # the same dropout
+        with retune.seeded(6):  # the same dropout
             outputs.append(model(images, text)[0])
     assert outputs[0].shape == (9, 24) and torch.equal(*outputs)
     if not training:
@@ -146,7 +146,7 @@ def test_with_one_token_an_image_does_not_depend_on_its_text(training):
 
 def test_with_several_tokens_it_does():
     model = small_adaptor().eval()
-    with unimodal.seeded(5):
+    with retune.seeded(5):
         images, texts, others = torch.randn(9, 6, 7), torch.randn(9, 6, 5), torch.randn(9, 6, 5)
     assert (model(images, texts)[0] - model(images, others)[0]).abs().max() > 1e-3
     with pytest.raises(ValueError, match=r"query \(9, 3, 24\) must have the shape of src \(9, 6, 24\)"):
@@ -154,7 +154,7 @@ def test_with_several_tokens_it_does():
 
 
 def test_loss_by_hand():
-    with unimodal.seeded(7):
+    with retune.seeded(7):
         image, text = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     cosine = np.array([[float(a @ b / a.norm() / b.norm()) for b in text] for a in image]) * math.exp(2.6592)
     rows = np.mean([np.log(np.exp(row).sum()) - row[i] for i, row in enumerate(cosine)])
@@ -416,7 +416,7 @@ def published(towers, tmp_path_factory) -> Path:
     import transformers
 
     root = tmp_path_factory.mktemp("published")
-    with unimodal.seeded(1):
+    with retune.seeded(1):
         image = transformers.Dinov2WithRegistersModel(
             transformers.Dinov2WithRegistersConfig(
                 hidden_size=24,
@@ -488,7 +488,7 @@ def test_text_embeddings_do_not_depend_on_the_batch(towers, tmp_path):
 def test_torchvision_with_a_weights_file(towers, tmp_path):
     from torchvision.models import resnet18
 
-    with unimodal.seeded(2):
+    with retune.seeded(2):
         network = resnet18().eval()
     torch.save(network.state_dict(), tmp_path / "w.pth")
     name = f"torchvision:resnet18={tmp_path / 'w.pth'}"
