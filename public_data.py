@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import time
+import tokenize
 import urllib.error
 import urllib.request
 import zipfile
@@ -320,7 +321,10 @@ def unpack_chestmnist(path: Path, side: int, file: Path) -> tuple[MappedImages, 
                         raise ValueError(f"{part}_images is {found[2]} {found[0]}")
                     if new:
                         shutil.copyfileobj(member, output, 1 << 20)
-    except (KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        KeyError, ValueError, TypeError, EOFError, SyntaxError, tokenize.TokenError,  # numpy reads text headers
+        RuntimeError, zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
         raise InputError(f"{path}: not ChestMNIST at {side} pixels: {error}") from None
     if file.stat().st_size != len(split) * side * side:
         raise InputError(f"{file}: damaged cache; delete this file to unpack it again")

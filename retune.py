@@ -33,6 +33,7 @@ import re
 import shutil
 import sys
 import time
+import tokenize
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -724,6 +725,17 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, torch.Tensor], object]:
 # ---------------------------------------------------------------------------------------------- 4. Embeddings
 
 CHUNK = 1024  # images a chunk: the most that a killed process loses; batches never straddle chunks
+# What numpy raises on a damaged file, whose header it reads as Python text.
+DAMAGED = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OSError,
+    EOFError,
+    SyntaxError,
+    tokenize.TokenError,
+)
 
 
 class Images(torch.utils.data.Dataset):
@@ -835,8 +847,8 @@ def assemble(folder: Path, data: Radiographs, chunks: dict[Path, range], shape, 
                     block, took = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
                 if (block.shape, block.dtype) != ((len(rows), shape[1]), dtype):
                     raise ValueError(f"it holds {block.dtype} {block.shape}")
-            except (ValueError, EOFError) as error:
-                chunk.unlink()
+            except DAMAGED as error:
+                chunk.unlink(missing_ok=True)
                 raise InputError(f"{chunk}: damaged ({error}), so it was removed; run again") from None
             whole.write(block.data)
             digest.update(block.data)
@@ -866,7 +878,7 @@ def open_embeddings(folder: Path, shape: tuple[int, int], dtype: np.dtype) -> np
             raise ValueError(f"it holds {embeddings.dtype} {embeddings.shape}")
         if digest.hexdigest() != embedding_facts(embeddings)["sha256"]:
             raise ValueError("its checksum differs")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError) as error:
+    except DAMAGED as error:
         raise InputError(f"{folder}: damaged cache ({error}); delete this folder to embed again") from None
     return embeddings
 
