@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
@@ -89,11 +90,12 @@ def fisher_diagonal(
     images is a matrix product.
     """
     layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
-    hooks = [
-        layer.register_forward_hook(lambda layer, inputs, output: seen.update({layer: (inputs[0], output)}))
-        for layer in layers
-    ]
+    seen: dict[nn.Module, tuple] = {}  # inputs, and the place of the output in the graph: ReLU overwrites it
+
+    def remember(layer, inputs, output):
+        seen[layer] = inputs[0], get_gradient_edge(output)
+
+    hooks = [layer.register_forward_hook(remember) for layer in layers]
     total = {p: torch.zeros_like(p) for p in network.parameters()}
     for rows in torch.from_numpy(task.rows).split(4096):
         images = read_rows(embeddings, rows).to(next(network.parameters()).device)

@@ -24,20 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from retune import (
-    Config,
-    InputError,
-    Radiographs,
-    atomic,
-    locked,
-    nearest,
-    one_file,
-    parse_labels,
-    patient_split,
-    progress,
-    read_table,
-    safe_path,
-)
+from radiographs import Radiographs, one_file, parse_labels, patient_split, read_table, safe_path
+from retune import Config, InputError, atomic, locked, nearest, progress
 
 CHEXPERT_FINDINGS = (
     "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retune import InputError, is_ours, read_folder, read_json
+from encoders import is_ours, read_folder
+from retune import InputError, read_json
 
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> list:

@@ -1,9 +1,9 @@
 """RE-tune: incremental fine-tuning of biomedical vision-language models for multi-label chest X-rays.
 
-The whole method is in this file, in the order in which a run uses it: prompts, radiographs, frozen encoders,
-embeddings, model, loss, scenarios, metrics, training, report, command line. It needs `prompts.json` and an
-encoder, such as `tiny/`. Imported only when asked for by name: `phantoms` (the demo), `public_data` and
-`public_encoders` (the layouts of published data sets and weights), `baselines`.
+The whole method is in this file, in the order in which a run uses it: prompts, model, loss, scenarios,
+metrics, training, report, command line. Copied alone it works on embeddings of your own (`RETune`, `PromptBank`,
+`make_tasks`, `fit`, `evaluate`). A run from image files imports, when it starts, `radiographs` (data) and
+`encoders` (frozen towers and the embedding cache); other modules only when asked for by name.
 
     python retune.py --scenario data --epochs 5                       # embedded demo, nothing to download
     python retune.py --data csv --data-dir my_xrays --scenario class  # your own images
@@ -21,34 +21,42 @@ import csv
 import dataclasses
 import difflib
 import functools
-import gzip
 import hashlib
 import importlib
 import itertools
 import json
 import math
 import os
-import posixpath
 import re
 import shutil
 import sys
 import time
-import tokenize
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+if TYPE_CHECKING:
+    from encoders import DualEncoder
+    from radiographs import Radiographs
+
 HERE = Path(__file__).resolve().parent
+
+
+def __getattr__(name: str):
+    """`retune.DualEncoder` and all else of encoders.py and radiographs.py, imported when first asked for."""
+    for companion in () if name.startswith("__") else ("radiographs", "encoders"):
+        if name in vars(module := importlib.import_module(companion)):
+            return getattr(module, name)
+    raise AttributeError(f"module 'retune' has no attribute {name!r}")
 
 
 class InputError(ValueError):
@@ -140,9 +148,8 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in list(file.keys())}, json.loads(
-                file.metadata()["retune"]
-            )
+            tensors = {key: file.get_tensor(key) for key in list(file.keys())}
+            return tensors, json.loads(file.metadata()["retune"])
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -152,9 +159,8 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 def nearest(name: str, known: Iterable[str]) -> str:
     """A message's tail: the known name most like `name`, then all of them."""
     known = list(known)
-    alike = [k for k in known if name.lower() in k.lower()] or difflib.get_close_matches(
-        name, known, 1, cutoff=0
-    )
+    alike = [k for k in known if name.lower() in k.lower()]
+    alike = alike or difflib.get_close_matches(name, known, 1, cutoff=0)
     return f"did you mean {alike[0]!r}? Known: {', '.join(known)}"
 
 
@@ -204,703 +210,18 @@ def load_prompts(path: Path, class_names: Sequence[str], wording: str = "specifi
         entry = entries.get("default" if wording == "generic" else plain(name), entries.get("default"))
         entry = entries.get(plain(entry)) if isinstance(entry, str) else entry
         if not isinstance(entry, dict):
-            raise InputError(
-                f"{path}: finding {name!r} has no prompts and 'default' no templates; add either"
-            )
+            raise InputError(f"{path}: finding {name!r} has no prompts, 'default' no templates; add either")
         prompts[name] = {}
         for polarity in ("positive", "negative"):
             texts = entry.get(polarity)
             good = isinstance(texts, list) and all(isinstance(t, str) and t.strip() for t in texts)
             if not good or not texts:
-                raise InputError(
-                    f"{path}: {polarity!r} of finding {name!r} must be a list of texts, at least one"
-                )
+                raise InputError(f"{path}: {polarity!r} of {name!r} must be a list of texts, at least one")
             prompts[name][polarity] = [text.replace("{finding}", plain(name)) for text in texts]
     return prompts
 
 
-# --------------------------------------------------------------------------------------------- 2. Radiographs
-
-SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # shares of the patients where a data set has no splits
-MAX_PIXELS = 80_000_000  # a larger image is refused before it is decoded (decompression bombs)
-
-
-@dataclass
-class Radiographs:
-    """A data set: N images with the labels of C findings.
-
-    images: paths, or uint8 [N, H, W] (an array, or what yields [H, W] by row and draws it on demand).
-    labels: float32 [N, C], 1 / 0 / nan; nan is unknown: never trained on, never scored.
-    patients, split: [N] texts; split is "train", "val" or "test". names: [N], what reports call an image.
-    rows: [N], where each image's labels stand ("labels.csv row 7"). reports: [N] texts, if there are any.
-    note: what the loader decided, for the user to read. key: identifies images that are not files.
-    """
-
-    images: Sequence
-    labels: np.ndarray
-    class_names: Sequence[str]
-    patients: Sequence[str]
-    split: Sequence[str]
-    names: Sequence[str] | None = None
-    rows: Sequence[str] | None = None
-    reports: Sequence[str] | None = None
-    note: str = ""
-    key: str | None = None
-
-    def __post_init__(self):
-        n = len(self.images)
-        self.labels = np.asarray(self.labels, np.float32)
-        self.patients, self.split = np.asarray(self.patients, str), np.asarray(self.split, "<U10")
-        self.names = [f"image-{i:06d}" for i in range(n)] if self.names is None else list(self.names)
-        self.rows = [f"row {i + 2}" for i in range(n)] if self.rows is None else list(self.rows)
-        if {len(self.labels), len(self.patients), len(self.split), len(self.names), len(self.rows)} != {n}:
-            raise InputError(f"labels, patients, split, names, rows: give one for each of {n} images")
-        if self.labels.shape != (n, len(self.class_names)):
-            raise InputError(
-                f"labels {self.labels.shape} are not {n} images x {len(self.class_names)} classes"
-            )
-        if not (np.isnan(self.labels) | (self.labels == 0) | (self.labels == 1)).all():
-            raise InputError("labels must be 1, 0 or nan")
-
-    def where(self, split: str) -> np.ndarray:
-        """Rows of one split, int64, in file order."""
-        return np.flatnonzero(self.split == split)
-
-
-def patient_split(patients: Sequence[str], shares: dict[str, float]) -> np.ndarray:
-    """The split of every image [N] by a hash of its patient id: new patients never move the old ones.
-
-    shares: split -> share of the patients; their sum is 1.
-    """
-    edges = np.cumsum(list(shares.values()))[:-1]
-    ids, patient = np.unique(np.asarray(patients, str), return_inverse=True)
-    position = [int.from_bytes(hashlib.sha256(p.encode()).digest()[:8], "big") / 2**64 for p in ids]
-    return np.array(list(shares))[np.searchsorted(edges, position, side="right")][patient]
-
-
-def read_table(path: Path, required: Sequence[str] = ()) -> dict[str, list[str]]:
-    """A CSV (or .gz) as {column: stripped values}; InputError names file and row. Row 1 is the header."""
-    try:
-        opener = gzip.open if Path(path).suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            header, *rows = [[value.strip() for value in row] for row in csv.reader(file)] or [[]]
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, csv.Error, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: not a readable CSV ({error})") from None
-    if twice := {name for name in header if header.count(name) > 1}:
-        raise InputError(f"{path}: column {min(twice)!r} is there twice")
-    if missing := [name for name in required if name not in header]:
-        raise InputError(f"{path}: no column {missing[0]!r}; the columns are {', '.join(header) or 'none'}")
-    while rows and not rows[-1]:  # blank lines at the end
-        rows.pop()
-    if not rows:
-        raise InputError(f"{path}: no rows")
-    for i, row in enumerate(rows):
-        if len(row) != len(header):
-            raise InputError(f"{path} row {i + 2}: {len(row)} fields where the header has {len(header)}")
-    return {name: [row[j] for row in rows] for j, name in enumerate(header)}
-
-
-def parse_labels(
-    table: dict[str, list[str]], classes: Sequence[str], path: Path, uncertain: str, blank: str
-) -> tuple[np.ndarray, str]:
-    """Label columns as float32 [N, C], and a note that counts what -1 and blank labels became.
-
-    uncertain: ones | zeros | ignore (CheXpert's U-Ones, U-Zeros, U-Ignore); blank: zero | ignore.
-    """
-    policy = {"ones": 1.0, "zeros": 0.0, "zero": 0.0, "ignore": math.nan}
-    meaning = {"1": 1.0, "0": 0.0, "-1": policy[uncertain], "": policy[blank]}
-    labels, counts = np.empty((len(table[classes[0]]), len(classes)), np.float32), {"-1": 0, "": 0}
-    for j, name in enumerate(classes):
-        values, inverse, number = np.unique(table[name], return_inverse=True, return_counts=True)
-        plain = ["" if v.lower() == "nan" else v.removesuffix(".0") for v in values.tolist()]
-        for value, original, times in zip(plain, values.tolist(), number.tolist()):
-            if value not in meaning:
-                row = table[name].index(original) + 2
-                raise InputError(
-                    f"{path} row {row}, column {name!r}: label {original!r} is not 1, 0, -1, blank"
-                )
-            if value in counts:
-                counts[value] += times
-        labels[:, j] = np.array([meaning[value] for value in plain])[inverse]
-    note = f"labels: {counts['-1']:,} uncertain (-1) -> {uncertain}, {counts['']:,} blank -> {blank}"
-    return labels, note
-
-
-@functools.lru_cache(maxsize=100_000)
-def real_folder(folder: str) -> str:
-    """`os.path.realpath` that looks at each parent folder once: a data set has 100,000 of them."""
-    parent, name = os.path.split(folder)
-    if name in ("", os.curdir, os.pardir) or os.path.islink(folder):
-        return os.path.realpath(folder)
-    return os.path.join(real_folder(parent or os.curdir), name)
-
-
-def safe_path(root: Path, relative: str, row: str) -> Path:
-    """Join a path that a file gave to its root; InputError when it is empty or leaves the root in any way."""
-    parts = relative.replace("\\", "/").split("/")
-    if not relative or "\0" in relative or not parts[0] or parts[0][1:2] == ":" or ".." in parts:
-        raise InputError(f"{row}: path {relative!r} must be relative and stay inside {root}")
-    path, base = os.path.join(root, *parts), real_folder(os.fspath(root))
-    real = os.path.realpath(path) if os.path.islink(path) else real_folder(os.path.dirname(path))
-    if real != base and not real.startswith(os.path.join(base, "")):
-        raise InputError(f"{row}: path {relative!r} is a link out of {root}; use real folders")
-    return Path(path)
-
-
-def load_demo(config: Config) -> Radiographs:
-    """Synthetic radiographs of `phantoms.py`, drawn when needed. Numbers on them are not clinical."""
-    import phantoms
-
-    demo = phantoms.make_phantoms(config.demo_images, seed=0, domain="demo")
-    names = [f"phantom-{i:06d}" for i in range(len(demo.labels))]
-    source = hashlib.sha256(Path(phantoms.__file__).read_bytes()).hexdigest()
-    return Radiographs(
-        demo.images, demo.labels, demo.class_names, demo.patients, patient_split(demo.patients, SHARES),
-        names, reports=demo.reports, key=f"{config.demo_images} phantoms of {source}",
-        note="DEMO: synthetic phantoms, not patients; these numbers say nothing about clinical performance.",
-    )  # fmt: skip
-
-
-def load_csv(config: Config) -> Radiographs:
-    """Anybody's own data: `path`, a column per finding (1/0/-1/blank), optional `patient`, `split`, `report`.
-
-    Paths are relative to --data-dir, which holds the only CSV unless --labels-csv names one. Without `split`:
-    70/10/20% of the patients by hash. Without `patient` each image counts as a patient, and we say so.
-    """
-    path = Path(config.labels_csv) if config.labels_csv else one_file(config.root, ["*.csv"])
-    table = read_table(path, ["path"])
-    names, rows = table["path"], [f"{path} row {i + 2}" for i in range(len(table["path"]))]
-    classes = [name for name in table if name not in ("path", "patient", "split", "report")]
-    if not classes:
-        raise InputError(f"{path}: no finding columns beside path, patient, split and report")
-    root = config.root
-    images = [safe_path(root, name, row) for name, row in zip(names, rows)]
-    labels, note = parse_labels(table, classes, path, config.uncertain, config.blank or "ignore")
-    note += "" if "patient" in table else "; no `patient` column: each image counts as a patient of its own"
-    patients = table.get("patient", names)
-    split = table.get("split") or patient_split(patients, SHARES)
-    for patient, value, row in zip(patients, split, rows):
-        if not patient or value not in ("train", "val", "test"):
-            raise InputError(
-                f"{row}: patient {patient!r}, split {str(value)!r}; need an id; train, val, test"
-            )
-    return Radiographs(images, labels, classes, patients, split, names, rows, table.get("report"), note)
-
-
-def one_file(root: Path, patterns: Sequence[str]) -> Path:
-    """The only file of `root` that matches the first pattern which any file matches."""
-    found = next(filter(None, (sorted(root.glob(pattern)) for pattern in patterns)), [])
-    if len(found) != 1:
-        count = f"{len(found)} files match" if found else "no file matches"
-        raise InputError(f"{root}: {count} {' or '.join(patterns)}; name the label file with --labels-csv")
-    return found[0]
-
-
-def public(name: str) -> Callable[[Config], Radiographs]:
-    """The loader of a published data set, imported when it is called."""
-    return lambda config: getattr(importlib.import_module("public_data"), f"load_{name}")(config)
-
-
-DATASETS: dict[str, Callable[[Config], Radiographs]] = {"demo": load_demo, "csv": load_csv}
-DATASETS |= {name: public(name) for name in ("nih", "chexpert", "mimic", "chestmnist")}
-
-
-def load_radiographs(config: Config) -> Radiographs:
-    """The data set that `config` names, with its chosen classes; refuses what would falsify a result."""
-    data = DATASETS[config.data](config)
-    for name in config.classes or ():
-        if name not in data.class_names:
-            raise InputError(f"--classes {name!r}: {nearest(name, data.class_names)}")
-    wanted = tuple(config.classes or data.class_names)
-    if len(set(wanted)) < len(wanted):
-        raise InputError(f"--classes names a finding twice: {', '.join(wanted)}")
-    columns = [list(data.class_names).index(name) for name in wanted]
-    data = dataclasses.replace(data, labels=data.labels[:, columns], class_names=wanted)
-    first: dict[str, str] = {}
-    home: dict[str, str] = {}
-    for name, patient, split, row in zip(data.names, data.patients, data.split, data.rows):
-        if first.setdefault(posixpath.normpath(name), row) is not row:
-            raise InputError(
-                f"{row}: image {name!r} is there twice, first in {first[posixpath.normpath(name)]}"
-            )
-        if home.setdefault(patient, split) != split:
-            raise InputError(f"{row}: patient {str(patient)!r} is in {home[patient]} and in {split}")
-    refuse_empty_splits(data)
-    return data
-
-
-def refuse_empty_splits(data: Radiographs) -> None:
-    """InputError that names a split without images."""
-    for split in ("train", "val", "test"):
-        if not (data.split == split).any():
-            raise InputError(f"the {split} split has no readable images; add patients or a split column")
-
-
-def read_image(path: Path) -> torch.Tensor:
-    """Decode a PNG, JPEG or DICOM file to uint8 [1 or 3, H, W]; InputError when it is not one.
-
-    More than 8 bits are scaled by the image's own range, since 12-bit images come in 16-bit files. An alpha
-    channel is dropped; DICOM's MONOCHROME1 is inverted.
-    """
-    from PIL import Image
-    from torchvision.io import decode_image
-
-    try:
-        if path.suffix.lower() in (".dcm", ".dicom"):
-            return read_dicom(path)
-        with Image.open(path) as header:
-            if math.prod(header.size) > MAX_PIXELS:
-                raise InputError(f"{path}: {header.size} pixels are more than the limit of {MAX_PIXELS:,}")
-        pixels = decode_image(str(path))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (RuntimeError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not a readable image ({str(error).splitlines()[0]})") from None
-    pixels = pixels[: {2: 1, 4: 3}.get(len(pixels))]
-    return pixels if pixels.dtype == torch.uint8 else stretch(pixels.float())
-
-
-def stretch(pixels: torch.Tensor) -> torch.Tensor:
-    """Scale an image's own range to uint8 0..255; a constant image becomes 0."""
-    low, high = pixels.aminmax()
-    return ((pixels - low) / (high - low).clamp_min(1e-6) * 255).round().to(torch.uint8)
-
-
-def read_dicom(path: Path) -> torch.Tensor:
-    """A DICOM image as uint8 [1, H, W], through pydicom, which only users of DICOM need."""
-    try:
-        import pydicom
-    except ImportError:
-        raise InputError(f"{path}: DICOM needs pydicom (pip install pydicom)") from None
-    try:
-        image = pydicom.dcmread(path)
-        if image.Rows * image.Columns > MAX_PIXELS or image.get("SamplesPerPixel", 1) != 1:
-            raise ValueError(
-                f"{image.Rows} x {image.Columns} pixels; one grey image up to {MAX_PIXELS:,} is read"
-            )
-        pixels = torch.from_numpy(image.pixel_array.astype(np.float32)).reshape(1, image.Rows, image.Columns)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # noqa: BLE001 - pydicom's codecs raise nearly every type on a damaged file
-        raise InputError(f"{path}: not a readable DICOM image ({type(error).__name__}: {error})") from None
-    return stretch(-pixels if image.get("PhotometricInterpretation") == "MONOCHROME1" else pixels)
-
-
-# ----------------------------------------------------------------------------------------- 3. Frozen encoders
-
-
-def transform_image(image: torch.Tensor, resize, crop, interpolation, mean, std) -> torch.Tensor:
-    """uint8 image [1 or 3,H,W] -> normalised float pixels [3,h,w]; a single channel is repeated to three.
-
-    `resize`: length of the shorter side, or [height, width]; `crop`: side of the central square, or None. The
-    resizing is antialiased and rounds to uint8, as PIL's does.
-    """
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional
-
-    size = [resize] if isinstance(resize, int) else list(resize)
-    image = functional.resize(image, size, interpolation=InterpolationMode(interpolation), antialias=True)
-    if crop is not None:
-        image = functional.center_crop(image, [crop, crop])
-    mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-    return (image / 255 - mean) / std  # [1 or 3,h,w] - [3,1,1] -> [3,h,w]
-
-
-class Normalize(nn.Module):
-    """Scale the last dimension to unit length."""
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return F.normalize(features, dim=-1)
-
-
-POOLS = ("cls", "mean", "last", "pooler", "pre_norm_mean", "none")
-LAYERS = [
-    "Linear",
-    "Conv2d",
-    "BatchNorm2d",
-    "LayerNorm",
-    "ReLU",
-    "GELU",
-    "AdaptiveAvgPool2d",
-    "Flatten",
-    "Unflatten",
-]
-LAYERS = {name: getattr(nn, name) for name in [*LAYERS, "TransformerEncoderLayer"]} | {"Normalize": Normalize}
-
-
-class Tower(nn.Module):
-    """Pixels [B,3,H,W], or tokens and their mask [M,T], -> embeddings [B or M,D]: a tower, a pool and a head.
-
-    `config`: config.json's "image" or "text". Pools: the CLS token, the mean of the tokens or of the map, the
-    last token, the model's own, CLEFT's mean before the last norm, or none: the head sees it all.
-    """
-
-    def __init__(self, config: dict):
-        super().__init__()
-        model, self.pool, head = config["model"], config["pool"], config["head"]
-        if unknown := {name for name, _ in head} - set(LAYERS) | {self.pool} - set(POOLS):
-            raise InputError(f"encoder config: unknown {unknown}; pools: {POOLS}, head layers: {[*LAYERS]}")
-        self.head = nn.Sequential(*(LAYERS[name](**options) for name, options in head))
-        if config.get("library") == "torchvision":
-            from torchvision.models import get_model
-            from torchvision.models.feature_extraction import create_feature_extractor
-
-            nodes = {model["node"]: "last_hidden_state"}
-            self.tower = create_feature_extractor(get_model(model["name"]), nodes)
-            return
-        import transformers
-
-        settings = transformers.AutoConfig.for_model(**model)
-        self.tower = getattr(transformers, type(settings).__name__.removesuffix("Config") + "Model")(settings)
-        if self.pool != "pooler" and "pooler.dense.weight" in self.tower.state_dict():
-            self.tower.pooler = None  # BERT's and ViT's: not used, and the published checkpoints lack it
-
-    def forward(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        options = {} if attention_mask is None else {"attention_mask": attention_mask}
-        if self.pool == "pre_norm_mean":
-            options["output_hidden_states"] = True
-        output = self.tower(inputs, **options)
-        if self.pool == "pooler":
-            return self.head(output["pooler_output"])
-        # tokens [B,T,H], or the map [B,H,h,w] of a convolutional tower
-        x = output["hidden_states"][-1] if self.pool == "pre_norm_mean" else output["last_hidden_state"]
-        if self.pool == "cls":
-            x = x[:, 0]
-        elif self.pool == "last":
-            x = x[torch.arange(len(x), device=x.device), attention_mask.sum(1) - 1]
-        elif self.pool == "mean" and attention_mask is not None:
-            x = (x * attention_mask.unsqueeze(-1)).sum(1) / attention_mask.sum(1, keepdim=True)
-        elif self.pool != "none":
-            x = x.mean(1) if x.ndim == 3 else x.mean((2, 3))
-        return self.head(x)
-
-
-# in some published files, but part of neither embedding
-UNUSED_KEYS = r"^logit_|position_ids$|num_batches_tracked$|^text\.tower\.pooler\.|^cls\.|^image\.tower\.fc\."
-
-
-class DualEncoder(nn.Module):
-    """A frozen image tower and text tower of one dimension, with their tokenizer and image transform."""
-
-    def __init__(self, config: dict, tokenizer):
-        super().__init__()
-        self.config, self.tokenizer, self.dim = config, tokenizer, config["dim"]
-        self.image, self.text = Tower(config["image"]), Tower(config["text"])
-        self.transform = functools.partial(transform_image, **config["transform"])
-        self.eval().requires_grad_(False)
-
-    @torch.inference_mode()
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Transformed pixels [B,3,H,W] on the encoder's device -> float32 embeddings [B,D], unnormalised."""
-        return self.image(pixels).float()
-
-    @torch.inference_mode()
-    def encode_texts(
-        self, texts: Sequence[str], truncate: bool = False, batch_size: int = 64
-    ) -> torch.Tensor:
-        """M texts -> float32 embeddings [M,D], unnormalised; a text beyond the context is an InputError."""
-        device, embeddings = next(self.parameters()).device, []
-        for start in range(0, len(texts), batch_size):
-            tokens = self.tokenize(texts[start : start + batch_size], truncate)
-            embeddings.append(self.text(*(tensor.to(device) for tensor in tokens.values())).float())
-        return torch.cat(embeddings)
-
-    def tokenize(self, texts: Sequence[str], truncate: bool = False) -> dict[str, torch.Tensor]:
-        """M texts -> {"input_ids": [M,T], "attention_mask": [M,T]}, padded on the right.
-
-        Padding "longest" is masked; "max_length" fills the context and is attended to, as SigLIP was trained.
-        """
-        config = self.config["text"]
-        length, padding = config["context_length"], config.get("padding", "longest")
-        texts = [text.rstrip(config.get("strip", "")) for text in texts]
-        for text, ids in zip(texts, self.tokenizer(texts, verbose=False)["input_ids"], strict=True):
-            if len(ids) > length and not truncate:
-                raise InputError(f"{len(ids)} tokens, the encoder reads {length}; shorten the text {text!r}")
-        options = {"padding": padding, "padding_side": "right", "truncation": True, "max_length": length}
-        tokens = self.tokenizer(texts, return_tensors="pt", return_attention_mask=True, **options)
-        ids, mask = tokens["input_ids"], tokens["attention_mask"]
-        return {"input_ids": ids, "attention_mask": mask if padding == "longest" else torch.ones_like(mask)}
-
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the config without its name and of every tensor as float32; computed once."""
-        if not hasattr(self, "_fingerprint"):
-            config = {key: value for key, value in self.config.items() if key != "name"}
-            digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-            for key, tensor in sorted(self.state_dict().items()):
-                digest.update(f"{key} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.float().cpu().contiguous().numpy())
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
-
-    def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write config.json, model.safetensors (as `dtype`) and the tokenizer into a new or empty folder."""
-        target = Path(directory)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise InputError(f"{target} exists and is not an empty folder: choose another")
-        with atomic(target) as partial:
-            partial.mkdir(parents=True)
-            (partial / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
-            state = self.state_dict()
-            state |= {key: value.to(dtype) for key, value in state.items() if value.is_floating_point()}
-            save_tensors(partial / "model.safetensors", state, {})
-            self.tokenizer.save_pretrained(partial)
-
-    def load_weights(self, state: dict[str, torch.Tensor], source: str | Path) -> None:
-        """Copy `state` into the towers; InputError lists the keys that are missing, unknown or mis-shaped."""
-        wanted, found = ({k: tuple(v.shape) for k, v in x.items()} for x in (self.state_dict(), state))
-        missing = [key for key in wanted if key not in found and not key.endswith("num_batches_tracked")]
-        unknown = [key for key in found if key not in wanted and not re.search(UNUSED_KEYS, key)]
-        differ = [key for key in wanted if key in found and found[key] != wanted[key]]
-        misshaped = [f"{key} {found[key]} for {wanted[key]}" for key in differ]
-        kinds = {"missing": missing, "unknown": unknown, "mis-shaped": misshaped}
-        if wrong := [f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in kinds.items() if keys]:
-            raise InputError(f"{source} does not fit the encoder {self.config['name']}: {'; '.join(wrong)}")
-        self.load_state_dict({key: value for key, value in state.items() if key in wanted}, strict=False)
-
-    @classmethod
-    def load(cls, name: str, directory: str | Path | None = None, crop: int | None = None) -> DualEncoder:
-        """The encoder `name`: tiny, biomedclip, biovil, a folder, or a hub id of a transformers CLIP/SigLIP.
-
-        `directory` holds its files exactly as published, or as `save` wrote them, and rules out the network;
-        without it they come from the hub's cache or are downloaded. `crop` replaces a convolutional tower's
-        (BioViL: RE-tune's 512; its own is 480). InputError if a file is missing or unfit.
-        """
-        folder = Path(directory or (HERE / "tiny" if name == "tiny" else name))
-        if is_ours(folder):
-            config, state, tokenizer = read_folder(folder)
-        else:
-            published = importlib.import_module("public_encoders")
-            config, state, tokenizer = published.read_published(name, directory)
-        if name in ("biomedclip", "biovil") and config["name"] != name:
-            raise InputError(f"{folder} holds the encoder {config['name']}, not {name}")
-        if crop is not None:
-            if config["image"].get("library") != "torchvision":
-                raise InputError(f"crop {crop}: the image size of {config['name']} is fixed, leave crop out")
-            config = config | {"transform": config["transform"] | {"crop": crop}}
-        with torch.random.fork_rng(devices=[]), WithoutRandomWeights():
-            encoder = cls(config, tokenizer)
-        encoder.load_weights(state, folder)
-        return encoder
-
-
-class WithoutRandomWeights(TorchFunctionMode):
-    """Build modules with zeros for the weights that a file is about to replace: ten times faster.
-
-    Zeros and not what memory held: torch's truncated normal draws until every value lies in its interval.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(function, "__name__", "") not in ("normal_", "uniform_", "kaiming_uniform_"):
-            return function(*args, **kwargs)
-        tensor = args[0] if args else kwargs["tensor"]
-        tensor.detach().zero_()
-        return tensor
-
-
-def is_ours(folder: Path) -> bool:
-    """Whether a folder holds an encoder as `DualEncoder.save` writes it."""
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    return {"dim", "image", "text", "transform"} <= set(config)
-
-
-def read_folder(folder: Path) -> tuple[dict, dict[str, torch.Tensor], object]:
-    """(config, tensors, tokenizer) of an encoder as `DualEncoder.save` writes it, without network."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    from transformers import AutoTokenizer
-
-    try:
-        state = load_file(folder / "model.safetensors")
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (SafetensorError, OSError, ValueError, ImportError) as error:
-        raise InputError(f"{folder}: not a whole encoder folder ({' '.join(str(error).split())})") from None
-    return read_json(folder / "config.json"), state, tokenizer
-
-
-# ---------------------------------------------------------------------------------------------- 4. Embeddings
-
-CHUNK = 1024  # images a chunk: the most that a killed process loses; batches never straddle chunks
-# What numpy raises on a damaged file, whose header it reads as Python text.
-DAMAGED = (
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    OSError,
-    EOFError,
-    SyntaxError,
-    tokenize.TokenError,
-)
-
-
-class Images(torch.utils.data.Dataset):
-    """(row, transformed pixels [3, h, w], "") of image `row`; (row, None, reason) of an unreadable one."""
-
-    def __init__(self, images: Sequence, transform: Callable):
-        self.images, self.transform = images, transform
-
-    def __getitem__(self, row: int) -> tuple[int, torch.Tensor | None, str]:
-        image = self.images[row]
-        try:
-            pixels = read_image(image) if isinstance(image, Path) else torch.from_numpy(np.array(image))[None]
-            return row, self.transform(pixels), ""
-        except InputError as error:
-            return row, None, str(error)
-
-
-def collate(items: list) -> tuple[list[int], torch.Tensor | None, list[tuple[int, str]]]:
-    """Readable rows, their pixels [B, 3, h, w], and unreadable rows with reasons."""
-    good = [(row, pixels) for row, pixels, _ in items if pixels is not None]
-    bad = [(row, reason) for row, pixels, reason in items if pixels is None]
-    return [row for row, _ in good], torch.stack([pixels for _, pixels in good]) if good else None, bad
-
-
-def embedding_key(encoder: DualEncoder, data: Radiographs, precision: str, store: str) -> str:
-    """A hash of all that shapes the embeddings: encoder with transform, image names and sizes, precision."""
-    settings = f"{encoder.fingerprint()} {precision} {store} {len(data.images)} {data.key}"
-    digest = hashlib.sha256(settings.encode())
-    if data.key is None and isinstance(data.images, np.ndarray):
-        digest.update(np.ascontiguousarray(data.images).data)
-    elif data.key is None:
-        for name, path in zip(data.names, data.images):
-            digest.update(f"{name}\0{os.stat(path).st_size if os.path.isfile(path) else None}\0".encode())
-    return digest.hexdigest()[:20]
-
-
-def embed(
-    encoder: DualEncoder, data: Radiographs, cache_dir: Path, *, batch_size: int = 32, workers: int = 0,
-    precision: str = "fp32", store: str = "fp32", device: str = "cpu", skip_bad_images: bool = False,
-) -> np.memmap:  # fmt: skip
-    """Embed every image once: a read-only memory map [N, D], float32 or float16 (`store`), not normalised.
-
-    The rows are cut into chunks, each written whole into the cache key's folder; ranks take chunks in turn,
-    a restarted process skips finished ones, and the first rank joins them. An unreadable image raises
-    InputError, or with `skip_bad_images` is a row of nan, listed by `embedding_facts`.
-    """
-    folder = Path(cache_dir) / embedding_key(encoder, data, precision, store)
-    folder.mkdir(parents=True, exist_ok=True)
-    (rank, world), n = ranks(), len(data.images)
-    shape, dtype = (n, encoder.dim), np.dtype(np.float16 if store == "fp16" else np.float32)
-    chunks = {folder / f"chunk-{i:09d}.npy": range(i, min(i + CHUNK, n)) for i in range(0, n, CHUNK)}
-    with locked(folder, wait=True) if rank == 0 else contextlib.nullcontext():
-        barrier()  # the other ranks start when the first one holds the folder
-        if not (folder / "facts.json").exists():
-            mine = dict(list(chunks.items())[rank::world])
-            todo = {file: rows for file, rows in mine.items() if not file.exists()}
-            embed_chunks(encoder, data, todo, dtype, batch_size, workers, precision, device, skip_bad_images)
-            barrier()
-            if rank == 0:
-                assemble(folder, data, chunks, shape, dtype)
-        barrier()
-        for chunk in chunks if rank == 0 else ():
-            chunk.unlink(missing_ok=True)
-    embeddings = open_embeddings(folder, shape, dtype)
-    bad = embedding_facts(embeddings)["unreadable"]
-    if bad and not skip_bad_images:
-        raise InputError(f"{next(iter(bad.values()))}; --skip-bad-images leaves such out")
-    return embeddings
-
-
-def embed_chunks(encoder, data, chunks, dtype, batch_size, workers, precision, device, skip_bad) -> None:
-    """Run the encoder over {file: rows} and write each chunk, followed by the seconds that it took."""
-    pieces = [rows[i : i + batch_size] for rows in chunks.values() for i in range(0, len(rows), batch_size)]
-    stream = iter(torch.utils.data.DataLoader(
-        Images(data.images, encoder.transform), batch_sampler=pieces, num_workers=min(workers, len(pieces)),
-        collate_fn=collate, pin_memory=device.startswith("cuda"), generator=torch.Generator(),
-    ))  # fmt: skip
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    encoder.to(device)
-    with progress(total=sum(map(len, chunks.values())), desc="embedding", unit="image") as bar:
-        for file, rows in chunks.items():
-            block, start = np.full((len(rows), encoder.dim), np.nan, dtype), time.perf_counter()
-            for _ in range(0, len(rows), batch_size):
-                good, pixels, bad = next(stream)
-                for row, reason in [] if skip_bad else bad:
-                    raise InputError(f"{data.rows[row]}: {reason}; --skip-bad-images leaves such out")
-                if good:
-                    with torch.autocast(device.split(":")[0], low, enabled=low is not None):
-                        features = encoder.encode_images(pixels.to(device, non_blocking=True))
-                    block[np.array(good) - rows.start] = features.cpu().numpy()
-                    if not np.isfinite(block[np.array(good) - rows.start]).all():
-                        raise InputError(f"{data.rows[good[0]]}: its batch embeds to nan; use fp32")
-                bar.update(len(good) + len(bad))
-            with atomic(file) as partial, open(partial, "wb") as output:
-                np.save(output, block)
-                np.save(output, np.float64(time.perf_counter() - start))
-
-
-def assemble(folder: Path, data: Radiographs, chunks: dict[Path, range], shape, dtype) -> None:
-    """Join the chunks into embeddings.npy, then write facts.json, whose presence says that it is whole."""
-    seconds, unreadable, digest = 0.0, {}, hashlib.sha256()
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    # Written, not mapped: a full disk is an error here, and a killed process under a memory map.
-    with atomic(folder / "embeddings.npy") as partial, open(partial, "wb") as whole:
-        np.lib.format.write_array_header_1_0(whole, header)
-        for chunk, rows in chunks.items():
-            try:
-                with open(chunk, "rb") as file:
-                    block, took = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
-                if (block.shape, block.dtype) != ((len(rows), shape[1]), dtype):
-                    raise ValueError(f"it holds {block.dtype} {block.shape}")
-            except DAMAGED as error:
-                chunk.unlink(missing_ok=True)
-                raise InputError(f"{chunk}: damaged ({error}), so it was removed; run again") from None
-            whole.write(block.data)
-            digest.update(block.data)
-            seconds += float(took)
-            for row in np.flatnonzero(np.isnan(block[:, 0])) + rows.start:
-                reason = Images(data.images, lambda pixels: pixels)[row][2]
-                unreadable[int(row)] = f"{data.rows[row]}: {reason}"
-    facts = {"sha256": digest.hexdigest(), "seconds": seconds, "unreadable": unreadable}
-    write_json(folder / "facts.json", facts)
-
-
-def embedding_facts(embeddings: np.memmap) -> dict:
-    """{"sha256", "seconds" spent, "unreadable": {row: reason}} of what `embed` returned."""
-    facts = read_json(Path(embeddings.filename).with_name("facts.json"))
-    return facts | {"unreadable": {int(row): reason for row, reason in facts["unreadable"].items()}}
-
-
-def open_embeddings(folder: Path, shape: tuple[int, int], dtype: np.dtype) -> np.memmap:
-    """Open the finished array after checking its shape and checksum; InputError when it is damaged."""
-    try:
-        embeddings = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
-        digest = hashlib.sha256()
-        for i in range(0, len(embeddings), 8192):
-            digest.update(embeddings[i : i + 8192])
-            release(embeddings)
-        if (embeddings.shape, embeddings.dtype) != (shape, dtype):
-            raise ValueError(f"it holds {embeddings.dtype} {embeddings.shape}")
-        if digest.hexdigest() != embedding_facts(embeddings)["sha256"]:
-            raise ValueError("its checksum differs")
-    except DAMAGED as error:
-        raise InputError(f"{folder}: damaged cache ({error}); delete this folder to embed again") from None
-    return embeddings
-
-
-def release(embeddings: np.ndarray) -> None:
-    """Hand the pages of a memory map back, so that resident memory does not grow with what was read."""
-    if hasattr(embeddings.base, "madvise"):  # not on Windows, and not of an array in memory
-        import mmap
-
-        embeddings.base.madvise(mmap.MADV_DONTNEED)
-
-
-def read_rows(embeddings: np.ndarray, rows: torch.Tensor) -> torch.Tensor:
-    """Copy rows [B] of a memory map [N, D] into memory: float32 [B, D]."""
-    out = torch.empty(len(rows), embeddings.shape[1])
-    for i in range(0, len(rows), 8192):
-        out[i : i + 8192] = torch.from_numpy(np.take(embeddings, rows[i : i + 8192].numpy(), axis=0))
-        release(embeddings)
-    return out
-
-
-# --------------------------------------------------------------------------------------------------- 5. Model
+# --------------------------------------------------------------------------------------------------- 2. Model
 
 
 class Adaptor(nn.Module):
@@ -915,7 +236,7 @@ class Adaptor(nn.Module):
         if kind not in ("mlp", "linear", "residual"):
             raise InputError(f"adaptor {kind!r} is not mlp, linear or residual")
         self.residual = kind == "residual"
-        self.layers = nn.Sequential(nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim))
+        self.layers = nn.Sequential(nn.Linear(dim, 2 * dim), nn.ReLU(inplace=True), nn.Linear(2 * dim, dim))
         if kind == "linear":
             self.layers = nn.Linear(dim, dim)
         if self.residual:
@@ -1010,7 +331,7 @@ class RETune(nn.Module):
         return (positive - negative + 2) / 4 if diff else (positive + 1) / 2, decisions.float()
 
 
-# ---------------------------------------------------------------------------------------------------- 6. Loss
+# ---------------------------------------------------------------------------------------------------- 3. Loss
 
 
 def prompt_contrastive_loss(
@@ -1026,7 +347,7 @@ def prompt_contrastive_loss(
     return (loss * known).sum() / max(1, int(known.sum()) if count is None else count)
 
 
-# ----------------------------------------------------------------------------------------------- 7. Scenarios
+# ----------------------------------------------------------------------------------------------- 4. Scenarios
 
 
 @dataclass(frozen=True)
@@ -1092,7 +413,7 @@ def part_of_rows(
     return part[patient]
 
 
-# ------------------------------------------------------------------------------------------------- 8. Metrics
+# ------------------------------------------------------------------------------------------------- 5. Metrics
 
 
 def evaluate(scores: np.ndarray, predictions: np.ndarray, labels: np.ndarray, class_names=None) -> dict:
@@ -1109,13 +430,10 @@ def evaluate(scores: np.ndarray, predictions: np.ndarray, labels: np.ndarray, cl
         known = ~np.isnan(labels[:, c])
         y, score, decision = labels[known, c], scores[known, c], predictions[known, c]
         if len(np.unique(y)) < 2:
-            warnings.warn(
-                f"{name}: its known labels in a split are all alike, so it is not scored", stacklevel=2
-            )
+            warnings.warn(f"{name}: known labels in a split are all alike, so it is not scored", stacklevel=2)
             continue
-        precision, recall, f1, _ = precision_recall_fscore_support(
-            y, decision, average="binary", zero_division=0
-        )
+        recalled = precision_recall_fscore_support(y, decision, average="binary", zero_division=0)
+        precision, recall, f1, _ = recalled
         values[:, c] = roc_auc_score(y, score), f1, average_precision_score(y, score), precision, recall
         positives[c] = y.sum()
     scored, complete = positives > 0, ~np.isnan(labels).any(1)
@@ -1150,9 +468,8 @@ def bootstrap_ci(
         negative = negative[np.argsort(scores[negative, c], kind="stable")]
         if not len(positive) or not len(negative):
             continue
-        below, upto = (
-            np.searchsorted(scores[negative, c], scores[positive, c], side) for side in ("left", "right")
-        )
+        ranked = scores[negative, c]
+        below, upto = (np.searchsorted(ranked, scores[positive, c], side) for side in ("left", "right"))
         for block in np.array_split(np.arange(resamples), 1 + resamples * len(labels) // 4_000_000):
             won = np.zeros(
                 (len(block), len(negative) + 1), np.float32
@@ -1188,7 +505,7 @@ def continual_metrics(auroc: np.ndarray, tasks: Sequence[Task], zero: np.ndarray
     }
 
 
-# ------------------------------------------------------------------------------------------------ 9. Training
+# ------------------------------------------------------------------------------------------------ 6. Training
 
 
 def setting(default, help: str, **metadata):
@@ -1204,7 +521,8 @@ class Config:
     """Every setting of a run; the command line is made from it. What is None here is settled by the data."""
 
     # fmt: off
-    data: str = setting("demo", "data set", choices=tuple(DATASETS), group="data")
+    data: str = setting("demo", "data set", group="data",
+                        choices=("demo", "csv", "nih", "chexpert", "mimic", "chestmnist"))
     data_dir: str | None = setting(None, "folder of the data set; chestmnist is downloaded to it")
     labels_csv: str | None = setting(None, "label file instead of the data set's own")
     classes: tuple[str, ...] | None = setting(None, "findings, in order (default: see README)", nargs="+")
@@ -1257,17 +575,8 @@ class Config:
     # fmt: on
 
     def __post_init__(self):
-        positive = (
-            "demo_images",
-            "encode_batch",
-            "parts",
-            "memory",
-            "epochs",
-            "lr",
-            "batch_size",
-            "logit_scale",
-        )
-        for name in positive:
+        counts = ("demo_images", "encode_batch", "parts", "memory", "epochs", "batch_size")
+        for name in (*counts, "lr", "logit_scale"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be positive")
@@ -1325,6 +634,23 @@ def pick_device(name: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def release(embeddings: np.ndarray) -> None:
+    """Hand the pages of a memory map back, so that resident memory does not grow with what was read."""
+    if hasattr(embeddings.base, "madvise"):  # not on Windows, and not of an array in memory
+        import mmap
+
+        embeddings.base.madvise(mmap.MADV_DONTNEED)
+
+
+def read_rows(embeddings: np.ndarray, rows: torch.Tensor) -> torch.Tensor:
+    """Copy rows [B] of a memory map [N, D] into memory: float32 [B, D]."""
+    out = torch.empty(len(rows), embeddings.shape[1])
+    for i in range(0, len(rows), 8192):
+        out[i : i + 8192] = torch.from_numpy(np.take(embeddings, rows[i : i + 8192].numpy(), axis=0))
+        release(embeddings)
+    return out
+
+
 WINDOW = 64 << 20  # bytes of embeddings that training holds in memory
 BLOCK = 64  # neighbouring rows that are read together when a task is larger than the window
 
@@ -1337,10 +663,9 @@ def shuffled_windows(rows: torch.Tensor, window: int, generator: torch.Generator
     if len(rows) <= window:
         yield rows
     else:
-        blocks = rows.split(BLOCK)
-        yield from torch.cat([blocks[i] for i in torch.randperm(len(blocks), generator=generator)]).split(
-            window
-        )
+        blocks = torch.randperm(math.ceil(len(rows) / BLOCK), generator=generator)
+        order = (blocks[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
+        yield from (rows[part] for part in order[order < len(rows)].split(window))
 
 
 def fit(
@@ -1361,11 +686,12 @@ def fit(
     with progress(total=steps, desc=f"training {task.name}", unit="step") as bar:
         for piece in (p for _ in range(epochs) for p in shuffled_windows(rows, window, generator)):
             if loaded is not piece:
+                x = None  # let go of one window before the next is read
                 x, y = read_rows(embeddings, piece), labels[piece][:, columns]  # [n, D], [n, classes]
                 loaded = piece
             for batch in torch.randperm(len(piece), generator=generator).split(batch_size):
                 count, batch = int((~y[batch].isnan()).sum()), batch[rank::world]
-                images, target = x[batch].to(device), y[batch].to(device)
+                images, target = x.index_select(0, batch).to(device), y[batch].to(device)
                 logits = model.logits(images, bank)
                 loss = prompt_contrastive_loss(logits[:, columns], target, count)
                 if penalty is not None:
@@ -1432,12 +758,16 @@ def cut_tasks(config: Config, data: Radiographs) -> list[Task]:
     return [dataclasses.replace(task, rows=train[task.rows]) for task in tasks]
 
 
-def run(config: Config, load_data: Callable = load_radiographs, load_encoder=DualEncoder.load) -> Results:
+def run(config: Config, load_data: Callable | None = None, load_encoder: Callable | None = None) -> Results:
     """A whole scenario: embed, zero-shot, each task, metrics after each; resumes at an unfinished task.
 
     What the run's folder holds decides what is left to do: finished tasks are loaded and measured again, so
     that an interrupted run ends with the same metrics, bit for bit.
     """
+    from encoders import DualEncoder, embed, embedding_facts
+    from radiographs import load_radiographs, refuse_empty_splits
+
+    load_data, load_encoder = load_data or load_radiographs, load_encoder or DualEncoder.load
     data = load_data(dataclasses.replace(Config(), **{key: getattr(config, key) for key in DATA_KEYS}))
     data, config = dataclasses.replace(data, split=data.split.copy()), settle(config, data)
     prompts = load_prompts(Path(config.prompts), data.class_names, config.wording)
@@ -1464,14 +794,18 @@ def run(config: Config, load_data: Callable = load_radiographs, load_encoder=Dua
             precision=config.precision, store=config.store, device=device,
             skip_bad_images=config.skip_bad_images,
         )  # fmt: skip
-        if bad := embedding_facts(embeddings)["unreadable"]:
+        facts = embedding_facts(embeddings)
+        if bad := facts["unreadable"]:
             say(f"left out {len(bad)} unreadable images, the first: {next(iter(bad.values()))}")
             data.split[list(bad)] = "unreadable"
             refuse_empty_splits(data)
             tasks = cut_tasks(config, data)
         bank = embed_prompts(encoder, prompts).to(device)
-        size = sum(p.numel() for p in encoder.parameters())
-        results = train_and_measure(config, identity, data, tasks, embeddings, bank, size, device)
+        cost = {
+            "encoder_parameters": sum(p.numel() for p in encoder.parameters()),
+            "embed_seconds": facts["seconds"], "images_per_second": len(embeddings) / facts["seconds"],
+        }  # fmt: skip
+        results = train_and_measure(config, identity, data, tasks, embeddings, bank, cost, device)
         if ranks()[0] == 0:
             report(results, data, tasks)
     return results
@@ -1493,7 +827,7 @@ def build_model(config: Config, dim: int, n_classes: int) -> nn.Module:
         return RETune(dim, config.adaptor, config.adapt, config.pool, config.negatives, config.logit_scale)
 
 
-def train_and_measure(config, identity, data, tasks, embeddings, bank, encoder_parameters, device) -> Results:
+def train_and_measure(config, identity, data, tasks, embeddings, bank, cost, device) -> Results:
     """Zero-shot, then every task: train it or load what an earlier process saved, and measure."""
     folder, dim, labels = config.folder, embeddings.shape[1], torch.from_numpy(data.labels)
 
@@ -1504,7 +838,7 @@ def train_and_measure(config, identity, data, tasks, embeddings, bank, encoder_p
     zero_shot = measure(RETune(dim, adapt="none", pool=config.pool, negatives=config.negatives))
     model = build_model(config, dim, len(data.class_names)).to(device)
     make_optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer]
-    optimizer = make_optimizer(model.parameters(), lr=config.lr)
+    optimizer = make_optimizer(model.parameters(), lr=config.lr, fused=True)
     metadata = {
         "classes": data.class_names, "prompts": identity["prompt_texts"], "dim": dim,
         "encoder": config.encoder, "encoder_fingerprint": identity["encoder_fingerprint"],
@@ -1535,11 +869,9 @@ def train_and_measure(config, identity, data, tasks, embeddings, bank, encoder_p
         return Results(folder, {})
     save_tensors(folder / "adaptors.safetensors", model.state_dict(), metadata)
     auroc = np.array([[m["test"]["auroc"][c] for c in data.class_names] for m in (zero_shot, *after_task)])
-    took = embedding_facts(embeddings)["seconds"]
-    cost = {
+    cost = cost | {
         "trainable_parameters": sum(p.numel() for p in model.parameters()) if tasks else 0,
-        "encoder_parameters": encoder_parameters, "embed_seconds": took, "train_seconds": seconds,
-        "images_per_second": len(embeddings) / took, "peak_memory_mb": peak_memory_mb(),
+        "train_seconds": seconds, "peak_memory_mb": peak_memory_mb(),
         "stored_bytes": model.stored_bytes() if hasattr(model, "stored_bytes") else 0,
         "train_patients": len(np.unique(data.patients[data.where("train")])),
     }  # fmt: skip
@@ -1585,9 +917,8 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     if not path.exists():
         return 0, 0.0
     tensors, metadata = load_tensors(path)
-    load_weights(
-        model, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}, path
-    )
+    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    load_weights(model, weights, path)
     state: dict[int, dict] = {}
     for kind, i, key in (k.split(".", 2) for k in tensors if k.startswith("optimizer.")):
         state.setdefault(int(i), {})[key] = tensors[f"{kind}.{i}.{key}"]
@@ -1601,12 +932,11 @@ def peak_memory_mb() -> float | None:
         import resource
     except ImportError:
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        1 << (20 if sys.platform == "darwin" else 10)
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KB; in bytes on macOS
+    return peak / (1 << (20 if sys.platform == "darwin" else 10))
 
 
-# ------------------------------------------------------------------------------------------------- 10. Report
+# -------------------------------------------------------------------------------------------------- 7. Report
 
 
 def introduce(config: Config, data: Radiographs, tasks: Sequence[Task], device: str) -> None:
@@ -1703,49 +1033,20 @@ def heatmap(path: Path, metrics: dict, key: str, title: str) -> None:
     axes.set_xticks(range(grid.shape[1]), metrics["classes"], rotation=25, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.axhline(0.5, color="black", linewidth=2)
-    axes.set_title(
-        f"{title}: {config['data']}, {Path(config['encoder']).name}, {config['scenario']}", fontsize=10
-    )
+    encoder = Path(config["encoder"]).name
+    axes.set_title(f"{title}: {config['data']}, {encoder}, {config['scenario']}", fontsize=10)
     figure.colorbar(picture, ax=axes)
     with atomic(path) as partial:
         figure.savefig(partial, dpi=150, format="png", metadata={"Software": None})
 
 
-def seeds_table(runs: Sequence[dict]) -> str:
-    """Mean and standard deviation over seeds of runs alike in all else: test split, last task."""
-    many = [
-        item.name for item in dataclasses.fields(Config) if item.metadata.get("many") and item.name != "seed"
-    ]
-    differ = [key for key in many if len({str(m["config"][key]) for m in runs}) > 1] or ["scenario"]
-    groups: dict[tuple, list[dict]] = {}
-    for m in runs:
-        groups.setdefault(tuple(str(m["config"][key]) for key in differ), []).append(m)
-    continual, last = (
-        ["forgetting", "backward_transfer", "forward_transfer"],
-        ["auroc_macro", "f1_macro", "accuracy"],
-    )
-    rows = []
-    for names, group in groups.items():
-        columns = [[m["zero_shot"]["test"]["auroc_macro"] for m in group]]
-        columns += [[stages(m)[-1][1][key] for m in group] for key in last]
-        columns += [[m["continual"][key] for m in group] for key in continual]
-        spread = [np.array(column, dtype=float) for column in columns]
-        deviation = [f" ± {v.std(ddof=1):.3f}" if len(v) > 1 else "" for v in spread]
-        text = ["-" if np.isnan(v).any() else f"{v.mean():.3f}{d}" for v, d in zip(spread, deviation)]
-        rows.append([*names, len(group), *text])
-    header = [*differ, "seeds", "zero-shot AUROC", "macro AUROC", "macro F1", "exact match", *continual]
-    return markdown_table([name.replace("_", " ") for name in header], rows)
-
-
-# ------------------------------------------------------------------------------------------- 11. Command line
+# -------------------------------------------------------------------------------------------- 8. Command line
 
 
 def build_parser(config_class: type, description: str) -> argparse.ArgumentParser:
     """A parser with an option for every field of a dataclass made with `setting`."""
-    layout = argparse.RawDescriptionHelpFormatter
-    section = parser = argparse.ArgumentParser(
-        description=description, formatter_class=layout, usage="%(prog)s [option ...]"
-    )
+    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "usage": "%(prog)s [option ...]"}
+    section = parser = argparse.ArgumentParser(description=description, **options)
     for item in dataclasses.fields(config_class):
         options = dict(item.metadata)
         if group := options.pop("group", None):
@@ -1776,9 +1077,11 @@ def run_all(configs: Sequence[Config]) -> None:
     if len({config.folder for config in configs}) < len(configs):
         many = [item.name for item in dataclasses.fields(Config) if item.metadata.get("many")]
         names = [f"{{{name}}}" for name in many if len({getattr(config, name) for config in configs}) > 1]
-        raise InputError(
-            f"{len(configs)} runs need a folder each; --output must contain {' and '.join(names)}"
-        )
+        names = " and ".join(names)
+        raise InputError(f"{len(configs)} runs need a folder each; --output must contain {names}")
+    from encoders import DualEncoder
+    from radiographs import load_radiographs
+
     runs, share = [], functools.lru_cache(maxsize=1)  # these runs mostly read the same data and encoder
     load_data, load_encoder = share(load_radiographs), share(DualEncoder.load)
     for config in configs:
@@ -1787,6 +1090,8 @@ def run_all(configs: Sequence[Config]) -> None:
             runs.append(results.metrics)
             say(f"{summary(results.metrics)}\n\nwritten to {results.folder}\n")
     if len(runs) > 1:
+        from tables import seeds_table
+
         say(f"last task, test split, mean ± standard deviation over seeds\n\n{seeds_table(runs)}")
 
 
@@ -1795,6 +1100,9 @@ def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
 
     InputError when the encoder is not the one that the adaptors were trained on.
     """
+    from encoders import DualEncoder
+    from radiographs import read_image
+
     path, device = folder / "adaptors.safetensors", pick_device(config.device)
     weights, known = load_tensors(path)
     name = known["encoder"] if config.encoder == "tiny" else config.encoder
@@ -1848,6 +1156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         configs = build_configs(Config, arguments)
         if arguments.convert:
+            from encoders import DualEncoder
+
             DualEncoder.load(arguments.convert, arguments.encoder_dir, crop=arguments.crop).save(arguments.to)
             print(f"written to {arguments.to}")
         elif arguments.predict:

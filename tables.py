@@ -27,23 +27,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from encoders import DualEncoder, embed
+from radiographs import load_radiographs
 from retune import (
     Config,
-    DualEncoder,
     InputError,
     RETune,
     atomic,
     build_model,
-    embed,
     embed_prompts,
     heatmap,
-    load_radiographs,
     load_tensors,
     load_weights,
     markdown_table,
     pick_device,
     read_json,
     read_rows,
+    stages,
     write_json,
 )
 
@@ -484,6 +484,28 @@ def trace(tables: Iterable[Table], root: Path) -> str:
     return text.getvalue()
 
 
+def seeds_table(runs: Sequence[dict]) -> str:
+    """Mean and standard deviation over seeds of runs alike in all else: test split, last task."""
+    many = [item.name for item in dataclasses.fields(Config) if item.metadata.get("many")]
+    changes = [key for key in many if len({str(m["config"][key]) for m in runs}) > 1]
+    differ = [key for key in changes if key != "seed"] or ["scenario"]
+    groups: dict[tuple, list[dict]] = {}
+    for m in runs:
+        groups.setdefault(tuple(str(m["config"][key]) for key in differ), []).append(m)
+    continual = ["forgetting", "backward_transfer", "forward_transfer"]
+    rows = []
+    for names, group in groups.items():
+        columns = [[m["zero_shot"]["test"]["auroc_macro"] for m in group]]
+        columns += [[stages(m)[-1][1][key] for m in group] for key in ("auroc_macro", "f1_macro", "accuracy")]
+        columns += [[m["continual"][key] for m in group] for key in continual]
+        spread = [np.array(column, dtype=float) for column in columns]
+        deviation = [f" ± {v.std(ddof=1):.3f}" if len(v) > 1 else "" for v in spread]
+        text = ["-" if np.isnan(v).any() else f"{v.mean():.3f}{d}" for v, d in zip(spread, deviation)]
+        rows.append([*names, len(group), *text])
+    header = [*differ, "seeds", "zero-shot AUROC", "macro AUROC", "macro F1", "exact match", *continual]
+    return markdown_table([name.replace("_", " ") for name in header], rows)
+
+
 # --------------------------------------------------------------------------------------------- 3. Calibration
 
 
@@ -632,9 +654,9 @@ def auroc_over_tasks(runs: Sequence[Run], folder: Path) -> None:
     for ax, scenario in zip(axes, ("class", "label", "data")):
         for method in METHODS:
             chosen = choose(runs, **in_scenario(scenario), method=method)
-            stages = [[r.metrics["zero_shot"], *r.metrics["after_task"]] for r in chosen]
+            measured = [[r.metrics["zero_shot"], *r.metrics["after_task"]] for r in chosen]
             auroc = np.array(
-                [[m["test"]["auroc_macro"] for m in stage] for stage in stages], float
+                [[m["test"]["auroc_macro"] for m in run] for run in measured], float
             )  # [seeds, T + 1]
             start = 0 if method == "retune" else 1  # the others have no zero-shot of their own
             x, mean = np.arange(start, auroc.shape[1]), auroc.mean(0)[start:]

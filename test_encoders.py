@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import encoders
 import public_encoders
 import retune
 
@@ -130,12 +131,12 @@ def test_biomedclip_equals_open_clip(tmp_path, monkeypatch, size):
         ours["text"] |= {"model": {"model_type": "bert"} | SMALL_BERT, "head": hidden}
         monkeypatch.setattr(public_encoders, "BIOMEDCLIP", ours)
     monkeypatch.setattr("open_clip.hf_model.AutoConfig.from_pretrained", lambda *_, **__: bert)
-    with retune.WithoutRandomWeights():
+    with encoders.WithoutRandomWeights():
         peer = open_clip.model.CustomTextCLIP(**config)
     torch.save(randomise(peer).state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     (tmp_path / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP_CONFIG))
     write_vocabulary(tmp_path)
-    encoder, pixels = retune.DualEncoder.load("biomedclip", tmp_path), images(224)
+    encoder, pixels = encoders.DualEncoder.load("biomedclip", tmp_path), images(224)
     assert (
         encoder.dim == 512 and not encoder.training and not any(p.requires_grad for p in encoder.parameters())
     )
@@ -172,13 +173,13 @@ def test_biovil_equals_hi_ml(tmp_path, monkeypatch, size):
         config["text"]["model"] |= SMALL_BERT
         config["text"]["head"][0] = public_encoders.linear(48, 128)
         monkeypatch.setattr(public_encoders, "BIOVIL", config)
-    with retune.WithoutRandomWeights():
+    with encoders.WithoutRandomWeights():
         image = ImageModel("resnet50", 128)
         text = CXRBertModel(CXRBertConfig(**(SMALL_BERT if size == "small" else {})))
     torch.save(randomise(image).state_dict(), tmp_path / "biovil_image_resnet50_proj_size_128.pt")
     torch.save(randomise(text).state_dict(), tmp_path / "pytorch_model.bin")
     write_biovil_configs(tmp_path)
-    encoder, pixels = retune.DualEncoder.load("biovil", tmp_path), images(128).sigmoid()
+    encoder, pixels = encoders.DualEncoder.load("biovil", tmp_path), images(128).sigmoid()
     tokens = encoder.tokenizer(PROMPTS, padding="longest", return_tensors="pt")
     with torch.inference_mode():  # hi-ml's engine cuts the full stops off
         image_error = difference(encoder.encode_images(pixels), image(pixels).projected_global_embedding)
@@ -221,7 +222,7 @@ def small_biovil(tmp_path, monkeypatch):
     folder.mkdir()
     write_biovil_configs(folder, vocabulary=64)
     encoder = randomise(
-        retune.DualEncoder(config, transformers.BertTokenizer(vocab=str(folder / "vocab.txt")))
+        encoders.DualEncoder(config, transformers.BertTokenizer(vocab=str(folder / "vocab.txt")))
     )
     names = {"text.head.0": "dense_to_hidden", "text.head.2": "LayerNorm", "text.head.3": "dense_to_output"}
     image, text = (
@@ -253,29 +254,29 @@ def change(folder, file, edit):
 def test_published_folder_and_its_conversion_are_the_same_encoder(small_biovil, tmp_path):
     """Round trip through our own format: same embeddings, same fingerprint, no code of the checkpoint run."""
     folder, source = small_biovil
-    published = retune.DualEncoder.load("biovil", folder)
+    published = encoders.DualEncoder.load("biovil", folder)
     published.save(tmp_path / "converted")
-    converted = retune.DualEncoder.load(str(tmp_path / "converted"))
+    converted = encoders.DualEncoder.load(str(tmp_path / "converted"))
     pixels = images(64)
     for encoder in (published, converted):
         assert encoder.fingerprint() == source.fingerprint()
         assert torch.equal(encoder.encode_images(pixels), source.encode_images(pixels))
         assert torch.equal(encoder.encode_texts(PROMPTS), source.encode_texts(PROMPTS))
-    assert retune.DualEncoder.load("biovil", tmp_path / "converted").fingerprint() == source.fingerprint()
+    assert encoders.DualEncoder.load("biovil", tmp_path / "converted").fingerprint() == source.fingerprint()
     with pytest.raises(retune.InputError, match="holds the encoder biovil, not biomedclip"):
-        retune.DualEncoder.load("biomedclip", tmp_path / "converted")
+        encoders.DualEncoder.load("biomedclip", tmp_path / "converted")
 
 
 def test_the_fingerprint_follows_weights_and_transform_but_not_the_name(small_biovil):
     folder, source = small_biovil
-    same = retune.DualEncoder(source.config | {"name": "other"}, source.tokenizer)
+    same = encoders.DualEncoder(source.config | {"name": "other"}, source.tokenizer)
     same.load_state_dict(source.state_dict())
-    cropped = retune.DualEncoder.load("biovil", folder, crop=480)
+    cropped = encoders.DualEncoder.load("biovil", folder, crop=480)
     assert same.fingerprint() == source.fingerprint() != cropped.fingerprint()
     assert cropped.config["transform"]["crop"] == 480 and public_encoders.BIOVIL["transform"]["crop"] == 512
     with torch.no_grad():
         same.text.head[0].bias[0] += 1
-    again = retune.DualEncoder(same.config, same.tokenizer)
+    again = encoders.DualEncoder(same.config, same.tokenizer)
     again.load_state_dict(same.state_dict())
     assert again.fingerprint() != source.fingerprint()
 
@@ -290,7 +291,7 @@ def test_missing_unknown_and_misshaped_keys_are_listed(small_biovil):
 
     change(folder, "pytorch_model.bin", edit)
     with pytest.raises(retune.InputError) as caught:
-        retune.DualEncoder.load("biovil", folder)
+        encoders.DualEncoder.load("biovil", folder)
     message = str(caught.value)
     assert "1 missing: text.tower.encoder.layer.1.output.dense.bias" in message
     assert "1 unknown: text.tower.encoder.layer.2.output.dense.bias" in message
@@ -305,10 +306,10 @@ def test_pickled_code_is_refused_and_not_run(small_biovil, tmp_path):
     folder, _ = small_biovil
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"bert.x": Attack()}))
     with pytest.raises(retune.InputError, match=r"pytorch_model\.bin"):
-        retune.DualEncoder.load("biovil", folder)
+        encoders.DualEncoder.load("biovil", folder)
     torch.save({"bert.x": Attack()}, folder / "pytorch_model.bin")
     with pytest.raises(retune.InputError, match=r"pytorch_model\.bin"):
-        retune.DualEncoder.load("biovil", folder)
+        encoders.DualEncoder.load("biovil", folder)
     assert not (tmp_path / "attacked").exists()
 
 
@@ -319,10 +320,10 @@ def test_a_missing_or_damaged_file_is_named(small_biovil, file):
         content = (folder / file).read_bytes()
         (folder / file).write_bytes(content[: len(content) // 2])
         with pytest.raises(retune.InputError, match=file):
-            retune.DualEncoder.load("biovil", folder)
+            encoders.DualEncoder.load("biovil", folder)
     (folder / file).unlink()
     with pytest.raises(retune.InputError, match=file.replace("pytorch_model.bin", "pytorch_model")):
-        retune.DualEncoder.load("biovil", folder)
+        encoders.DualEncoder.load("biovil", folder)
 
 
 def test_safetensors_are_read_and_preferred_to_pickles(small_biovil):
@@ -330,11 +331,11 @@ def test_safetensors_are_read_and_preferred_to_pickles(small_biovil):
     state = torch.load(folder / "pytorch_model.bin", weights_only=True)
     save_file(state, folder / "model.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"not read")
-    assert retune.DualEncoder.load("biovil", folder).fingerprint() == source.fingerprint()
+    assert encoders.DualEncoder.load("biovil", folder).fingerprint() == source.fingerprint()
     save_file({key: state[key] for key in list(state)[:5]}, folder / "model-00001-of-00002.safetensors")
     save_file({key: state[key] for key in list(state)[5:]}, folder / "model-00002-of-00002.safetensors")
     (folder / "model.safetensors").unlink()
-    assert retune.DualEncoder.load("biovil", folder).fingerprint() == source.fingerprint()
+    assert encoders.DualEncoder.load("biovil", folder).fingerprint() == source.fingerprint()
 
 
 # ---------------------------------------------------------------------- CLIP and SigLIP
@@ -377,7 +378,7 @@ def features(output):
 def test_clip_and_siglip_equal_transformers(tmp_path, kind, end):
     """End token 2 is CLIP's old rule (the highest id ends the text), any other the new one."""
     peer = published_clip(tmp_path, kind, eos_token_id=end)
-    ours = retune.DualEncoder.load(str(tmp_path))
+    ours = encoders.DualEncoder.load(str(tmp_path))
     pixels = images(48)
     padding = "longest" if kind == "clip" else "max_length"
     tokens = ours.tokenizer(PROMPTS, padding=padding, max_length=20, return_tensors="pt")
@@ -390,7 +391,7 @@ def test_clip_and_siglip_equal_transformers(tmp_path, kind, end):
     assert image_error <= 1e-5 and text_error <= 1e-5
     assert ours.dim == ours.encode_texts(["edema"]).shape[1] == (24 if kind == "clip" else 48)
     ours.save(tmp_path / "converted")
-    converted = retune.DualEncoder.load(str(tmp_path / "converted"))
+    converted = encoders.DualEncoder.load(str(tmp_path / "converted"))
     assert converted.fingerprint() == ours.fingerprint()
     assert torch.equal(converted.encode_texts(PROMPTS), ours.encode_texts(PROMPTS))
 
@@ -398,7 +399,7 @@ def test_clip_and_siglip_equal_transformers(tmp_path, kind, end):
 def test_old_clip_config_files_are_understood(tmp_path):
     """Years of published CLIPs: generation settings in the towers' configs, *_config_dict, flat sizes."""
     published_clip(tmp_path, "clip")
-    expected = retune.DualEncoder.load(str(tmp_path))
+    expected = encoders.DualEncoder.load(str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
     for part in ("text_config", "vision_config"):
         config[f"{part}_dict"] = config[part]
@@ -411,7 +412,7 @@ def test_old_clip_config_files_are_understood(tmp_path):
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(flat))
-    assert retune.DualEncoder.load(str(tmp_path)).fingerprint() == expected.fingerprint()
+    assert encoders.DualEncoder.load(str(tmp_path)).fingerprint() == expected.fingerprint()
 
 
 def test_siglips_own_sentencepiece_tokenizer(tmp_path):
@@ -427,13 +428,13 @@ def test_siglips_own_sentencepiece_tokenizer(tmp_path):
     )  # fmt: skip
     tokenizer = {"tokenizer_class": "SiglipTokenizer", "pad_token": "</s>", "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    ours, texts = retune.DualEncoder.load(str(tmp_path)), ["no edema", "The heart."]
+    ours, texts = encoders.DualEncoder.load(str(tmp_path)), ["no edema", "The heart."]
     tokens = ours.tokenizer(texts, padding="max_length", max_length=20, return_tensors="pt")
     with torch.inference_mode():
         expected = features(peer.get_text_features(tokens["input_ids"]))
     assert difference(ours.encode_texts(texts), expected) <= 1e-5
     ours.save(tmp_path / "converted")
-    converted = retune.DualEncoder.load(str(tmp_path / "converted"))
+    converted = encoders.DualEncoder.load(str(tmp_path / "converted"))
     assert torch.equal(converted.encode_texts(texts), ours.encode_texts(texts))
 
 
@@ -470,7 +471,7 @@ def compare(name, transform, peer, std, square=False):
 
 
 def ours(config):
-    return lambda image: retune.transform_image(image, **config["transform"])
+    return lambda image: encoders.transform_image(image, **config["transform"])
 
 
 def test_biomedclips_transform_is_open_clips():
@@ -495,7 +496,7 @@ def test_transforms_are_transformers(tmp_path, kind):
     """CLIP on squares: an odd margin of the crop transformers rounds down, OpenAI's CLIP and we to even."""
     published_clip(tmp_path, kind)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
-    encoder = retune.DualEncoder.load(str(tmp_path))
+    encoder = encoders.DualEncoder.load(str(tmp_path))
 
     def peer(image):
         return processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
@@ -514,11 +515,11 @@ def test_transform_shapes_and_values():
     grey = torch.randint(0, 256, (1, 90, 60), dtype=torch.uint8)
     options = {"interpolation": "bicubic", "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
     for resize, crop, shape in [(30, None, (45, 30)), (30, 24, (24, 24)), ([20, 28], None, (20, 28))]:
-        one = retune.transform_image(grey, resize, crop, **options)
-        three = retune.transform_image(grey.expand(3, -1, -1), resize, crop, **options)
+        one = encoders.transform_image(grey, resize, crop, **options)
+        three = encoders.transform_image(grey.expand(3, -1, -1), resize, crop, **options)
         assert one.shape == (3, *shape) and one.dtype == torch.float32
         torch.testing.assert_close(one, three, rtol=0, atol=1e-6)
-    flat = retune.transform_image(torch.full((1, 9, 9), 255, dtype=torch.uint8), 9, None, **options)
+    flat = encoders.transform_image(torch.full((1, 9, 9), 255, dtype=torch.uint8), 9, None, **options)
     torch.testing.assert_close(flat[:, 4, 4], torch.tensor([0.9 / 0.5, 0.8 / 0.6, 0.7 / 0.7]))
 
 
@@ -549,7 +550,7 @@ def small_encoder(**changes):
     }  # fmt: skip
     for part, change in changes.items():
         config[part] = config[part] | change
-    return randomise(retune.DualEncoder(config, word_tokenizer()))
+    return randomise(encoders.DualEncoder(config, word_tokenizer()))
 
 
 def test_pools():
@@ -624,7 +625,7 @@ def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
     encoder.save(tmp_path / "new", dtype=torch.float16)
     stored = load_file(tmp_path / "new" / "model.safetensors")
     assert stored["text.head.0.weight"].dtype == torch.float16
-    loaded = retune.DualEncoder.load(str(tmp_path / "new"))
+    loaded = encoders.DualEncoder.load(str(tmp_path / "new"))
     assert loaded.text.head[0].weight.dtype == torch.float32
     assert difference(loaded.encode_images(images(28)), encoder.encode_images(images(28))) < 0.01
 
@@ -634,7 +635,7 @@ def test_loading_leaves_the_random_numbers_alone(tmp_path):
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    retune.DualEncoder.load(str(tmp_path / "encoder"))
+    encoders.DualEncoder.load(str(tmp_path / "encoder"))
     assert torch.equal(torch.rand(4), expected)
 
 
@@ -643,14 +644,14 @@ def test_loading_leaves_the_random_numbers_alone(tmp_path):
 
 def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     with pytest.raises(retune.InputError, match="unknown encoder 'biomedclp': use tiny, biomedclip, biovil"):
-        retune.DualEncoder.load("biomedclp")
+        encoders.DualEncoder.load("biomedclp")
     with pytest.raises(retune.InputError, match="holds no encoder"):
-        retune.DualEncoder.load("biovil", tmp_path)
+        encoders.DualEncoder.load("biovil", tmp_path)
     with pytest.raises(retune.InputError, match="holds no encoder"):
-        retune.DualEncoder.load("anything", tmp_path / "absent")
+        encoders.DualEncoder.load("anything", tmp_path / "absent")
     with pytest.raises(retune.InputError, match="the image size of small is fixed"):
         small_encoder().save(tmp_path / "small")
-        retune.DualEncoder.load(str(tmp_path / "small"), crop=20)
+        encoders.DualEncoder.load(str(tmp_path / "small"), crop=20)
 
 
 def test_offline_without_a_cached_copy_points_to_encoder_dir(tmp_path, monkeypatch):
@@ -659,4 +660,4 @@ def test_offline_without_a_cached_copy_points_to_encoder_dir(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     for name in ("biomedclip", "biovil", "openai/clip-vit-base-patch32"):
         with pytest.raises(retune.InputError, match=f"{name}.*--encoder-dir"):
-            retune.DualEncoder.load(name)
+            encoders.DualEncoder.load(name)

@@ -32,6 +32,8 @@ from hypothesis import given, settings
 from PIL import Image
 from sklearn import metrics as sklearn_metrics
 
+import encoders
+import radiographs
 import retune
 
 HERE = Path(__file__).resolve().parent
@@ -81,7 +83,7 @@ def save_random_encoder(folder: Path, seed: int) -> Path:
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        retune.DualEncoder(config, tokenizer).save(folder)
+        encoders.DualEncoder(config, tokenizer).save(folder)
     return folder
 
 
@@ -92,7 +94,7 @@ def encoder_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def encoder(encoder_folder):
-    return retune.DualEncoder.load(str(encoder_folder))
+    return encoders.DualEncoder.load(str(encoder_folder))
 
 
 @pytest.fixture(scope="session")
@@ -355,14 +357,14 @@ def test_the_shipped_prompts_are_distinct_within_every_known_finding():
 @quick
 @given(st.lists(st.text(max_size=8), min_size=1, max_size=30), st.lists(st.text(max_size=8), max_size=30))
 def test_adding_patients_never_moves_the_old_ones(old, new):
-    before, after = retune.patient_split(old, SHARES), retune.patient_split(new + old, SHARES)
+    before, after = radiographs.patient_split(old, SHARES), radiographs.patient_split(new + old, SHARES)
     assert after[len(new) :].tolist() == before.tolist()
     assert len({*zip(new + old, after.tolist())}) == len({*new, *old})
 
 
 def test_patient_split_is_the_documented_hash_and_keeps_its_shares():
     ids = [f"patient{i:05d}" for i in range(20000)]
-    split = retune.patient_split(ids, SHARES)
+    split = radiographs.patient_split(ids, SHARES)
     for name, share in SHARES.items():
         assert abs((split == name).mean() - share) < 4 * math.sqrt(share * (1 - share) / 20000)
     for i in range(100):
@@ -375,7 +377,7 @@ def test_read_table_reads_quotes_byte_order_marks_and_gzip(tmp_path):
     (tmp_path / "t.csv").write_text(text, encoding="utf-8", newline="")
     (tmp_path / "t.csv.gz").write_bytes(gzip.compress(text.encode()))
     for name in ("t.csv", "t.csv.gz"):
-        table = retune.read_table(tmp_path / name, ["path"])
+        table = radiographs.read_table(tmp_path / name, ["path"])
         assert table == {"path": ["a, b.png", "c.png"], "Mass": ["1", ""]}
 
 
@@ -399,7 +401,7 @@ def test_unusable_tables_are_refused_naming_file_row_and_column(tmp_path, name, 
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(retune.InputError, match=name) as error:
-        retune.read_table(tmp_path / name, ["path"])
+        radiographs.read_table(tmp_path / name, ["path"])
     assert all(text in str(error.value) for text in named) and "\n" not in str(error.value)
 
 
@@ -411,7 +413,7 @@ def test_labels_follow_the_policies_and_are_counted(uncertain, minus_one, blank,
         "B": ["1.0", "0.0", "-1.0", "NaN", "1"],
         "C": ["1", "1", "1", "1", "1"],
     }
-    labels, note = retune.parse_labels(table, ["B", "A"], Path("x.csv"), uncertain, blank)
+    labels, note = radiographs.parse_labels(table, ["B", "A"], Path("x.csv"), uncertain, blank)
     wanted = [[1, 1], [0, 0], [minus_one, minus_one], [empty, empty], [1, empty]]
     np.testing.assert_array_equal(labels, np.array(wanted, np.float32))
     assert labels.dtype == np.float32
@@ -422,7 +424,7 @@ def test_labels_follow_the_policies_and_are_counted(uncertain, minus_one, blank,
 def test_a_label_that_is_none_is_refused_with_file_row_column_and_value(value):
     table = {"A": ["1", "0", "1"], "B": ["0", value, value]}
     with pytest.raises(retune.InputError) as error:
-        retune.parse_labels(table, ["A", "B"], Path("labels.csv"), "ignore", "ignore")
+        radiographs.parse_labels(table, ["A", "B"], Path("labels.csv"), "ignore", "ignore")
     assert all(text in str(error.value) for text in ("labels.csv", "row 3", "'B'", repr(value)))
 
 
@@ -433,7 +435,7 @@ def test_a_label_that_is_none_is_refused_with_file_row_column_and_value(value):
 )  # fmt: skip
 def test_paths_that_leave_the_root_are_refused(tmp_path, path):
     with pytest.raises(retune.InputError, match="table.csv row 9"):
-        retune.safe_path(tmp_path, path, "table.csv row 9")
+        radiographs.safe_path(tmp_path, path, "table.csv row 9")
 
 
 def test_symlinks_may_stay_inside_the_root_but_not_leave_it(tmp_path):
@@ -449,7 +451,7 @@ def test_symlinks_may_stay_inside_the_root_but_not_leave_it(tmp_path):
     (root / "other").symlink_to(root / "inside")
     for path in ("file.png", "folder/secret.png", "inside/deep/secret.png", "folder/new/none.png"):
         with pytest.raises(retune.InputError, match="row 2"):
-            retune.safe_path(root, path, "row 2")
+            radiographs.safe_path(root, path, "row 2")
     for path in (
         "good.png",
         "other/a.png",
@@ -458,7 +460,7 @@ def test_symlinks_may_stay_inside_the_root_but_not_leave_it(tmp_path):
         "a..b.png",
         "./inside/a.png",
     ):
-        assert retune.safe_path(root, path, "row 2").resolve().is_relative_to(root.resolve())
+        assert radiographs.safe_path(root, path, "row 2").resolve().is_relative_to(root.resolve())
 
 
 def test_pixels_of_every_kind_of_image_are_read_exactly(tmp_path):
@@ -477,7 +479,7 @@ def test_pixels_of_every_kind_of_image_are_read_exactly(tmp_path):
         "la.png": grey[None], "deep.png": stretched[None], "constant.png": np.zeros((1, 7, 5)),
         "flat.jpg": np.full((1, 16, 16), 77),
     }.items():  # fmt: skip
-        pixels = retune.read_image(tmp_path / name)
+        pixels = radiographs.read_image(tmp_path / name)
         assert pixels.dtype == torch.uint8, name
         np.testing.assert_array_equal(pixels.numpy(), wanted, name)
 
@@ -488,13 +490,13 @@ def test_unreadable_and_oversized_images_are_refused_by_name(tmp_path, monkeypat
     for name, content in (("cut.png", whole[:40]), ("text.jpg", b"hello"), ("empty.png", b"")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(retune.InputError, match=name):
-            retune.read_image(tmp_path / name)
+            radiographs.read_image(tmp_path / name)
     for path in (tmp_path, tmp_path / "none.png", tmp_path / "cut.dcm"):
         with pytest.raises(retune.InputError, match=path.name):
-            retune.read_image(path)
-    monkeypatch.setattr(retune, "MAX_PIXELS", 1999)
+            radiographs.read_image(path)
+    monkeypatch.setattr(radiographs, "MAX_PIXELS", 1999)
     with pytest.raises(retune.InputError, match=r"good.png.*1,999"):
-        retune.read_image(tmp_path / "good.png")
+        radiographs.read_image(tmp_path / "good.png")
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
@@ -515,19 +517,19 @@ def test_dicom_is_stretched_and_monochrome1_inverted(tmp_path, photometric):
     image.save_as(tmp_path / "a.dcm", enforce_file_format=True)
     grey = (pixels - pixels.min()) / float(pixels.max() - pixels.min()) * 255
     wanted = np.round(255 - grey if photometric == "MONOCHROME1" else grey)
-    found = retune.read_image(tmp_path / "a.dcm")
+    found = radiographs.read_image(tmp_path / "a.dcm")
     assert found.shape == (1, 6, 4)
     np.testing.assert_allclose(found[0].numpy(), wanted, atol=1 if photometric == "MONOCHROME1" else 0)
     (tmp_path / "a.dcm").write_bytes((tmp_path / "a.dcm").read_bytes()[:200])
     with pytest.raises(retune.InputError, match="a.dcm"):
-        retune.read_image(tmp_path / "a.dcm")
+        radiographs.read_image(tmp_path / "a.dcm")
 
 
 def test_csv_set_is_read_as_written_with_chosen_and_ordered_classes(csv_set):
     root, rows, _ = csv_set
     rows[3]["Mass"], rows[4]["Mass"] = "", "-1"
     path = write_rows(root / "labels.csv", rows)
-    data = retune.load_radiographs(
+    data = radiographs.load_radiographs(
         retune.Config(data="csv", data_dir=str(root), classes=("Mass", "Edema"), uncertain="ones")
     )
     wanted = [[float(r["Mass"] or "nan"), float(r["Edema"])] for r in rows]
@@ -547,13 +549,13 @@ def test_without_splits_patients_are_hashed_and_without_patients_we_say_so(csv_s
         del row["split"]
         row["patient"] = f"p{i % 18}"
     write_rows(root / "labels.csv", rows)
-    data = retune.load_radiographs(retune.Config(data="csv", data_dir=str(root)))
-    assert data.split.tolist() == retune.patient_split(data.patients, SHARES).tolist()
+    data = radiographs.load_radiographs(retune.Config(data="csv", data_dir=str(root)))
+    assert data.split.tolist() == radiographs.patient_split(data.patients, SHARES).tolist()
     assert "patient" not in data.note
     for row in rows:
         del row["patient"]
     write_rows(root / "labels.csv", rows)
-    data = retune.load_radiographs(retune.Config(data="csv", data_dir=str(root)))
+    data = radiographs.load_radiographs(retune.Config(data="csv", data_dir=str(root)))
     assert "patient" in data.note and len(set(data.patients)) == 24
 
 
@@ -663,7 +665,7 @@ def test_two_label_files_in_a_folder_are_ambiguous_until_one_is_named(csv_set, c
     write_rows(root / "b.csv", rows[:5])
     assert "--labels-csv" in failure(capsys, arguments)
     config = retune.Config(data="csv", data_dir=str(root), labels_csv=str(root / "a.csv"))
-    assert len(retune.load_radiographs(config).images) == 24
+    assert len(radiographs.load_radiographs(config).images) == 24
 
 
 def spoil(root: Path, rows: list[dict]) -> None:
@@ -690,7 +692,7 @@ def test_a_corrupt_image_is_named_with_its_row_and_can_be_skipped_and_counted(cs
     metrics = json.loads((root.parent / "run/metrics.json").read_text())
     assert [metrics["zero_shot"][s]["n"] for s in ("val", "test")] == [4, 7]
     assert sum(task["n_train"] for task in metrics["tasks"]) == 12
-    splits = retune.read_table(root.parent / "run/splits.csv")
+    splits = radiographs.read_table(root.parent / "run/splits.csv")
     assert dict(zip(splits["image"], splits["split"]))["images/13.png"] == "unreadable"
     values = [metrics["after_task"][-1]["test"]["auroc"][c] for c in ("Edema", "Mass")]
     assert all(0 <= value <= 1 for value in values)
@@ -737,7 +739,7 @@ def write_chexpert(root: Path, prefix: str, test: str | None) -> None:
 @pytest.mark.parametrize("test", ["test_labels.csv", "groundtruth.csv"])
 def test_chexpert_reads_both_prefixes_and_both_forms_of_test_labels(tmp_path, prefix, test):
     write_chexpert(tmp_path, prefix, test)
-    data = retune.load_radiographs(retune.Config(data="chexpert", data_dir=str(tmp_path)))
+    data = radiographs.load_radiographs(retune.Config(data="chexpert", data_dir=str(tmp_path)))
     assert data.class_names == COMPETITION
     assert [len(data.where(s)) for s in ("train", "val", "test")] == [80, 4, 4]
     assert all(path.is_file() for path in data.images)
@@ -756,7 +758,7 @@ def test_chexpert_policies_views_classes_and_label_files(tmp_path):
     write_chexpert(tmp_path, "CheXpert-v1.0/", "groundtruth.csv")
 
     def load(**options):
-        return retune.load_radiographs(retune.Config(data="chexpert", data_dir=str(tmp_path), **options))
+        return radiographs.load_radiographs(retune.Config(data="chexpert", data_dir=str(tmp_path), **options))
 
     assert load(uncertain="ones", blank="ignore").labels[0].tolist()[:3] == [1, 0, 1]
     assert np.isnan(load(uncertain="ones", blank="ignore").labels[0, 3])
@@ -779,7 +781,7 @@ def test_chexpert_policies_views_classes_and_label_files(tmp_path):
 
 def test_chexpert_without_test_labels_tests_on_valid_and_says_so(tmp_path):
     write_chexpert(tmp_path, "CheXpert-v1.0-small/", None)
-    data = retune.load_radiographs(retune.Config(data="chexpert", data_dir=str(tmp_path)))
+    data = radiographs.load_radiographs(retune.Config(data="chexpert", data_dir=str(tmp_path)))
     assert "valid.csv" in data.note
     assert {name.split("/")[0] for name in np.array(data.names)[data.where("test")]} == {"valid"}
     validation = {data.patients[i] for i in data.where("val")}
@@ -800,10 +802,10 @@ def test_nih_reads_both_layouts_its_lists_and_cuts_validation_by_patient(tmp_pat
         csv.writer(file).writerows(lines)
     (tmp_path / "train_val_list.txt").write_text("\n".join(names[:100]))
     (tmp_path / "test_list.txt").write_text("\n".join(names[100:]) + "\n")
-    data = retune.load_radiographs(retune.Config(data="nih", data_dir=str(tmp_path)))
+    data = radiographs.load_radiographs(retune.Config(data="nih", data_dir=str(tmp_path)))
     assert all(path.is_file() for path in data.images) and len(data.class_names) == 14
     assert data.where("test").tolist() == list(range(100, 120))
-    held_out = retune.patient_split(data.patients[:100], {"train": 7 / 8, "val": 1 / 8})
+    held_out = radiographs.patient_split(data.patients[:100], {"train": 7 / 8, "val": 1 / 8})
     assert data.split[:100].tolist() == held_out.tolist() and {"train", "val"} == set(held_out)
     for i in range(8):
         positive = {data.class_names[c] for c in np.flatnonzero(data.labels[i])}
@@ -811,12 +813,12 @@ def test_nih_reads_both_layouts_its_lists_and_cuts_validation_by_patient(tmp_pat
     assert not np.isnan(data.labels).any()
     (tmp_path / "test_list.txt").write_text("\n".join(names[101:]))
     with pytest.raises(retune.InputError, match="row 102.*test_list.txt"):
-        retune.load_radiographs(retune.Config(data="nih", data_dir=str(tmp_path)))
+        radiographs.load_radiographs(retune.Config(data="nih", data_dir=str(tmp_path)))
     lines[5][1] = "Mass|Edemma"
     with open(tmp_path / "Data_Entry_2017.csv", "w", newline="") as file:
         csv.writer(file).writerows(lines)
     with pytest.raises(retune.InputError, match="row 6.*'Edemma'.*'Edema'"):
-        retune.load_radiographs(retune.Config(data="nih", data_dir=str(tmp_path)))
+        radiographs.load_radiographs(retune.Config(data="nih", data_dir=str(tmp_path)))
 
 
 def test_radiographs_refuse_columns_of_other_lengths_and_other_labels():
@@ -827,13 +829,13 @@ def test_radiographs_refuse_columns_of_other_lengths_and_other_labels():
         "patients": ["p", "q"],
         "split": ["train", "test"],
     }
-    assert len(retune.Radiographs(images, **good).images) == 2
+    assert len(radiographs.Radiographs(images, **good).images) == 2
     for name, value in (
         ("labels", [[0.0]]), ("labels", [[0.5], [1]]), ("labels", [[0, 1], [1, 0]]), ("patients", ["p"]),
         ("split", ["train"] * 3),
     ):  # fmt: skip
         with pytest.raises(retune.InputError):
-            retune.Radiographs(images, **good | {name: value})
+            radiographs.Radiographs(images, **good | {name: value})
 
 
 # ----------------------------------------------------------------------------------------- 3. Frozen encoders
@@ -842,7 +844,7 @@ def test_radiographs_refuse_columns_of_other_lengths_and_other_labels():
 def test_an_encoder_is_frozen_and_saved_and_loaded_bit_by_bit(encoder, tmp_path):
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
     encoder.save(tmp_path / "copy")
-    copy = retune.DualEncoder.load(str(tmp_path / "copy"))
+    copy = encoders.DualEncoder.load(str(tmp_path / "copy"))
     assert copy.fingerprint() == encoder.fingerprint()
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(copy.encode_images(pixels), encoder.encode_images(pixels))
@@ -854,7 +856,7 @@ def test_an_encoder_is_frozen_and_saved_and_loaded_bit_by_bit(encoder, tmp_path)
 def test_the_fingerprint_tells_a_single_changed_bit_and_a_changed_transform(encoder_folder):
     prints = set()
     for change in range(4):
-        encoder = retune.DualEncoder.load(str(encoder_folder))
+        encoder = encoders.DualEncoder.load(str(encoder_folder))
         if change == 1:
             next(encoder.image.parameters()).view(-1)[0] += 1e-6
         elif change == 2:
@@ -896,21 +898,23 @@ def test_a_damaged_encoder_folder_is_refused_by_name(encoder_folder, tmp_path, d
         for path in folder.glob("tokenizer*"):
             path.unlink()
     with pytest.raises(retune.InputError, match="damaged"):
-        retune.DualEncoder.load(str(folder))
+        encoders.DualEncoder.load(str(folder))
 
 
 # ---------------------------------------------------------------------------------------------- 4. Embeddings
 
 
-def noise_images(n=70, seed=0) -> retune.Radiographs:
+def noise_images(n=70, seed=0) -> radiographs.Radiographs:
     images = np.random.default_rng(seed).integers(0, 256, (n, 40, 36), np.uint8)
-    return retune.Radiographs(images, np.zeros((n, 1)), ["A"], [f"p{i}" for i in range(n)], ["train"] * n)
+    return radiographs.Radiographs(
+        images, np.zeros((n, 1)), ["A"], [f"p{i}" for i in range(n)], ["train"] * n
+    )
 
 
 def test_embeddings_are_the_encoders_of_the_transformed_images(encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(retune, "CHUNK", 32)
+    monkeypatch.setattr(encoders, "CHUNK", 32)
     data = noise_images()
-    embeddings = retune.embed(encoder, data, tmp_path, batch_size=8)
+    embeddings = encoders.embed(encoder, data, tmp_path, batch_size=8)
     assert isinstance(embeddings, np.memmap) and not embeddings.flags.writeable
     for i, image in enumerate(data.images):
         pixels = torch.from_numpy(image)[None].float()
@@ -924,22 +928,22 @@ def test_embeddings_are_the_encoders_of_the_transformed_images(encoder, tmp_path
 
 def test_a_cache_hit_encodes_nothing_and_any_change_of_input_misses(encoder, tmp_path, monkeypatch):
     data, encoded = noise_images(), []
-    encode = retune.DualEncoder.encode_images
+    encode = encoders.DualEncoder.encode_images
 
     def counting(self, pixels):
         encoded.append(len(pixels))
         return encode(self, pixels)
 
-    monkeypatch.setattr(retune.DualEncoder, "encode_images", counting)
-    first = np.array(retune.embed(encoder, data, tmp_path))
+    monkeypatch.setattr(encoders.DualEncoder, "encode_images", counting)
+    first = np.array(encoders.embed(encoder, data, tmp_path))
     assert sum(encoded) == 70
-    np.testing.assert_array_equal(retune.embed(encoder, data, tmp_path), first)
+    np.testing.assert_array_equal(encoders.embed(encoder, data, tmp_path), first)
     assert sum(encoded) == 70
-    retune.embed(encoder, noise_images(seed=1), tmp_path)
+    encoders.embed(encoder, noise_images(seed=1), tmp_path)
     assert sum(encoded) == 140
-    retune.embed(encoder, data, tmp_path, store="fp16")
+    encoders.embed(encoder, data, tmp_path, store="fp16")
     assert sum(encoded) == 210
-    retune.embed(encoder, data, tmp_path, precision="bf16")
+    encoders.embed(encoder, data, tmp_path, precision="bf16")
     assert sum(encoded) == 280
 
 
@@ -949,8 +953,8 @@ def test_a_changed_file_or_order_of_files_is_embedded_anew(encoder, csv_set):
 
     def embedded():
         write_rows(root / "labels.csv", rows)
-        data = retune.load_radiographs(retune.Config(data="csv", data_dir=str(root)))
-        return np.array(retune.embed(encoder, data, cache))
+        data = radiographs.load_radiographs(retune.Config(data="csv", data_dir=str(root)))
+        return np.array(encoders.embed(encoder, data, cache))
 
     first = embedded()
     rows[0], rows[1] = rows[1], rows[0]
@@ -962,16 +966,16 @@ def test_a_changed_file_or_order_of_files_is_embedded_anew(encoder, csv_set):
 
 def test_worker_processes_and_half_precision_give_the_same_embeddings(encoder, tmp_path):
     data = noise_images()
-    plain = np.array(retune.embed(encoder, data, tmp_path / "a"))
-    np.testing.assert_array_equal(retune.embed(encoder, data, tmp_path / "b", workers=2), plain)
-    half = retune.embed(encoder, data, tmp_path / "c", store="fp16")
+    plain = np.array(encoders.embed(encoder, data, tmp_path / "a"))
+    np.testing.assert_array_equal(encoders.embed(encoder, data, tmp_path / "b", workers=2), plain)
+    half = encoders.embed(encoder, data, tmp_path / "c", store="fp16")
     assert half.dtype == np.float16
     np.testing.assert_allclose(half, plain, rtol=2**-10, atol=1e-6)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "header", "empty", "facts"])
 def test_a_damaged_cache_is_refused_and_says_what_to_delete(encoder, tmp_path, damage):
-    path = Path(retune.embed(encoder, noise_images(), tmp_path).filename)
+    path = Path(encoders.embed(encoder, noise_images(), tmp_path).filename)
     content = bytearray(path.read_bytes())
     if damage == "flip":
         content[-1234] ^= 4
@@ -982,15 +986,15 @@ def test_a_damaged_cache_is_refused_and_says_what_to_delete(encoder, tmp_path, d
         facts = path.with_name("facts.json")
         facts.write_text(facts.read_text()[:-20])
     with pytest.raises(retune.InputError, match=path.parent.name):
-        retune.embed(encoder, noise_images(), tmp_path)
+        encoders.embed(encoder, noise_images(), tmp_path)
     shutil.rmtree(path.parent)
-    assert len(retune.embed(encoder, noise_images(), tmp_path)) == 70
+    assert len(encoders.embed(encoder, noise_images(), tmp_path)) == 70
 
 
 def test_embedding_goes_on_with_the_chunks_that_a_failure_left(encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(retune, "CHUNK", 16)
+    monkeypatch.setattr(encoders, "CHUNK", 16)
     data, encoded = noise_images(), []
-    encode = retune.DualEncoder.encode_images
+    encode = encoders.DualEncoder.encode_images
 
     def failing(self, pixels):
         if len(encoded) == 7:
@@ -998,31 +1002,33 @@ def test_embedding_goes_on_with_the_chunks_that_a_failure_left(encoder, tmp_path
         encoded.append(len(pixels))
         return encode(self, pixels)
 
-    monkeypatch.setattr(retune.DualEncoder, "encode_images", failing)
+    monkeypatch.setattr(encoders.DualEncoder, "encode_images", failing)
     with pytest.raises(KeyboardInterrupt):
-        retune.embed(encoder, data, tmp_path, batch_size=8)
+        encoders.embed(encoder, data, tmp_path, batch_size=8)
     encoded.clear()
     encoded.append(None)
-    again = retune.embed(encoder, data, tmp_path, batch_size=8)
+    again = encoders.embed(encoder, data, tmp_path, batch_size=8)
     assert sum(encoded[1:]) == 70 - 48
     monkeypatch.undo()
-    np.testing.assert_array_equal(again, retune.embed(encoder, data, tmp_path / "other", batch_size=8))
+    np.testing.assert_array_equal(again, encoders.embed(encoder, data, tmp_path / "other", batch_size=8))
     assert not partial_files(tmp_path)
 
 
 def test_a_damaged_chunk_is_removed_so_that_the_next_run_embeds_it(encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(retune, "CHUNK", 16)
-    assemble = retune.assemble
-    monkeypatch.setattr(retune, "assemble", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(encoders, "CHUNK", 16)
+    assemble = encoders.assemble
+    monkeypatch.setattr(encoders, "assemble", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        retune.embed(encoder, noise_images(), tmp_path, batch_size=8)
-    monkeypatch.setattr(retune, "assemble", assemble)
+        encoders.embed(encoder, noise_images(), tmp_path, batch_size=8)
+    monkeypatch.setattr(encoders, "assemble", assemble)
     chunk = sorted(tmp_path.rglob("chunk*"))[2]
     chunk.write_bytes(chunk.read_bytes()[:300])
     with pytest.raises(retune.InputError, match=chunk.name):
-        retune.embed(encoder, noise_images(), tmp_path, batch_size=8)
-    again = retune.embed(encoder, noise_images(), tmp_path, batch_size=8)
-    np.testing.assert_array_equal(again, retune.embed(encoder, noise_images(), tmp_path / "b", batch_size=8))
+        encoders.embed(encoder, noise_images(), tmp_path, batch_size=8)
+    again = encoders.embed(encoder, noise_images(), tmp_path, batch_size=8)
+    np.testing.assert_array_equal(
+        again, encoders.embed(encoder, noise_images(), tmp_path / "b", batch_size=8)
+    )
 
 
 def test_rows_of_a_half_precision_memory_map_are_read_exactly(tmp_path):
@@ -1677,17 +1683,17 @@ def test_models_of_one_seed_are_alike_and_drawn_without_the_global_generator():
 
 
 def test_only_adaptors_are_trained_and_the_encoder_stays_as_it_was(demo_arguments, tmp_path, monkeypatch):
-    encoders, encode = {}, retune.DualEncoder.encode_images
+    seen, encode = {}, encoders.DualEncoder.encode_images
 
     def remember(self, pixels):
-        encoders[id(self)] = self
+        seen[id(self)] = self
         return encode(self, pixels)
 
-    monkeypatch.setattr(retune.DualEncoder, "encode_images", remember)
+    monkeypatch.setattr(encoders.DualEncoder, "encode_images", remember)
     output = ["--cache-dir", str(tmp_path / "cache"), "--output", str(tmp_path / "run")]
     assert retune.main([*demo_arguments, *output, "--lr", "0.1"]) == 0
-    (encoder,) = encoders.values()
-    fresh = retune.DualEncoder.load(demo_arguments[demo_arguments.index("--encoder") + 1])
+    (encoder,) = seen.values()
+    fresh = encoders.DualEncoder.load(demo_arguments[demo_arguments.index("--encoder") + 1])
     assert all(p.grad is None and not p.requires_grad for p in encoder.parameters())
     assert not encoder.training
     for name, value in fresh.state_dict().items():
@@ -1710,7 +1716,11 @@ def test_two_runs_with_one_seed_agree_in_every_bit(demo_arguments, finished, tmp
 
 def run_until_killed(arguments, files, batches):
     """Run the command line; die by SIGKILL after so many files were renamed, or batches of images encoded."""
-    replace, encode, left = os.replace, retune.DualEncoder.encode_images, {"files": files, "batches": batches}
+    replace, encode, left = (
+        os.replace,
+        encoders.DualEncoder.encode_images,
+        {"files": files, "batches": batches},
+    )
 
     def count(what):
         left[what] -= 1
@@ -1725,7 +1735,7 @@ def run_until_killed(arguments, files, batches):
         count("batches")
         return encode(self, pixels)
 
-    os.replace, retune.DualEncoder.encode_images, retune.CHUNK = counting_replace, counting_encode, 64
+    os.replace, encoders.DualEncoder.encode_images, encoders.CHUNK = counting_replace, counting_encode, 64
     sys.exit(retune.main(arguments))
 
 
@@ -1837,7 +1847,7 @@ def test_a_second_process_on_one_output_folder_is_refused(demo_arguments, tmp_pa
 
 
 def run_and_exit(arguments):
-    retune.CHUNK = 64
+    encoders.CHUNK = 64
     sys.exit(retune.main(arguments))
 
 
@@ -1884,7 +1894,7 @@ def run_on_small_disk(arguments, limit, report):
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    retune.CHUNK = 64
+    encoders.CHUNK = 64
     with open(report, "w") as sys.stderr:
         code = retune.main(arguments)
     sys.exit(code)
@@ -1963,7 +1973,7 @@ def test_torchrun_on_two_ranks_gives_the_run_of_one_process(demo_arguments, tmp_
     options[1] = str(tmp_path / "alone")
     assert retune.main([*demo_arguments, *options, "--output", str(tmp_path / "one")]) == 0
     two, one = (np.load(next((tmp_path / name).rglob("embeddings.npy"))) for name in ("cache", "alone"))
-    assert len(two) > retune.CHUNK
+    assert len(two) > encoders.CHUNK
     np.testing.assert_allclose(two, one, atol=1e-6)
     for k in (1, 2, 3):
         pair = [retune.load_tensors(tmp_path / name / f"task_{k}.safetensors")[0] for name in ("one", "two")]
@@ -2023,8 +2033,8 @@ def test_zero_shot_and_final_metrics_follow_from_the_saved_adaptors(demo_argumen
     """Everything again from the files: adaptors, cached embeddings, prompts, in plain float64."""
     metrics = json.loads((finished / "metrics.json").read_text())
     cache = Path(demo_arguments[demo_arguments.index("--cache-dir") + 1])
-    data = retune.load_radiographs(retune.Config(demo_images=240))
-    embeddings = retune.embed(encoder, data, cache)
+    data = radiographs.load_radiographs(retune.Config(demo_images=240))
+    embeddings = encoders.embed(encoder, data, cache)
     prompts = retune.load_prompts(HERE / "prompts.json", COMPETITION)
     bank = retune.embed_prompts(encoder, prompts)
     image, text = saved_weights(finished, "mlp", 5)
@@ -2048,8 +2058,8 @@ def test_zero_shot_and_final_metrics_follow_from_the_saved_adaptors(demo_argumen
 
 
 def test_splits_csv_gives_every_image_its_patient_split_and_task(finished):
-    data = retune.load_radiographs(retune.Config(demo_images=240))
-    table = retune.read_table(finished / "splits.csv", ["image", "patient", "split", "task"])
+    data = radiographs.load_radiographs(retune.Config(demo_images=240))
+    table = radiographs.read_table(finished / "splits.csv", ["image", "patient", "split", "task"])
     assert table["image"] == list(data.names) and table["patient"] == data.patients.tolist()
     homes = {}
     for patient, split, task in zip(table["patient"], table["split"], table["task"]):
@@ -2115,7 +2125,7 @@ def test_saved_models_hold_no_image_embedding_label_or_patient(csv_set, monkeypa
     saved = model_bytes(root.parent / "run")
     assert ("resume.safetensors" in saved) == stop and "task_1.safetensors" in saved
     embeddings = np.load(next(Path("cache").rglob("embeddings.npy")))
-    data = retune.load_radiographs(retune.Config(data="csv", data_dir=str(root)))
+    data = radiographs.load_radiographs(retune.Config(data="csv", data_dir=str(root)))
     forbidden = [row["patient"].encode() for row in rows] + [row["path"].encode() for row in rows]
     forbidden += [b"Kowalski", root.name.encode()]
     for row, embedding in zip(rows, embeddings):
@@ -2155,7 +2165,7 @@ def test_predict_gives_the_runs_own_scores_without_the_data_set(csv_run, encoder
     bank = retune.embed_prompts(encoder, retune.load_prompts(HERE / "prompts.json", ["Edema", "Mass"]))
     metrics, scores = json.loads((run / "metrics.json").read_text()), []
     for prediction in predictions:
-        pixels = encoder.transform(retune.read_image(Path(prediction["image"])))[None]
+        pixels = encoder.transform(radiographs.read_image(Path(prediction["image"])))[None]
         x = encoder.encode_images(pixels).double()
         cosines = plain_model(
             x, bank.embeddings.double(), bank.group.tolist(), image, text, "residual", "mean"
@@ -2243,7 +2253,7 @@ def test_real_radiographs_run_end_to_end(tmp_path, demo_arguments):
     options = ["--encoder", encoder, "--epochs", "2", "--output", str(tmp_path / "run")]
     assert retune.main([*arguments, *options]) == 0
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
-    table = retune.read_table(next(Path(folder).glob("Data_Entry*.csv")))
+    table = radiographs.read_table(next(Path(folder).glob("Data_Entry*.csv")))
     test = set(Path(folder, "test_list.txt").read_text().split())
     listed = [
         findings for name, findings in zip(table["Image Index"], table["Finding Labels"]) if name in test
@@ -2251,11 +2261,11 @@ def test_real_radiographs_run_end_to_end(tmp_path, demo_arguments):
     last = metrics["after_task"][-1]["test"]
     assert last["n"] == len(listed) and list(last["auroc"]) == classes
     assert all(0.2 < value < 1 for value in last["auroc"].values())
-    data = retune.load_radiographs(retune.Config(data="nih", data_dir=folder, classes=tuple(classes)))
+    data = radiographs.load_radiographs(retune.Config(data="nih", data_dir=folder, classes=tuple(classes)))
     for c, name in enumerate(classes):
         positives = sum(name in findings.split("|") for findings in listed)
         assert data.labels[data.where("test"), c].sum() == positives > 0
-    splits = retune.read_table(tmp_path / "run/splits.csv")
+    splits = radiographs.read_table(tmp_path / "run/splits.csv")
     assert len(set(zip(splits["patient"], splits["split"]))) == len(set(splits["patient"]))
     assert len(splits["image"]) == len(table["Image Index"])
 
@@ -2296,7 +2306,9 @@ def test_every_command_of_the_readme_is_one_that_its_program_takes(monkeypatch):
     parsed = 0
     monkeypatch.setattr(retune, "run_all", lambda configs: None)
     monkeypatch.setattr(retune, "predict", lambda *arguments: [{"image": "a", "findings": {}}])
-    monkeypatch.setattr(retune.DualEncoder, "load", lambda *a, **k: type("E", (), {"save": lambda *a: None}))
+    monkeypatch.setattr(
+        encoders.DualEncoder, "load", lambda *a, **k: type("E", (), {"save": lambda *a: None})
+    )
     for program, *arguments in commands:
         if program == "retune.py":
             assert retune.main(arguments) == 0, arguments
