@@ -290,6 +290,56 @@ print(retune.prompt_contrastive_loss(torch.zeros(2, 3), torch.ones(2, 3)).item()
     assert float(done.stdout) == pytest.approx(math.log(2), abs=1e-7)
 
 
+def run_copied(folder: Path, *arguments) -> subprocess.CompletedProcess:
+    """Run Python in `folder`, where nothing of this project can be imported but what lies there."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_retune_copied_alone_trains_on_embeddings_of_your_own(tmp_path):
+    shutil.copy(HERE / "retune.py", tmp_path)
+    program = """
+import numpy as np, torch, retune
+rng = np.random.default_rng(0)
+labels = rng.integers(0, 2, (300, 3)).astype(np.float32)
+embeddings = (labels @ rng.normal(size=(3, 16)) + rng.normal(size=(300, 16)) / 4).astype(np.float32)
+bank = retune.PromptBank(torch.randn(6, 16, generator=torch.Generator().manual_seed(0)), torch.arange(6))
+torch.manual_seed(0)
+model, tasks = retune.RETune(16), retune.make_tasks("data", labels[:200], list("abc"), 2, seed=0)
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+for task in tasks:
+    retune.fit(model, bank, embeddings, torch.from_numpy(labels), task, optimizer, epochs=20, batch_size=32,
+               generator=torch.Generator().manual_seed(0))
+scores, decisions = retune.score_rows(model, bank, embeddings, np.arange(200, 300), "diff")
+print(retune.evaluate(scores, decisions, labels[200:], list("abc"))["auroc_macro"])
+"""
+    done = run_copied(tmp_path, "-c", program)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 0.95
+
+
+def test_three_copied_files_run_on_images_of_your_own(csv_set, encoder_folder):
+    root, rows, _ = csv_set
+    write_rows(root / "labels.csv", rows)
+    for name in ("retune.py", "radiographs.py", "encoders.py", "prompts.json"):
+        shutil.copy(HERE / name, root.parent)
+    arguments = ("--data", "csv", "--data-dir", root, "--encoder", encoder_folder, "--epochs", "1")
+    done = run_copied(root.parent, "retune.py", *arguments, "--output", "run")
+    assert done.returncode == 0, done.stderr
+    done = run_copied(root.parent, "retune.py", "--predict", root / rows[0]["path"], "--run", "run")
+    assert done.returncode == 0 and rows[0]["path"] in done.stdout, done.stderr
+
+
+def test_names_of_the_companions_are_had_from_retune_too():
+    assert retune.DualEncoder is encoders.DualEncoder and retune.embed is encoders.embed
+    assert retune.Radiographs is radiographs.Radiographs
+    choices = retune.Config.__dataclass_fields__["data"].metadata["choices"]
+    assert set(choices) <= set(radiographs.DATASETS)
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        retune.missing  # noqa: B018
+
+
 def test_a_run_leaves_global_random_state_threads_and_warnings_as_they_were(demo_arguments, tmp_path):
     def state():
         generators = random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()
