@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import retune
-from adaptor import Adaptor, Config
 from retune import InputError, Radiographs, markdown_table, read_rows
 
 
@@ -28,6 +27,16 @@ def nested_subsets(patients: Sequence[str], fractions: Sequence[float], seed: in
     return [np.flatnonzero(place[patient] < max(1, round(fraction * len(ids)))) for fraction in fractions]
 
 
+def labelled_shares(data: Radiographs, fractions: Sequence[float], seed: int) -> list[str]:
+    """The least labelled share that each image is in, first repeat; "" outside the training split."""
+    train, share = data.where("train"), [""] * len(data.images)
+    fractions = sorted(fractions, reverse=True)
+    for fraction, subset in zip(fractions, nested_subsets(data.patients[train], fractions, seed)):
+        for row in train[subset]:
+            share[row] = f"{fraction:g}"
+    return share
+
+
 def build_head(dim: int, classes: int) -> nn.Sequential:
     """The authors' classification head."""
     return nn.Sequential(
@@ -36,7 +45,7 @@ def build_head(dim: int, classes: int) -> nn.Sequential:
     )  # fmt: skip
 
 
-def train_head(features: Callable, labels: torch.Tensor, rows: dict, config: Config, seed: int) -> dict:
+def train_head(features: Callable, labels: torch.Tensor, rows: dict, config, seed: int) -> dict:
     """Train a head on rows["train"], keep its best state on rows["val"], and measure that on rows["test"].
 
     features: rows [B] -> [B, d]; labels [N, C]. AdamW 5e-4, weight decay 0.05, cosine restarts; as
@@ -73,7 +82,7 @@ def train_head(features: Callable, labels: torch.Tensor, rows: dict, config: Con
 
 
 @torch.inference_mode()
-def measure_head(head: nn.Module, features: torch.Tensor, labels: torch.Tensor, config: Config) -> dict:
+def measure_head(head: nn.Module, features: torch.Tensor, labels: torch.Tensor, config) -> dict:
     """retune's metrics of the head's answers; multi-class: softmax scores, the largest is the prediction."""
     logits = head.eval()(features).cpu()
     scores = logits.softmax(1) if config.multiclass else logits.sigmoid()
@@ -85,9 +94,7 @@ def measure_head(head: nn.Module, features: torch.Tensor, labels: torch.Tensor, 
         return retune.evaluate(scores.numpy(), chosen.numpy(), labels.numpy())
 
 
-def classify(
-    model: Adaptor, images: np.ndarray, data: Radiographs, config: Config, device: str
-) -> list[dict]:
+def classify(model: nn.Module, images: np.ndarray, data: Radiographs, config, device: str) -> list[dict]:
     """The head on the frozen adaptor and on the bare backbone, for each labelled share and repeat."""
     file = config.folder / "classification.json"
     if file.exists():

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import retune
-from adaptor import Adaptor, Config, embed, train_epochs
 from retune import DualEncoder, InputError, Radiographs, read_rows, say
-from unimodal import Side, blank_pixels
+from unimodal import Side, blank_pixels, embed, train_epochs
 
 SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg")
 
@@ -72,7 +71,7 @@ def box_to_mask(box: Sequence[str], height: int, width: int, row: str = "") -> n
     return mask
 
 
-def read_masked_table(config: Config) -> tuple[Path, dict[str, list[str]], str, str]:
+def read_masked_table(config) -> tuple[Path, dict[str, list[str]], str, str]:
     """(file, table, column of image ids, finding) of SIIM or RSNA."""
     root = Path(config.data_dir or "")
     if config.data_dir is None or not root.is_dir():
@@ -89,7 +88,7 @@ def read_masked_table(config: Config) -> tuple[Path, dict[str, list[str]], str, 
     )
 
 
-def load_masked(config: Config) -> Radiographs:
+def load_masked(config) -> Radiographs:
     """SIIM-ACR pneumothorax or RSNA pneumonia: images anywhere under --data-dir, one finding, no reports.
 
     The files name no split: 70/10/20% of patients by hash. SIIM names no patient: each image counts as one.
@@ -121,7 +120,7 @@ def load_masked(config: Config) -> Radiographs:
                        note=f"{config.data}: no official split: 70/10/20% by hash{note}")  # fmt: skip
 
 
-def find_masks(config: Config, data: Radiographs) -> Callable[[int], np.ndarray] | None:
+def find_masks(config, data: Radiographs) -> Callable[[int], np.ndarray] | None:
     """Image row -> its masks, bool [C, H, W] in the image's own pixels; None for data without masks."""
     if config.data == "demo":
         phantoms = data.images.phantoms
@@ -259,7 +258,7 @@ def mask_loss(
 
 
 def segment(
-    model: Adaptor, encoder: DualEncoder, data: Radiographs, masks: Callable, config: Config, device: str
+    model: nn.Module, encoder: DualEncoder, data: Radiographs, masks: Callable, config, device: str
 ) -> list[dict]:
     """Train decoders on adapted and on bare patch tokens, frozen; test Dice per finding, overlay.png."""
     folder, file = config.folder, config.folder / "segmentation.json"
@@ -312,7 +311,7 @@ def choose_rows(data: Radiographs, most: int | None, seed: int) -> dict[str, np.
 
 
 def fit_decoder(
-    features, masks: MaskRows, rows: np.ndarray, grid, config: Config, folder: Path, device: str
+    features, masks: MaskRows, rows: np.ndarray, grid, config, folder: Path, device: str
 ) -> nn.ModuleList:
     """AdamW 5e-4, weight decay 1e-4, batches of 32, cosine to zero (ours)."""
     with retune.seeded(config.seed):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +208,85 @@ def load_torchvision(name: str, pool: str | None) -> tuple[dict, dict, dict]:
         "std": IMAGENET[1],
     }
     return part, {f"image.tower.{k}": v for k, v in network.state_dict().items()}, transform
+
+
+# ------------------------------------------------------------------------------- With the adaptor: all stages
+
+
+def train_epochs(folder: Path, model, optimizer, epochs: int, seed: int, one_epoch: Callable) -> list[dict]:
+    """Call `one_epoch(k)` for each epoch that `folder` does not hold yet; its results, in order.
+
+    Every epoch draws from a seed of its own and ends on disk, so that a killed process goes on with the same
+    bytes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    done, _ = retune.restore(folder, model, optimizer)
+    history = retune.read_json(folder / "history.json")[:done] if done else []
+    for k in progress(range(done, epochs), initial=done, total=epochs, desc=folder.name, unit="epoch"):
+        with retune.seeded(seed * 10_007 + k):
+            history.append(one_epoch(k))
+        retune.write_json(folder / "history.json", history)
+        retune.keep(folder, model, optimizer, k + 1, 0.0)
+    return history
+
+
+def export_pair(model: nn.Module, encoder: DualEncoder, directory: str) -> None:
+    """Write towers, projections and adaptor as one encoder in retune's folder format (ours): RE-tune's way in.
+
+    One token attends to itself alone: each side is a plain head of torch's modules with the shared weights.
+    """
+    names = {"d_model": "width", "nhead": "heads", "dropout": "dropout", "dim_feedforward": "feedforward"}
+    layer = {name: model.settings[ours] for name, ours in names.items()} | {"batch_first": True}
+    width = model.settings["width"]
+    config, state = copy.deepcopy(encoder.config) | {"dim": width}, encoder.state_dict()
+    for side in ("image", "text"):
+        mean, deviation = getattr(model, f"{side}_mean"), getattr(model, f"{side}_deviation")
+        weight = getattr(model, f"{side}_projection").weight.detach() / deviation  # the mean becomes a bias
+        config[side]["head"] = [
+            ["Linear", {"in_features": len(mean), "out_features": width}],
+            ["Normalize", {}], ["Unflatten", {"dim": 1, "unflattened_size": [1, width]}],
+            *[["TransformerEncoderLayer", layer]] * len(model.layers), ["Flatten", {}],
+        ]  # fmt: skip
+        state |= {f"{side}.head.0.weight": weight, f"{side}.head.0.bias": -weight @ mean}
+        for i, module in enumerate(model.layers, 3):
+            state |= {f"{side}.head.{i}.{key}": value for key, value in module.state_dict().items()}
+    with retune.seeded(0):
+        pair = DualEncoder(config, encoder.tokenizer)
+    pair.load_weights({k: v.cpu() for k, v in state.items()}, "the aligned pair")
+    pair.save(directory)
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+PAPERS_ENCODERS = {  # arXiv 2401.01179; BERT-base is the size of BioBERT and ClinicalBERT
+    "DINOv2-S + BERT": {"model_type": "dinov2", "hidden_size": 384, "num_attention_heads": 6},
+    "DINOv2-B + BERT": {"model_type": "dinov2"},
+    "Swin-B + BERT": {"model_type": "swin", "embed_dim": 128, "depths": [2, 2, 18, 2],
+                      "num_heads": [4, 8, 16, 32]},
+}  # fmt: skip
+
+
+def parameter_table(model: nn.Module, encoder: DualEncoder) -> list[list]:
+    """Rows (pair, frozen, trained here, end-to-end, share saved): this run's pair, and the paper's.
+
+    End-to-end is what contrastive pre-training without freezing trains: both towers and the two projections.
+    """
+
+    def row(name: str, frozen: int, adaptor: nn.Module) -> list:
+        projections = count(adaptor.image_projection) + count(adaptor.text_projection)
+        whole = frozen + projections
+        return [name, f"{frozen:,}", f"{count(adaptor):,}", f"{whole:,}", f"{1 - count(adaptor) / whole:.1%}"]
+
+    rows = [row("this run", count(encoder), model)]
+    with torch.device("meta"):  # sizes without weights
+        text = retune.Tower({"model": {"model_type": "bert"}, "pool": "cls", "head": []})
+        for name, settings in PAPERS_ENCODERS.items():
+            image = retune.Tower({"model": settings, "pool": "cls", "head": []})
+            adaptor = type(model)(image.tower.config.hidden_size, 768)
+            rows.append(row(f"{name}, the paper's widths", count(image) + count(text), adaptor))
+    return rows
 
 
 # ------------------------------------------------------------------------------------------- The demo's two
