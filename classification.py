@@ -51,9 +51,7 @@ def train_head(features: Callable, labels: torch.Tensor, rows: dict, config, see
     features: rows [B] -> [B, d]; labels [N, C]. AdamW 5e-4, weight decay 0.05, cosine restarts; as
     many steps for every subset, one restart a quarter (ours).
     """
-    data = {
-        split: (features(torch.from_numpy(rows[split])), labels[rows[split]]) for split in ("val", "test")
-    }
+    data = {k: (features(torch.from_numpy(rows[k])), labels[rows[k]]) for k in ("val", "test")}
     train = torch.from_numpy(rows["train"])
     with retune.seeded(seed):
         head = build_head(data["val"][0].shape[1], labels.shape[1]).to(data["val"][0].device)
@@ -86,12 +84,10 @@ def measure_head(head: nn.Module, features: torch.Tensor, labels: torch.Tensor, 
     """retune's metrics of the head's answers; multi-class: softmax scores, the largest is the prediction."""
     logits = head.eval()(features).cpu()
     scores = logits.softmax(1) if config.multiclass else logits.sigmoid()
-    chosen = (
-        F.one_hot(scores.argmax(1), scores.shape[1]).float() if config.multiclass else (scores > 0.5).float()
-    )
+    chosen = F.one_hot(scores.argmax(1), scores.shape[1]) if config.multiclass else scores > 0.5
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a class without both labels would be named at every measurement
-        return retune.evaluate(scores.numpy(), chosen.numpy(), labels.numpy())
+        return retune.evaluate(scores.numpy(), chosen.float().numpy(), labels.numpy())
 
 
 def classify(model: nn.Module, images: np.ndarray, data: Radiographs, config, device: str) -> list[dict]:
@@ -111,9 +107,7 @@ def classify(model: nn.Module, images: np.ndarray, data: Radiographs, config, de
         return torch.cat([model.alone("image", read_rows(images, r).to(device)) for r in rows.split(4096)])
 
     def bare(rows: torch.Tensor) -> torch.Tensor:
-        return model.centre(
-            "image", read_rows(images, rows).to(device)
-        )  # the comparison gets the same scaling
+        return model.centre("image", read_rows(images, rows).to(device))  # in the same scale
 
     labels, train, results = torch.from_numpy(data.labels), data.where("train"), []
     for repeat in retune.progress(range(config.repeats), desc="classification", unit="repeat"):
@@ -122,8 +116,9 @@ def classify(model: nn.Module, images: np.ndarray, data: Radiographs, config, de
             rows = {"train": train[subset], "val": data.where("val"), "test": data.where("test")}
             for name, features in (("adaptor", adapted), ("bare backbone", bare)):
                 metrics = train_head(features, labels, rows, config, config.seed + repeat)
+                patients = len({*data.patients[train][subset]})
                 results.append({"fraction": fraction, "repeat": repeat, "features": name, "n": len(subset),
-                                "patients": len({*data.patients[train][subset]}), "test": metrics})  # fmt: skip
+                                "patients": patients, "test": metrics})  # fmt: skip
     retune.write_json(file, results)
     return retune.read_json(file)
 

@@ -80,12 +80,8 @@ def read_masked_table(config) -> tuple[Path, dict[str, list[str]], str, str]:
     path = Path(config.labels_csv) if config.labels_csv else retune.one_file(root, [pattern])
     if config.data == "siim":
         return path, retune.read_table(path, ["ImageId", "EncodedPixels"]), "ImageId", "Pneumothorax"
-    return (
-        path,
-        retune.read_table(path, ["patientId", "x", "y", "width", "height", "Target"]),
-        "patientId",
-        "Pneumonia",
-    )
+    columns = ["patientId", "x", "y", "width", "height", "Target"]
+    return path, retune.read_table(path, columns), "patientId", "Pneumonia"
 
 
 def load_masked(config) -> Radiographs:
@@ -98,12 +94,12 @@ def load_masked(config) -> Radiographs:
     ids, positive, rows = list(dict.fromkeys(table[column])), {}, {}
     for i, name in enumerate(table[column]):
         rows.setdefault(name, f"{path} row {i + 2}")
-        value = (
+        found = (
             table["Target"][i] == "1"
             if config.data == "rsna"
             else table["EncodedPixels"][i] not in ("", "-1")
         )
-        positive[name] = positive.get(name, False) or value
+        positive[name] = positive.get(name, False) or found
     for name in ids:
         if name not in files:
             raise InputError(
@@ -141,9 +137,8 @@ def find_masks(config, data: Radiographs) -> Callable[[int], np.ndarray] | None:
             if config.data == "siim":
                 union |= rle_to_mask(table["EncodedPixels"][i], height, width, where)
             else:
-                union |= box_to_mask(
-                    [table[k][i] for k in ("x", "y", "width", "height")], height, width, where
-                )
+                box = [table[key][i] for key in ("x", "y", "width", "height")]
+                union |= box_to_mask(box, height, width, where)
         return union[None]
 
     return masks
@@ -170,7 +165,8 @@ class MaskRows:
         if row not in self.kept:
             mask = transform_mask(self.masks(row), **self.transform)
             if tuple(mask.shape) != self.shape:
-                raise InputError(f"image {row}: its mask becomes {tuple(mask.shape)}, the encoder sees {self.shape}; crop to a square")  # fmt: skip
+                sizes = f"its mask becomes {tuple(mask.shape)}, the encoder sees {self.shape}"
+                raise InputError(f"image {row}: {sizes}; crop to a square")
             self.kept[row] = np.packbits(mask.numpy())
         bits = np.unpackbits(self.kept[row], count=math.prod(self.shape))
         return torch.from_numpy(bits.reshape(self.shape).astype(bool))
@@ -279,11 +275,8 @@ def segment(
     for name in ("adaptor", "bare backbone"):
 
         def features(batch: np.ndarray, name=name) -> torch.Tensor:
-            x = (
-                read_rows(tokens, torch.from_numpy(batch))
-                .to(device)
-                .reshape(len(batch), side.grid[0] ** 2, -1)
-            )
+            x = read_rows(tokens, torch.from_numpy(batch)).to(device)
+            x = x.reshape(len(batch), side.grid[0] ** 2, -1)  # [B, T, d]
             with torch.no_grad():
                 return model.alone("image", x) if name == "adaptor" else model.centre("image", x)
 
@@ -292,10 +285,8 @@ def segment(
         found[name] = predict_masks(decoder, features, mask_rows, test, side.grid)
     truth = mask_rows.stack(test)
     draw_overlay(folder / "overlay.png", data, chosen, test, truth, found["adaptor"], encoder)
-    result = [
-        dice_row("mean", found, truth, slice(None)),
-        *(dice_row(n, found, truth, c) for c, n in enumerate(data.class_names)),
-    ]
+    columns = [("mean", slice(None)), *zip(data.class_names, range(len(data.class_names)))]
+    result = [dice_row(finding, found, truth, column) for finding, column in columns]
     retune.write_json(file, result)
     for name in found:
         shutil.rmtree(folder / f"segmentation-{name.split()[0]}")
@@ -359,15 +350,8 @@ def dice_row(name: str, found: dict[str, torch.Tensor], truth: torch.Tensor, col
 
 def segmentation_table(results: Sequence[dict]) -> str:
     """Test Dice per finding: over all images (1 for an empty mask found empty), and where it is present."""
-    header = [
-        "segmentation, test Dice",
-        "images",
-        "with it",
-        "adaptor",
-        "bare",
-        "adaptor, where present",
-        "bare, where present",
-    ]
+    header = ["segmentation, test Dice", "images", "with it", "adaptor", "bare", "adaptor, where present",
+              "bare, where present"]  # fmt: skip
     return retune.markdown_table(header, [list(row.values()) for row in results])
 
 
