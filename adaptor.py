@@ -36,17 +36,7 @@ import retune
 from classification import classification_table, classify, labelled_shares
 from reports import Pairs, make_pairs, make_texts
 from retrieval import draw_curves, retrieval, retrieval_table
-from retune import (
-    DualEncoder,
-    InputError,
-    Radiographs,
-    atomic,
-    markdown_table,
-    ranks,
-    read_rows,
-    say,
-    setting,
-)
+from retune import DualEncoder, InputError, Radiographs, atomic, ranks, read_rows, say, setting
 from segmentation import find_masks, load_masked, segment, segmentation_table
 from unimodal import Side, count, embed, export_pair, load_backbones, parameter_table, train_epochs
 
@@ -59,7 +49,6 @@ def same(name: str):
     return field(default=original.default, metadata=original.metadata)
 
 
-DATA = ("data", "data_dir", "labels_csv", "classes", "view", "uncertain", "blank", "size", "demo_images")
 MASKED = ("siim", "rsna")  # data sets that bring masks; read by segmentation.py
 
 
@@ -83,9 +72,9 @@ class Config:
     skip_unpaired: bool = setting(False, "leave images without a report out of the pairs")
 
     image_encoder: str = setting("demo", "demo, folder, hub id, torchvision:NAME[=FILE]", group="encoders")
-    text_encoder: str = setting("demo", "demo, a folder, a transformers id")
-    image_pool: str | None = setting(None, "tokens: cls; maps: mean", choices=("cls", "mean", "pooler"))
-    text_pool: str | None = setting(None, "authors: cls", choices=("cls", "mean", "last", "pooler"))
+    text_encoder: str = setting("demo", "demo, folder, hub id")
+    image_pool: str | None = setting(None, "pooling (cls; of maps: mean)", choices=("cls", "mean", "pooler"))
+    text_pool: str | None = setting(None, "pooling (authors: cls)", choices=("cls", "mean", "last", "pooler"))
     precision: str = same("precision")
     store: str = same("store")
     encode_batch: int = same("encode_batch")
@@ -94,7 +83,7 @@ class Config:
 
     width: int | None = setting(None, "width (authors: 768; small sets: 256)", type=int, group="pre-training")
     layers: int = setting(2, "transformer layers")
-    standardise: str | None = setting(None, "by training mean and deviation (authors: no; small sets: yes)",
+    standardise: str | None = setting(None, "scale by training mean and deviation (authors: no; small: yes)",
                                       choices=("yes", "no"))
     heads: int | None = setting(None, "attention heads (authors: 12; small sets: 8)", type=int)
     feedforward: int | None = setting(None, "feed-forward width (authors: 2048; small sets: 512)", type=int)
@@ -124,17 +113,19 @@ class Config:
     # fmt: on
 
     def __post_init__(self):
-        positive = (
-            "epochs batch_size width heads feedforward layers demo_images repeats head_steps mask_epochs"
-        )
-        for name in f"{positive} mask_images decoder_width encode_batch lr".split():
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} {value} must be positive")
-        if self.workers < 0:
-            raise InputError(f"--workers {self.workers} must not be negative")
-        if self.seed < 0 or not 0 <= self.image_weight <= 1 or not 0 <= self.dropout < 1:
-            raise InputError("--seed must not be negative; --image-weight must be in 0..1, --dropout in 0..1")
+        counts = "demo_images width layers heads feedforward epochs batch_size repeats head_steps mask_epochs"
+        counts += " mask_images decoder_width encode_batch"
+        for names, valid, rule in (
+            (f"{counts} lr", lambda value: 0 < value < math.inf, "be positive"),
+            ("seed workers", lambda value: 0 <= value < 2**32, "be from 0 to 4294967295"),
+            ("weight_decay", lambda value: 0 <= value < math.inf, "not be negative"),
+            ("image_weight", lambda value: 0 <= value <= 1, "be from 0 to 1"),
+            ("dropout", lambda value: 0 <= value < 1, "be at least 0 and below 1"),
+        ):
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not valid(value):
+                    raise InputError(f"--{name.replace('_', '-')} {value} must {rule}")
         if bad := [f for f in self.fractions or () if not 0 < f <= 1]:
             raise InputError(f"--fractions {bad[0]} must be above 0 and at most 1")
 
@@ -166,14 +157,14 @@ def load_data(config: Config) -> Radiographs:
     """retune's data sets, and SIIM's and RSNA's with their masks."""
     if config.data in MASKED:
         return load_masked(config)
-    return retune.load_radiographs(retune.Config(**{name: getattr(config, name) for name in DATA}))
+    return retune.load_radiographs(retune.Config(**{key: getattr(config, key) for key in retune.DATA_KEYS}))
 
 
 # --------------------------------------------------------------------------------------------------- 2. Model
 
 
 class Layer(nn.TransformerEncoderLayer):
-    """torch's post-norm encoder layer (ReLU), with the query from elsewhere; keys, values, residual are `src`'s.
+    """torch's post-norm encoder layer (ReLU) with a query from elsewhere; keys, values, residual are `src`'s.
 
     Its parameters have torch's names, so that an exported pair runs on torch's own module.
     """
@@ -202,14 +193,13 @@ class Adaptor(nn.Module):
         super().__init__()
         self.settings = {"image_dim": image_dim, "text_dim": text_dim, "width": width, "layers": layers,
                          "heads": heads, "feedforward": feedforward, "dropout": dropout}  # fmt: skip
-        for side, dim in (("image", image_dim), ("text", text_dim)):  # the paper's until `standardise`
+        for side, dim in (("image", image_dim), ("text", text_dim)):  # change nothing until `standardise`
             self.register_buffer(f"{side}_mean", torch.zeros(dim))
             self.register_buffer(f"{side}_deviation", torch.ones(dim))
         self.image_projection = nn.Linear(image_dim, width, bias=False)
         self.text_projection = nn.Linear(text_dim, width, bias=False)
-        self.layers = nn.ModuleList(
-            Layer(width, heads, feedforward, dropout, batch_first=True) for _ in range(layers)
-        )
+        sizes = (width, heads, feedforward, dropout)
+        self.layers = nn.ModuleList(Layer(*sizes, batch_first=True) for _ in range(layers))
         self.log_scale = nn.Parameter(torch.tensor(2.6592))  # log(1 / 0.07), CLIP's
 
     def forward(self, images: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -354,7 +344,7 @@ def summary(metrics: dict) -> str:
     if "segmentation" in metrics:
         parts.append(segmentation_table(metrics["segmentation"]))
     header = ["parameters", "frozen", "trained here", "end-to-end", "fewer"]
-    parts.append(markdown_table(header, metrics["parameters"]))
+    parts.append(retune.markdown_table(header, metrics["parameters"]))
     if config["data"] == "demo":
         parts.append("Demo on synthetic phantoms: not clinical numbers.")
     return "\n\n".join(parts)
@@ -371,11 +361,8 @@ def run(config: Config) -> dict:
     encoder, folder = load_backbones(config), config.folder
     # an earlier adaptor is measured on reports alone: with captions, the wording would be what is measured
     texts, source = make_texts(config, data) if not config.pretrained or data.reports else ([], "not used")
-    if data.note:
-        say(data.note)
-    say(
-        f"{config.data}: {len(data.images):,} images of {len(set(data.patients)):,} patients; texts: {source}"
-    )
+    n, patients = len(data.images), len(set(data.patients))
+    say(f"{data.note}\n{config.data}: {n:,} images of {patients:,} patients; texts: {source}".strip())
     towers = f"{config.image_encoder} ({encoder.dim}), {config.text_encoder} ({encoder.text_dim})"
     say(f"frozen towers: {towers}; adaptor: {config.layers} layers of width {config.width}, {device}")
     content = (data.names, data.patients.tolist(), data.split.tolist(), data.labels.tolist(), data.key, texts)
@@ -412,8 +399,9 @@ def run_stages(
     images = embed(Side(encoder, "image", encoder.dim), data, config, device)
     if bad := retune.embedding_facts(images)["unreadable"]:
         say(f"left out {len(bad)} unreadable images, the first: {next(iter(bad.values()))}")
-        split = ["unreadable" if i in bad else s for i, s in enumerate(data.split)]
-        data = dataclasses.replace(data, split=split)
+        data = dataclasses.replace(data, split=data.split.copy())
+        data.split[list(bad)] = "unreadable"
+        retune.refuse_empty_splits(data)
     pairs = make_pairs(config, data, texts, encoder, images, device) if texts else None
     if ranks()[1] > 1:
         first = ranks()[0] == 0
