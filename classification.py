@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import retune
-from adaptor import Adaptor, Config
 from retune import InputError, Radiographs, markdown_table, read_rows
 
 
@@ -28,6 +27,16 @@ def nested_subsets(patients: Sequence[str], fractions: Sequence[float], seed: in
     return [np.flatnonzero(place[patient] < max(1, round(fraction * len(ids)))) for fraction in fractions]
 
 
+def labelled_shares(data: Radiographs, fractions: Sequence[float], seed: int) -> list[str]:
+    """The least labelled share that each image is in, first repeat; "" outside the training split."""
+    train, share = data.where("train"), [""] * len(data.images)
+    fractions = sorted(fractions, reverse=True)
+    for fraction, subset in zip(fractions, nested_subsets(data.patients[train], fractions, seed)):
+        for row in train[subset]:
+            share[row] = f"{fraction:g}"
+    return share
+
+
 def build_head(dim: int, classes: int) -> nn.Sequential:
     """The authors' classification head."""
     return nn.Sequential(
@@ -36,15 +45,13 @@ def build_head(dim: int, classes: int) -> nn.Sequential:
     )  # fmt: skip
 
 
-def train_head(features: Callable, labels: torch.Tensor, rows: dict, config: Config, seed: int) -> dict:
+def train_head(features: Callable, labels: torch.Tensor, rows: dict, config, seed: int) -> dict:
     """Train a head on rows["train"], keep its best state on rows["val"], and measure that on rows["test"].
 
     features: rows [B] -> [B, d]; labels [N, C]. AdamW 5e-4, weight decay 0.05, cosine restarts; as
     many steps for every subset, one restart a quarter (ours).
     """
-    data = {
-        split: (features(torch.from_numpy(rows[split])), labels[rows[split]]) for split in ("val", "test")
-    }
+    data = {k: (features(torch.from_numpy(rows[k])), labels[rows[k]]) for k in ("val", "test")}
     train = torch.from_numpy(rows["train"])
     with retune.seeded(seed):
         head = build_head(data["val"][0].shape[1], labels.shape[1]).to(data["val"][0].device)
@@ -73,21 +80,17 @@ def train_head(features: Callable, labels: torch.Tensor, rows: dict, config: Con
 
 
 @torch.inference_mode()
-def measure_head(head: nn.Module, features: torch.Tensor, labels: torch.Tensor, config: Config) -> dict:
+def measure_head(head: nn.Module, features: torch.Tensor, labels: torch.Tensor, config) -> dict:
     """retune's metrics of the head's answers; multi-class: softmax scores, the largest is the prediction."""
     logits = head.eval()(features).cpu()
     scores = logits.softmax(1) if config.multiclass else logits.sigmoid()
-    chosen = (
-        F.one_hot(scores.argmax(1), scores.shape[1]).float() if config.multiclass else (scores > 0.5).float()
-    )
+    chosen = F.one_hot(scores.argmax(1), scores.shape[1]) if config.multiclass else scores > 0.5
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a class without both labels would be named at every measurement
-        return retune.evaluate(scores.numpy(), chosen.numpy(), labels.numpy())
+        return retune.evaluate(scores.numpy(), chosen.float().numpy(), labels.numpy())
 
 
-def classify(
-    model: Adaptor, images: np.ndarray, data: Radiographs, config: Config, device: str
-) -> list[dict]:
+def classify(model: nn.Module, images: np.ndarray, data: Radiographs, config, device: str) -> list[dict]:
     """The head on the frozen adaptor and on the bare backbone, for each labelled share and repeat."""
     file = config.folder / "classification.json"
     if file.exists():
@@ -104,9 +107,7 @@ def classify(
         return torch.cat([model.alone("image", read_rows(images, r).to(device)) for r in rows.split(4096)])
 
     def bare(rows: torch.Tensor) -> torch.Tensor:
-        return model.centre(
-            "image", read_rows(images, rows).to(device)
-        )  # the comparison gets the same scaling
+        return model.centre("image", read_rows(images, rows).to(device))  # in the same scale
 
     labels, train, results = torch.from_numpy(data.labels), data.where("train"), []
     for repeat in retune.progress(range(config.repeats), desc="classification", unit="repeat"):
@@ -115,8 +116,9 @@ def classify(
             rows = {"train": train[subset], "val": data.where("val"), "test": data.where("test")}
             for name, features in (("adaptor", adapted), ("bare backbone", bare)):
                 metrics = train_head(features, labels, rows, config, config.seed + repeat)
+                patients = len({*data.patients[train][subset]})
                 results.append({"fraction": fraction, "repeat": repeat, "features": name, "n": len(subset),
-                                "patients": len({*data.patients[train][subset]}), "test": metrics})  # fmt: skip
+                                "patients": patients, "test": metrics})  # fmt: skip
     retune.write_json(file, results)
     return retune.read_json(file)
 

@@ -1,9 +1,10 @@
-"""The texts of image-report pairs for `adaptor.py`: where they come from, and their frozen embeddings."""
+"""Image-report pairs for `adaptor.py`: where texts come from, their frozen embeddings, the rows of a pair."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from retune import DualEncoder, InputError, Radiographs
+from retune import DualEncoder, InputError, Radiographs, read_rows, say
 from unimodal import Side, embed
 
 
@@ -84,3 +85,35 @@ def embed_texts(encoder: DualEncoder, texts: Sequence[str], config, device: str)
     n, digest = len(texts), hashlib.sha256("\0".join(texts).encode()).hexdigest()
     rows = Radiographs(TokenRows(encoder, texts), np.zeros((n, 0)), (), [""] * n, ["train"] * n, key=digest)
     return embed(TextSide(encoder), rows, config, device)
+
+
+@dataclass
+class Pairs:
+    """Image-report pairs: rows of the image embeddings [N, d_image] and of the text embeddings [n, d_text].
+
+    split -> (image rows, text rows), both int64 [n of the split]; words: what each text row says.
+    """
+
+    images: np.ndarray
+    texts: np.ndarray
+    rows: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    words: Sequence[str]
+
+    def read(self, split: str, chosen: torch.Tensor, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        image_rows, text_rows = self.rows[split]
+        images, texts = read_rows(self.images, image_rows[chosen]), read_rows(self.texts, text_rows[chosen])
+        return images.to(device), texts.to(device)
+
+
+def make_pairs(config, data: Radiographs, texts, encoder: DualEncoder, images, device: str) -> Pairs:
+    """Embed the texts of the images that have one, and pair the rows of each split."""
+    paired = np.array([i for i, text in enumerate(texts) if text])
+    say(f"{len(paired):,} pairs; {len(texts) - len(paired):,} images without a text")
+    if not len(paired):
+        raise InputError(f"--data {config.data}: no image has a report; use --texts labels")
+    words = [texts[i] for i in paired]
+    rows = {split: np.flatnonzero(data.split[paired] == split) for split in ("train", "val", "test")}
+    if empty := [split for split, chosen in rows.items() if not len(chosen)]:
+        raise InputError(f"--data {config.data}: the {empty[0]} split has no pair with a report")
+    rows = {split: (torch.from_numpy(paired[r]), torch.from_numpy(r)) for split, r in rows.items()}
+    return Pairs(images, embed_texts(encoder, words, config, device), rows, words)

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import retune
-from adaptor import Adaptor, Config, embed, train_epochs
 from retune import DualEncoder, InputError, Radiographs, read_rows, say
-from unimodal import Side, blank_pixels
+from unimodal import Side, blank_pixels, embed, train_epochs
 
 SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg")
 
@@ -72,7 +71,7 @@ def box_to_mask(box: Sequence[str], height: int, width: int, row: str = "") -> n
     return mask
 
 
-def read_masked_table(config: Config) -> tuple[Path, dict[str, list[str]], str, str]:
+def read_masked_table(config) -> tuple[Path, dict[str, list[str]], str, str]:
     """(file, table, column of image ids, finding) of SIIM or RSNA."""
     root = Path(config.data_dir or "")
     if config.data_dir is None or not root.is_dir():
@@ -81,15 +80,11 @@ def read_masked_table(config: Config) -> tuple[Path, dict[str, list[str]], str, 
     path = Path(config.labels_csv) if config.labels_csv else retune.one_file(root, [pattern])
     if config.data == "siim":
         return path, retune.read_table(path, ["ImageId", "EncodedPixels"]), "ImageId", "Pneumothorax"
-    return (
-        path,
-        retune.read_table(path, ["patientId", "x", "y", "width", "height", "Target"]),
-        "patientId",
-        "Pneumonia",
-    )
+    columns = ["patientId", "x", "y", "width", "height", "Target"]
+    return path, retune.read_table(path, columns), "patientId", "Pneumonia"
 
 
-def load_masked(config: Config) -> Radiographs:
+def load_masked(config) -> Radiographs:
     """SIIM-ACR pneumothorax or RSNA pneumonia: images anywhere under --data-dir, one finding, no reports.
 
     The files name no split: 70/10/20% of patients by hash. SIIM names no patient: each image counts as one.
@@ -99,12 +94,12 @@ def load_masked(config: Config) -> Radiographs:
     ids, positive, rows = list(dict.fromkeys(table[column])), {}, {}
     for i, name in enumerate(table[column]):
         rows.setdefault(name, f"{path} row {i + 2}")
-        value = (
+        found = (
             table["Target"][i] == "1"
             if config.data == "rsna"
             else table["EncodedPixels"][i] not in ("", "-1")
         )
-        positive[name] = positive.get(name, False) or value
+        positive[name] = positive.get(name, False) or found
     for name in ids:
         if name not in files:
             raise InputError(
@@ -121,7 +116,7 @@ def load_masked(config: Config) -> Radiographs:
                        note=f"{config.data}: no official split: 70/10/20% by hash{note}")  # fmt: skip
 
 
-def find_masks(config: Config, data: Radiographs) -> Callable[[int], np.ndarray] | None:
+def find_masks(config, data: Radiographs) -> Callable[[int], np.ndarray] | None:
     """Image row -> its masks, bool [C, H, W] in the image's own pixels; None for data without masks."""
     if config.data == "demo":
         phantoms = data.images.phantoms
@@ -142,9 +137,8 @@ def find_masks(config: Config, data: Radiographs) -> Callable[[int], np.ndarray]
             if config.data == "siim":
                 union |= rle_to_mask(table["EncodedPixels"][i], height, width, where)
             else:
-                union |= box_to_mask(
-                    [table[k][i] for k in ("x", "y", "width", "height")], height, width, where
-                )
+                box = [table[key][i] for key in ("x", "y", "width", "height")]
+                union |= box_to_mask(box, height, width, where)
         return union[None]
 
     return masks
@@ -171,7 +165,8 @@ class MaskRows:
         if row not in self.kept:
             mask = transform_mask(self.masks(row), **self.transform)
             if tuple(mask.shape) != self.shape:
-                raise InputError(f"image {row}: its mask becomes {tuple(mask.shape)}, the encoder sees {self.shape}; crop to a square")  # fmt: skip
+                sizes = f"its mask becomes {tuple(mask.shape)}, the encoder sees {self.shape}"
+                raise InputError(f"image {row}: {sizes}; crop to a square")
             self.kept[row] = np.packbits(mask.numpy())
         bits = np.unpackbits(self.kept[row], count=math.prod(self.shape))
         return torch.from_numpy(bits.reshape(self.shape).astype(bool))
@@ -259,7 +254,7 @@ def mask_loss(
 
 
 def segment(
-    model: Adaptor, encoder: DualEncoder, data: Radiographs, masks: Callable, config: Config, device: str
+    model: nn.Module, encoder: DualEncoder, data: Radiographs, masks: Callable, config, device: str
 ) -> list[dict]:
     """Train decoders on adapted and on bare patch tokens, frozen; test Dice per finding, overlay.png."""
     folder, file = config.folder, config.folder / "segmentation.json"
@@ -280,11 +275,8 @@ def segment(
     for name in ("adaptor", "bare backbone"):
 
         def features(batch: np.ndarray, name=name) -> torch.Tensor:
-            x = (
-                read_rows(tokens, torch.from_numpy(batch))
-                .to(device)
-                .reshape(len(batch), side.grid[0] ** 2, -1)
-            )
+            x = read_rows(tokens, torch.from_numpy(batch)).to(device)
+            x = x.reshape(len(batch), side.grid[0] ** 2, -1)  # [B, T, d]
             with torch.no_grad():
                 return model.alone("image", x) if name == "adaptor" else model.centre("image", x)
 
@@ -293,10 +285,8 @@ def segment(
         found[name] = predict_masks(decoder, features, mask_rows, test, side.grid)
     truth = mask_rows.stack(test)
     draw_overlay(folder / "overlay.png", data, chosen, test, truth, found["adaptor"], encoder)
-    result = [
-        dice_row("mean", found, truth, slice(None)),
-        *(dice_row(n, found, truth, c) for c, n in enumerate(data.class_names)),
-    ]
+    columns = [("mean", slice(None)), *zip(data.class_names, range(len(data.class_names)))]
+    result = [dice_row(finding, found, truth, column) for finding, column in columns]
     retune.write_json(file, result)
     for name in found:
         shutil.rmtree(folder / f"segmentation-{name.split()[0]}")
@@ -312,7 +302,7 @@ def choose_rows(data: Radiographs, most: int | None, seed: int) -> dict[str, np.
 
 
 def fit_decoder(
-    features, masks: MaskRows, rows: np.ndarray, grid, config: Config, folder: Path, device: str
+    features, masks: MaskRows, rows: np.ndarray, grid, config, folder: Path, device: str
 ) -> nn.ModuleList:
     """AdamW 5e-4, weight decay 1e-4, batches of 32, cosine to zero (ours)."""
     with retune.seeded(config.seed):
@@ -360,15 +350,8 @@ def dice_row(name: str, found: dict[str, torch.Tensor], truth: torch.Tensor, col
 
 def segmentation_table(results: Sequence[dict]) -> str:
     """Test Dice per finding: over all images (1 for an empty mask found empty), and where it is present."""
-    header = [
-        "segmentation, test Dice",
-        "images",
-        "with it",
-        "adaptor",
-        "bare",
-        "adaptor, where present",
-        "bare, where present",
-    ]
+    header = ["segmentation, test Dice", "images", "with it", "adaptor", "bare", "adaptor, where present",
+              "bare, where present"]  # fmt: skip
     return retune.markdown_table(header, [list(row.values()) for row in results])
 
 

@@ -4,6 +4,8 @@ The demo's towers are trained here, each on its own: the image tower learns to c
 convolutional autoencoder, no text), the text tower to fill in masked words of reports (a BERT, no image), on
 phantoms of other patients than the demo's. No image and report is ever paired, so whatever alignment the demo
 shows was learned by the adaptor. That would not be so for the towers of `tiny`, which were trained together.
+
+Also here is what every stage does with them: embedding, epochs that resume, export with an adaptor, sizes.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from torch import nn
 import retune
 from retune import DualEncoder, InputError, Radiographs, locked, progress, say
 
-# --------------------------------------------------------------------------------------------- Any encoder
+# -------------------------------------------------------------------------------------- What every stage uses
 
 
 class Side:
@@ -50,15 +52,6 @@ class Side:
         return self.encoder.encode_images(pixels)
 
 
-NOT_MODEL = (
-    "architectures",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "_name_or_path",
-)  # of a published config
-
-
 def embed(side: Side, data: Radiographs, config, device: str, store: str | None = None) -> np.memmap:
     """retune's `embed` with this run's settings: read-only memory map [N, d], not normalised."""
     return retune.embed(
@@ -66,6 +59,25 @@ def embed(side: Side, data: Radiographs, config, device: str, store: str | None 
         precision=config.precision, store=store or config.store, device=device,
         skip_bad_images=config.skip_bad_images,
     )  # fmt: skip
+
+
+def train_epochs(folder: Path, model, optimizer, epochs: int, seed: int, one_epoch: Callable) -> list[dict]:
+    """Call `one_epoch(k)` for each epoch that `folder` does not hold yet; its results, in order.
+
+    Each draws from a seed of its own and ends on disk: a killed process goes on with the same bytes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    done, _ = retune.restore(folder, model, optimizer)
+    history = retune.read_json(folder / "history.json")[:done] if done else []
+    for k in progress(range(done, epochs), initial=done, total=epochs, desc=folder.name, unit="epoch"):
+        with retune.seeded(seed * 10_007 + k):
+            history.append(one_epoch(k))
+        retune.write_json(folder / "history.json", history)
+        retune.keep(folder, model, optimizer, k + 1, 0.0)
+    return history
+
+
+# ------------------------------------------------------------------------------------------------ Any encoder
 
 
 def load_backbones(config) -> DualEncoder:
@@ -77,13 +89,10 @@ def load_backbones(config) -> DualEncoder:
     text, text_state, tokenizer = load_side("text", config.text_encoder, config.text_pool, config)
     name = f"{config.image_encoder} + {config.text_encoder}"
     with retune.seeded(0):
-        encoder = DualEncoder(
-            {"name": name, "dim": 0, "image": image, "text": text, "transform": transform}, tokenizer
-        )
-    expected = encoder.state_dict()
-    state = {
-        k: v for k, v in {**image_state, **text_state}.items() if k in expected
-    }  # unused poolers stay behind
+        parts = {"name": name, "dim": 0, "image": image, "text": text, "transform": transform}
+        encoder = DualEncoder(parts, tokenizer)
+    expected, given = encoder.state_dict(), image_state | text_state
+    state = {k: v for k, v in given.items() if k in expected}  # unused poolers stay behind
     encoder.load_weights(state, name)
     try:
         encoder.config["dim"] = encoder.dim = encoder.encode_images(blank_pixels(encoder)).shape[-1]
@@ -112,10 +121,7 @@ def load_side(side: str, name: str, pool: str | None, config) -> tuple[dict, dic
     """(part of a DualEncoder's config, tensors, transform or tokenizer) of one unimodal encoder."""
     folder = retune.HERE / name if name == "tiny" else Path(name)
     if name == "demo" or retune.is_ours(folder):
-        if name == "demo":
-            encoder = demo_encoder(Path(config.cache_dir))
-        else:
-            encoder = DualEncoder.load(str(folder))
+        encoder = demo_encoder(Path(config.cache_dir)) if name == "demo" else DualEncoder.load(str(folder))
         part = copy.deepcopy(encoder.config[side]) | {"head": []}
         part["pool"] = pool or ("mean" if part["pool"] == "none" else part["pool"])
         state = {k: v for k, v in encoder.state_dict().items() if k.startswith(f"{side}.tower.")}
@@ -123,6 +129,10 @@ def load_side(side: str, name: str, pool: str | None, config) -> tuple[dict, dic
     if name.startswith("torchvision:") and side == "image":
         return load_torchvision(name, pool)
     return load_transformers(side, name, pool)
+
+
+# of a published config, what does not describe the model
+NOT_MODEL = ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path")
 
 
 def load_transformers(side: str, name: str, pool: str | None) -> tuple[dict, dict, object]:
@@ -195,19 +205,73 @@ def load_torchvision(name: str, pool: str | None) -> tuple[dict, dict, dict]:
             f"--image-encoder {name}: no feature map is known for it; use a ResNet, ConvNeXt or Swin"
         )
     part = {
-        "library": "torchvision",
-        "model": {"name": model, "node": node},
-        "pool": pool or "mean",
-        "head": [],
-    }
-    transform = {
-        "resize": 224,
-        "crop": 224,
-        "interpolation": "bilinear",
-        "mean": IMAGENET[0],
-        "std": IMAGENET[1],
-    }
+        "library": "torchvision", "model": {"name": model, "node": node}, "pool": pool or "mean", "head": [],
+    }  # fmt: skip
+    mean, std = IMAGENET
+    transform = {"resize": 224, "crop": 224, "interpolation": "bilinear", "mean": mean, "std": std}
     return part, {f"image.tower.{k}": v for k, v in network.state_dict().items()}, transform
+
+
+# -------------------------------------------------------------------------------------- Export and parameters
+
+
+def export_pair(model: nn.Module, encoder: DualEncoder, directory: str) -> None:
+    """Write towers, projections and adaptor as one encoder in retune's folder format, to RE-tune it (ours).
+
+    One token attends to itself alone: each side is a plain head of torch's modules with the shared weights.
+    """
+    names = {"d_model": "width", "nhead": "heads", "dropout": "dropout", "dim_feedforward": "feedforward"}
+    layer = {name: model.settings[ours] for name, ours in names.items()} | {"batch_first": True}
+    width = model.settings["width"]
+    config, state = copy.deepcopy(encoder.config) | {"dim": width}, encoder.state_dict()
+    for side in ("image", "text"):
+        mean, deviation = getattr(model, f"{side}_mean"), getattr(model, f"{side}_deviation")
+        weight = getattr(model, f"{side}_projection").weight.detach() / deviation  # the mean becomes a bias
+        config[side]["head"] = [
+            ["Linear", {"in_features": len(mean), "out_features": width}],
+            ["Normalize", {}], ["Unflatten", {"dim": 1, "unflattened_size": [1, width]}],
+            *[["TransformerEncoderLayer", layer]] * len(model.layers), ["Flatten", {}],
+        ]  # fmt: skip
+        state |= {f"{side}.head.0.weight": weight, f"{side}.head.0.bias": -weight @ mean}
+        for i, module in enumerate(model.layers, 3):
+            state |= {f"{side}.head.{i}.{key}": value for key, value in module.state_dict().items()}
+    with retune.seeded(0):
+        pair = DualEncoder(config, encoder.tokenizer)
+    pair.load_weights({k: v.cpu() for k, v in state.items()}, "the aligned pair")
+    pair.save(directory)
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+PAPERS_ENCODERS = {  # arXiv 2401.01179; BERT-base is the size of BioBERT and ClinicalBERT
+    "DINOv2-S + BERT": {"model_type": "dinov2", "hidden_size": 384, "num_attention_heads": 6},
+    "DINOv2-B + BERT": {"model_type": "dinov2"},
+    "Swin-B + BERT": {"model_type": "swin", "embed_dim": 128, "depths": [2, 2, 18, 2],
+                      "num_heads": [4, 8, 16, 32]},
+}  # fmt: skip
+
+
+def parameter_table(model: nn.Module, encoder: DualEncoder) -> list[list]:
+    """Rows (pair, frozen, trained here, end-to-end, share saved): this run's pair, and the paper's.
+
+    End-to-end is what contrastive pre-training without freezing trains: both towers and the two projections.
+    """
+
+    def row(name: str, frozen: int, adaptor: nn.Module) -> list:
+        projections = count(adaptor.image_projection) + count(adaptor.text_projection)
+        whole = frozen + projections
+        return [name, f"{frozen:,}", f"{count(adaptor):,}", f"{whole:,}", f"{1 - count(adaptor) / whole:.1%}"]
+
+    rows = [row("this run", count(encoder), model)]
+    with torch.device("meta"):  # sizes without weights
+        text = retune.Tower({"model": {"model_type": "bert"}, "pool": "cls", "head": []})
+        for name, settings in PAPERS_ENCODERS.items():
+            image = retune.Tower({"model": settings, "pool": "cls", "head": []})
+            adaptor = type(model)(image.tower.config.hidden_size, 768)
+            rows.append(row(f"{name}, the paper's widths", count(image) + count(text), adaptor))
+    return rows
 
 
 # ------------------------------------------------------------------------------------------- The demo's two
@@ -265,13 +329,7 @@ def build_tokenizer(reports: Sequence[str]):
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    names = {
-        "pad_token": "[PAD]",
-        "unk_token": "[UNK]",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "mask_token": "[MASK]",
-    }
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     tokenizer.train_from_iterator(reports, trainers.WordLevelTrainer(special_tokens=list(names.values())))
@@ -296,12 +354,10 @@ def train_image(encoder: DualEncoder, images: Sequence, steps: int) -> None:
     optimizer, schedule = one_cycle([*encoder.image.parameters(), *decoder.parameters()], steps, 4e-3)
     for _ in progress(range(steps), desc="image tower", unit="step"):
         clean = pixels[torch.randint(len(pixels), (BATCH,))]  # [B, 3, 64, 64]
-        clean = clean * (1 + 0.3 * torch.randn(BATCH, 1, 1, 1)) + 0.3 * torch.randn(
-            BATCH, 1, 1, 1
-        )  # exposure
-        features = encoder.image.tower(
-            clean + 0.3 * torch.randn_like(clean)
-        ).last_hidden_state  # [B, 128, 8, 8]
+        contrast, brightness = 1 + 0.3 * torch.randn(BATCH, 1, 1, 1), 0.3 * torch.randn(BATCH, 1, 1, 1)
+        clean = clean * contrast + brightness
+        noisy = clean + 0.3 * torch.randn_like(clean)
+        features = encoder.image.tower(noisy).last_hidden_state  # [B, 128, 8, 8]
         loss = F.mse_loss(decoder(features), F.avg_pool2d(clean[:, :1], 2))
         optimizer.zero_grad()
         loss.backward()
@@ -321,9 +377,8 @@ def train_text(encoder: DualEncoder, reports: Sequence[str], steps: int) -> None
         longest = int(attention[batch].sum(1).max())
         target, seen = ids[batch, :longest], attention[batch, :longest]
         hidden = (torch.rand(target.shape) < 0.15) & (target > mask_id)  # special tokens have the lowest ids
-        features = encoder.text.tower(
-            target.masked_fill(hidden, mask_id), attention_mask=seen
-        ).last_hidden_state
+        masked = target.masked_fill(hidden, mask_id)
+        features = encoder.text.tower(masked, attention_mask=seen).last_hidden_state  # [B, L, 128]
         loss = F.cross_entropy(decoder(features[hidden]), target[hidden])
         optimizer.zero_grad()
         loss.backward()
