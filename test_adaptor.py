@@ -678,6 +678,10 @@ def test_bad_options_end_with_one_line(towers, published, finished, tmp_path, ca
     assert "--width 15 must be a multiple of --heads 2" in error("--width", "15")
     assert "--fractions 2.0" in error("--fractions", "2")
     assert "--epochs 0 must be positive" in error("--epochs", "0")
+    assert "--weight-decay -1.0 must not be negative" in error("--weight-decay", "-1")
+    assert "--image-weight 1.5 must be from 0 to 1" in error("--image-weight", "1.5")
+    assert "--dropout 1.0 must be at least 0 and below 1" in error("--dropout", "1")
+    assert "--seed -1 must be from 0 to 4294967295" in error("--seed", "-1")
     assert "--image-encoder" in error("--image-encoder", str(tmp_path / "none"))
     assert "not a transformers image model that can be read" in error(
         "--image-encoder", str(published / "text")
