@@ -356,6 +356,8 @@ NOT_IDENTITY = ("export", "skip_bad_images", "reports_dir")
 
 def run(config: Config) -> dict:
     """Everything the configuration asks for; what its folder already holds is not done again."""
+    if config.export:
+        retune.new_folder(config.export)  # refused now rather than after hours
     data, rank = load_data(config), ranks()[0]
     config, device = settle(config, len(data.where("train"))), retune.pick_device(config.device)
     encoder, folder = load_backbones(config), config.folder

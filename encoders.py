@@ -129,6 +129,14 @@ class Tower(nn.Module):
         return self.head(x)
 
 
+def new_folder(directory: str | Path) -> Path:
+    """The path of a folder that is to be written; InputError when something is there."""
+    target = Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} exists and is not an empty folder: choose another")
+    return target
+
+
 # in some published files, but part of neither embedding
 UNUSED_KEYS = r"^logit_|position_ids$|num_batches_tracked$|^text\.tower\.pooler\.|^cls\.|^image\.tower\.fc\."
 
@@ -188,10 +196,7 @@ class DualEncoder(nn.Module):
 
     def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write config.json, model.safetensors (as `dtype`) and the tokenizer into a new or empty folder."""
-        target = Path(directory)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise InputError(f"{target} exists and is not an empty folder: choose another")
-        with atomic(target) as partial:
+        with atomic(target := new_folder(directory)) as partial:
             partial.mkdir(parents=True)
             (partial / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
             state = self.state_dict()

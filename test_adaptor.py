@@ -698,5 +698,7 @@ def test_bad_options_end_with_one_line(towers, published, finished, tmp_path, ca
     root = write_csv(tmp_path / "data")
     assert "csv has no masks" in error("--data", "csv", "--data-dir", str(root), "--stages", "segmentation",
                                        "--output", str(tmp_path / "o3"))  # fmt: skip
-    assert "is not an empty folder" in error("--export", str(finished / "pair"), "--output", str(finished /
-    "run"), "--cache-dir", str(finished / "cache"))  # fmt: skip
+    assert "is not an empty folder" in error(
+        "--export", str(finished / "pair"), "--output", str(tmp_path / "o4")
+    )
+    assert not (tmp_path / "o4").exists()  # refused before anything was trained
