@@ -196,7 +196,7 @@ class DualEncoder(nn.Module):
 
     def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write config.json, model.safetensors (as `dtype`) and the tokenizer into a new or empty folder."""
-        with atomic(target := new_folder(directory)) as partial:
+        with atomic(new_folder(directory)) as partial:
             partial.mkdir(parents=True)
             (partial / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
             state = self.state_dict()
