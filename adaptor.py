@@ -109,7 +109,7 @@ class Config:
     export: str | None = setting(None, "new folder for the aligned pair (retune.py --encoder)", group="run")
     seed: int = setting(42, "seed")
     device: str = same("device")
-    output: str | None = setting(None, "folder of the run (default: runs/adaptor-DATA-ENCODERS-seedSEED)")
+    output: str | None = same("output")
     # fmt: on
 
     def __post_init__(self):
@@ -132,8 +132,7 @@ class Config:
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        names = "-".join(Path(name.split("=")[0]).name for name in (self.image_encoder, self.text_encoder))
-        return Path(self.output or f"runs/adaptor-{self.data}-{names}-seed{self.seed}".replace(":", "-"))
+        return retune.output_folder(self, "runs/adaptor-{data}-{image_encoder}-{text_encoder}-seed{seed}")
 
 
 # arXiv 2401.01179; (ours) SMALL, for sets on which the authors' schedule would take a few hundred steps

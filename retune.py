@@ -508,6 +508,19 @@ def continual_metrics(auroc: np.ndarray, tasks: Sequence[Task], zero: np.ndarray
 # ------------------------------------------------------------------------------------------------ 6. Training
 
 
+def output_folder(config, default: str) -> Path:
+    """`config.output`, or else `default`, with the config's settings filled in where {name} stands."""
+    values, template = dataclasses.asdict(config), config.output or default
+    for name in [
+        name for name in values if name.endswith("encoder")
+    ]:  # a path's last part, as NAME of NAME=FILE
+        values[name] = Path(values[name].split("=")[0]).name.replace(":", "-")
+    try:
+        return Path(template.format(**values))
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise InputError(f"--output {template}: {error} is no setting of a run") from None
+
+
 def setting(default, help: str, **metadata):
     """A dataclass field that `build_parser` makes an option of.
 
@@ -587,12 +600,7 @@ class Config:
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        values = dataclasses.asdict(self) | {"encoder": Path(self.encoder).name}
-        template = self.output or "runs/{data}-{encoder}-{scenario}-seed{seed}"
-        try:
-            return Path(template.format(**values))
-        except (KeyError, ValueError, IndexError) as error:
-            raise InputError(f"--output {template}: {error} is no setting of a run") from None
+        return output_folder(self, "runs/{data}-{encoder}-{scenario}-seed{seed}")
 
     @property
     def root(self) -> Path:
