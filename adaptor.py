@@ -109,7 +109,8 @@ class Config:
     export: str | None = setting(None, "new folder for the aligned pair (retune.py --encoder)", group="run")
     seed: int = setting(42, "seed")
     device: str = same("device")
-    output: str | None = same("output")
+    output: str = setting("runs/adaptor-{data}-{image_encoder}-{text_encoder}-seed{seed}",
+                          retune.Config.__dataclass_fields__["output"].metadata["help"])
     # fmt: on
 
     def __post_init__(self):
@@ -132,7 +133,7 @@ class Config:
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return retune.output_folder(self, "runs/adaptor-{data}-{image_encoder}-{text_encoder}-seed{seed}")
+        return retune.fill_in(self)
 
 
 # arXiv 2401.01179; (ours) SMALL, for sets on which the authors' schedule would take a few hundred steps

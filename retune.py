@@ -508,17 +508,17 @@ def continual_metrics(auroc: np.ndarray, tasks: Sequence[Task], zero: np.ndarray
 # ------------------------------------------------------------------------------------------------ 6. Training
 
 
-def output_folder(config, default: str) -> Path:
-    """`config.output`, or else `default`, with the config's settings filled in where {name} stands."""
-    values, template = dataclasses.asdict(config), config.output or default
+def fill_in(config) -> Path:
+    """`config.output` with the config's settings where {name} stands; InputError for a name that is none."""
+    values = dataclasses.asdict(config)
     for name in [
         name for name in values if name.endswith("encoder")
     ]:  # a path's last part, as NAME of NAME=FILE
         values[name] = Path(values[name].split("=")[0]).name.replace(":", "-")
     try:
-        return Path(template.format(**values))
+        return Path(config.output.format(**values))
     except (KeyError, ValueError, IndexError, AttributeError) as error:
-        raise InputError(f"--output {template}: {error} is no setting of a run") from None
+        raise InputError(f"--output {config.output}: {error} is no setting of a run") from None
 
 
 def setting(default, help: str, **metadata):
@@ -583,7 +583,8 @@ class Config:
     optimizer: str = setting("adam", "optimiser, one for all tasks", choices=("adam", "sgd"))
     seed: int = setting(27, "seed; several give mean and standard deviation", many=True)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    output: str | None = setting(None, "folder of the run; {scenario}, {seed}, any setting, are filled in")
+    output: str = setting("runs/{data}-{encoder}-{scenario}-seed{seed}",
+                          "folder of the run; any setting in braces is filled in")
     figures: bool = setting(True, "draw no figures", flag="--no-figures")
     # fmt: on
 
@@ -600,7 +601,7 @@ class Config:
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return output_folder(self, "runs/{data}-{encoder}-{scenario}-seed{seed}")
+        return fill_in(self)
 
     @property
     def root(self) -> Path:
@@ -1064,7 +1065,7 @@ def build_parser(config_class: type, description: str) -> argparse.ArgumentParse
             options["action"] = "store_false" if item.default else "store_true"
         elif item.default is not None:
             options.setdefault("type", type(item.default))
-            options["help"] += f" (default: {os.path.basename(str(item.default))})"
+            options["help"] += f" (default: {str(item.default).removeprefix(f'{HERE}{os.sep}')})"
         options |= {"nargs": "+", "default": [item.default]} if many else {"default": item.default}
         section.add_argument(flag, dest=item.name, **options)
     return parser
