@@ -107,13 +107,12 @@ class Config:
     # fmt: on
 
     def __post_init__(self):
-        for name in NOT_NEGATIVE:
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative")
-        for name in POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise InputError(f"--{name.replace('_', '-')} {value} must be positive")
+        for name in NOT_NEGATIVE + POSITIVE:
+            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            if name in NOT_NEGATIVE and not 0 <= value < 2**32:
+                raise InputError(f"{flag} {value} must {'not be negative' if value < 0 else 'be < 2**32'}")
+            if name in POSITIVE and value is not None and not 0 < value < math.inf:
+                raise InputError(f"{flag} {value} must be positive")
 
 
 # The published setting; the demo's and tiny's (ours)
@@ -447,8 +446,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.set_num_threads(1)  # the bytes do not depend on the number of cores
             run("pretrain", config)
             run("export", config, target, torch.float16)
-        elif arguments.command == "export" and arguments.to is None:
-            raise InputError("export needs --to, a new folder")
+        elif (arguments.command == "export") != bool(arguments.to):
+            raise InputError("export needs --to, a new folder; of the others only make-tiny takes one")
         else:
             run(arguments.command, config, arguments.to)
     except (InputError, OSError) as error:

@@ -224,4 +224,4 @@ def report(folder: Path, results: dict[str, dict]) -> None:
             for name, r in results.items()]  # fmt: skip
     table = retune.markdown_table(header, rows)
     (folder / "evaluation.md").write_text(table + "\n", encoding="utf-8")
-    retune.say(table)
+    retune.say(f"{table}\n\nwritten to {folder}")
