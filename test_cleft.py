@@ -458,6 +458,9 @@ def test_wrong_input_is_named(folder, tmp_path):
         next(cleft.batch_rows(np.arange(3), 4, 0, 1, 0))
     with pytest.raises(InputError, match="--lr"):
         Config(lr=-1.0)
+    for name, value in {"seed": 2**32, "warmup": math.inf, "weight_decay": math.nan}.items():
+        with pytest.raises(InputError, match=f"--{name.replace('_', '-')} {value} must be <"):
+            Config(**{name: value})
     for name in ("image", "text"):
         with pytest.raises(InputError, match="no transformers model"):
             cleft.build_encoder(settings(folder, **{name: str(tmp_path / "nothing")}), CAPTIONS)
@@ -469,6 +472,12 @@ def test_wrong_input_is_named(folder, tmp_path):
     (tmp_path / "stage1.pt").write_bytes(b"PK")
     with pytest.raises(InputError, match="damaged"):
         cleft.restore(tmp_path / "stage1.pt", model)
+
+
+@pytest.mark.parametrize("argv", [["export"], ["all", "--to", "elsewhere"]])
+def test_export_alone_needs_a_target(argv, capsys):
+    assert cleft.main(argv) == 2
+    assert capsys.readouterr().err.startswith("error: export needs --to, a new folder")
 
 
 def test_the_shipped_encoder_is_small_and_knows_its_words():
