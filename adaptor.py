@@ -24,7 +24,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,17 +36,11 @@ import retune
 from classification import classification_table, classify, labelled_shares
 from reports import Pairs, make_pairs, make_texts
 from retrieval import draw_curves, retrieval, retrieval_table
-from retune import DualEncoder, InputError, Radiographs, atomic, ranks, read_rows, say, setting
+from retune import DualEncoder, InputError, Radiographs, atomic, ranks, read_rows, same, say, setting
 from segmentation import find_masks, load_masked, segment, segmentation_table
 from unimodal import Side, count, embed, export_pair, load_backbones, parameter_table, train_epochs
 
 # ------------------------------------------------------------------------------------------------ 1. Settings
-
-
-def same(name: str):
-    """A field that is retune's, with its default, help and choices."""
-    original = retune.Config.__dataclass_fields__[name]
-    return field(default=original.default, metadata=original.metadata)
 
 
 MASKED = ("siim", "rsna")  # data sets that bring masks; read by segmentation.py

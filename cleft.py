@@ -32,10 +32,8 @@ import downstream
 import retune
 import towers
 from downstream import balanced_rows, linear_probe, load_embed, measure, measure_balanced, two_classes
-from retune import HERE, DualEncoder, InputError, Radiographs, setting
+from retune import HERE, DualEncoder, InputError, Radiographs, same, setting
 from towers import add_peft, batch_rows, build_encoder, count, restore, split_tokens, train
-
-from towers import SMALL_TEXT, head, learning_rate, text_part, train_tokenizer  # noqa: F401  # isort: skip
 
 # --------------------------------------------------------------------------------------------------- Settings
 
@@ -54,14 +52,14 @@ class Config:
 
     # fmt: off
     data: str = setting("demo", "data set", choices=DATA_SETS, group="data")
-    data_dir: str | None = setting(None, "folder of the data set; chestmnist is downloaded to it")
-    labels_csv: str | None = setting(None, "label file instead of the data set's own")
-    classes: tuple[str, ...] | None = setting(None, "findings, in order (default: see README)", nargs="+")
-    view: str = setting("all", "views, for chexpert and mimic", choices=("all", "frontal", "lateral"))
-    uncertain: str = setting("ignore", "what a label of -1 becomes", choices=("ones", "zeros", "ignore"))
-    blank: str | None = setting(None, "what a blank label becomes (csv: ignore)", choices=("zero", "ignore"))
-    size: int = setting(224, "image side, for chestmnist", choices=(28, 64, 128, 224))
-    demo_images: int = setting(6000, "number of phantoms in the demo")
+    data_dir: str | None = same("data_dir")
+    labels_csv: str | None = same("labels_csv")
+    classes: tuple[str, ...] | None = same("classes")
+    view: str = same("view")
+    uncertain: str = same("uncertain")
+    blank: str | None = same("blank")
+    size: int = same("size")
+    demo_images: int = same("demo_images")
 
     image: str = setting("tiny", "small, tiny, our or a transformers folder, an id", group="towers")
     text: str = setting("tiny", "likewise; a causal language model")
@@ -100,9 +98,9 @@ class Config:
     finetune_epochs: int = setting(0, "epochs of full fine-tuning; 0: none")
 
     seed: int = setting(42, "seed", group="run")
-    output: str = setting("runs/cleft", "folder of the run")
-    cache_dir: str = setting("runs/cache", "folder of the embedding cache")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    output: str = setting("runs/cleft", "folder of the run; any setting in braces is filled in")
+    cache_dir: str = same("cache_dir")
+    device: str = same("device")
     workers: int = setting(0, "processes that decode images")
     # fmt: on
 
@@ -113,6 +111,11 @@ class Config:
                 raise InputError(f"{flag} {value} must {'not be negative' if value < 0 else 'be < 2**32'}")
             if name in POSITIVE and value is not None and not 0 < value < math.inf:
                 raise InputError(f"{flag} {value} must be positive")
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return retune.fill_in(self)
 
 
 # The published setting; the demo's and tiny's (ours)
@@ -275,7 +278,7 @@ def pretrain(config: Config, data: Radiographs) -> Cleft:
 
 def stage1(config: Config, data: Radiographs) -> Cleft:
     """The model that `pretrain` left in --output; InputError when it is not finished."""
-    model, path = build(config, data), Path(config.output) / "stage1.pt"
+    model, path = build(config, data), config.folder / "stage1.pt"
     if restore(path, model) < config.steps:
         remedy = "run `python cleft.py pretrain` with the same options"
         raise InputError(f"{path}: stage 1 is not finished; {remedy}")
@@ -359,7 +362,7 @@ def evaluate(config: Config, data: Radiographs) -> dict:
     images = F.normalize(torch.from_numpy(np.array(embeddings[test], np.float32)), dim=1)
     texts = {"zero-shot": class_texts(model, data, config)}
     prompt = Prompt(model, data.class_names, config)
-    if restore(Path(config.output) / "stage2.pt", prompt) == config.prompt_steps:
+    if restore(config.folder / "stage2.pt", prompt) == config.prompt_steps:
         with torch.inference_mode():
             texts["zero-shot, learned context"] = prompt()
     else:
@@ -378,8 +381,8 @@ def evaluate(config: Config, data: Radiographs) -> dict:
         for name, t in texts.items():
             logits = (model.scale.cpu() * images[at] @ t.cpu().T).numpy()
             results[f"balanced, {name}"] = measure_balanced(logits, data, chosen)
-        downstream.write_rows(Path(config.output) / "balanced.csv", data, chosen)
-    downstream.report(Path(config.output), results)
+        downstream.write_rows(config.folder / "balanced.csv", data, chosen)
+    downstream.report(config.folder, results)
     return results
 
 
@@ -405,7 +408,7 @@ EVALUATION = ("balanced", "finetune_epochs", "save_every")  # settings that the 
 def run(command: str, config: Config, target: Path | None = None, dtype: torch.dtype = torch.float32) -> None:
     """One command, or `all` of them in order; every stage finds in --output what the one before left."""
     data_config = retune.Config(**{key: getattr(config, key) for key in retune.DATA_KEYS})
-    data, folder = two_classes(retune.load_radiographs(data_config)), Path(config.output)
+    data, folder = two_classes(retune.load_radiographs(data_config)), config.folder
     retune.say(data.note)
     folder.mkdir(parents=True, exist_ok=True)
     with retune.locked(folder, wait=False) if retune.ranks()[0] == 0 else contextlib.nullcontext():

@@ -7,6 +7,7 @@ domain), multi-label and balanced single-label tests, the linear probe, full fin
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
 import math
 from collections.abc import Iterable
@@ -165,8 +166,9 @@ def measure_balanced(logits: np.ndarray, data: Radiographs, rows: np.ndarray) ->
 
 def write_rows(path: Path, data: Radiographs, rows: np.ndarray) -> None:
     """A file of the images of a balanced test and the class of each."""
-    lines = [f"{data.names[r]},{data.class_names[int(np.nanargmax(data.labels[r]))]}" for r in rows]
-    path.write_text("\n".join(["image,class", *lines]) + "\n", encoding="utf-8")
+    chosen = [(data.names[r], data.class_names[int(np.nanargmax(data.labels[r]))]) for r in rows]
+    with retune.atomic(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("image", "class"), *chosen])
 
 
 def linear_probe(
@@ -223,5 +225,6 @@ def report(folder: Path, results: dict[str, dict]) -> None:
     rows = [[name, r["auroc_macro"], "{:.3f}-{:.3f}".format(*r["auroc_macro_ci"]), r.get("accuracy"), r["n"]]
             for name, r in results.items()]  # fmt: skip
     table = retune.markdown_table(header, rows)
-    (folder / "evaluation.md").write_text(table + "\n", encoding="utf-8")
+    with retune.atomic(folder / "evaluation.md") as partial:
+        partial.write_text(table + "\n", encoding="utf-8")
     retune.say(f"{table}\n\nwritten to {folder}")

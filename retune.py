@@ -611,6 +611,12 @@ class Config:
         return Path(self.data_dir)
 
 
+def same(name: str):
+    """The setting `name` of `Config` in another program's configuration."""
+    original = Config.__dataclass_fields__[name]
+    return field(default=original.default, metadata=original.metadata)
+
+
 AUTHORS = {"epochs": 10, "lr": 1e-4, "batch_size": 6144}  # arXiv 2410.17827
 SMALL = {"epochs": 10, "lr": 1e-3, "batch_size": 64}  # (ours) enough steps for a small set to learn
 SMALL_SET = 20_000  # training images from which on the authors' settings hold

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import cleft
 import phantoms
 import retune
+import towers
 from cleft import Cleft, Config, settle
 from retune import DualEncoder, InputError
 
@@ -35,11 +36,11 @@ def folder(tmp_path_factory):
     """A small encoder without batch normalisation in our format: ViT images, GPT-2 texts with dropout off."""
     vit = {"model_type": "vit", "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
            "intermediate_size": 32, "image_size": 16, "patch_size": 8}  # fmt: skip
-    tokenizer = cleft.train_tokenizer(CAPTIONS)
-    text = cleft.SMALL_TEXT | {"vocab_size": len(tokenizer), "n_embd": 16}
+    tokenizer = towers.train_tokenizer(CAPTIONS)
+    text = towers.SMALL_TEXT | {"vocab_size": len(tokenizer), "n_embd": 16}
     config = {
-        "name": "vit", "dim": 8, "image": {"model": vit, "pool": "pre_norm_mean", "head": cleft.head(24, 8)},
-        "text": {"model": text, "pool": "last", "head": cleft.head(16, 8), "context_length": 40},
+        "name": "vit", "dim": 8, "image": {"model": vit, "pool": "pre_norm_mean", "head": towers.head(24, 8)},
+        "text": {"model": text, "pool": "last", "head": towers.head(16, 8), "context_length": 40},
         "transform": {"resize": 16, "crop": 16, "interpolation": "bilinear", "mean": [0.5] * 3,
                       "std": [0.5] * 3},
     }  # fmt: skip
@@ -149,7 +150,7 @@ def test_captions_name_positives_and_on_request_negatives():
 
 
 def test_learning_rate_rises_then_follows_a_cosine():
-    rates = [cleft.learning_rate(step, 110, 1.0, 10, 0.1) for step in range(110)]
+    rates = [towers.learning_rate(step, 110, 1.0, 10, 0.1) for step in range(110)]
     assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
     assert rates[60] == pytest.approx(0.1 + 0.9 * 0.5) and rates[-1] == pytest.approx(0.1, abs=1e-3)
 
@@ -191,7 +192,7 @@ def test_stage_2_trains_the_context_by_plain_binary_cross_entropy(folder, tmp_pa
     logits = model.scale.double() * F.normalize(x, dim=1) @ plain().double().T
     loss = -(y * F.logsigmoid(logits) + (1 - y) * F.logsigmoid(-logits)).mean()
     loss.backward()
-    rate = cleft.learning_rate(0, 1, config.prompt_lr, 0, config.prompt_lr / 10)
+    rate = towers.learning_rate(0, 1, config.prompt_lr, 0, config.prompt_lr / 10)
     expected = plain.context - rate * (plain.context.grad + 1e-3 * plain.context)
     state = {name: p.clone() for name, p in model.state_dict().items()}
     tuned = cleft.tune_prompt(model, data, embeddings, config)
@@ -428,13 +429,13 @@ def test_a_tokenizer_without_padding_is_refused_with_the_remedy(tmp_path):
     from transformers import GPT2Config, GPT2Model
 
     GPT2Model(
-        GPT2Config(**{k: v for k, v in cleft.SMALL_TEXT.items() if k != "model_type"}, vocab_size=1100)
+        GPT2Config(**{k: v for k, v in towers.SMALL_TEXT.items() if k != "model_type"}, vocab_size=1100)
     ).save_pretrained(tmp_path)
-    tokenizer = cleft.train_tokenizer(CAPTIONS)
+    tokenizer = towers.train_tokenizer(CAPTIONS)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="--pad-token"):
-        cleft.text_part(settle(Config(text=str(tmp_path))), CAPTIONS)
+        towers.text_part(settle(Config(text=str(tmp_path))), CAPTIONS)
     config = settle(Config(image="small", text=str(tmp_path), pad_token="<end>"))
     encoder = cleft.build_encoder(config, CAPTIONS)
     for name, weight in GPT2Model.from_pretrained(tmp_path).state_dict().items():

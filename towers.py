@@ -260,7 +260,7 @@ def train(
     rates: learning_rate's peak, warmup, floor. Returns the model, frozen. InputError when the loss is not
     finite; the last checkpoint stays.
     """
-    steps, path = (config.steps, config.prompt_steps)[stage - 1], Path(config.output) / f"stage{stage}.pt"
+    steps, path = (config.steps, config.prompt_steps)[stage - 1], config.folder / f"stage{stage}.pt"
     trained, first = [p for p in model.parameters() if p.requires_grad], restore(path, model, optimizer)
     bar = retune.progress(batches(first), desc=f"stage {stage}", unit="step", total=steps, initial=first)
     for step, batch in enumerate(bar, first):
