@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib
 import json
+import math
 import os
 import re
 import time
@@ -68,18 +69,9 @@ class Normalize(nn.Module):
 
 
 POOLS = ("cls", "mean", "last", "pooler", "pre_norm_mean", "none")
-LAYERS = [
-    "Linear",
-    "Conv2d",
-    "BatchNorm2d",
-    "LayerNorm",
-    "ReLU",
-    "GELU",
-    "AdaptiveAvgPool2d",
-    "Flatten",
-    "Unflatten",
-]
-LAYERS = {name: getattr(nn, name) for name in [*LAYERS, "TransformerEncoderLayer"]} | {"Normalize": Normalize}
+LAYERS = ["Linear", "Conv2d", "BatchNorm2d", "LayerNorm", "ReLU", "GELU", "AdaptiveAvgPool2d", "Flatten"]
+LAYERS = [*LAYERS, "Unflatten", "TransformerEncoderLayer"]
+LAYERS = {name: getattr(nn, name) for name in LAYERS} | {"Normalize": Normalize}
 
 
 class Tower(nn.Module):
@@ -230,15 +222,21 @@ class DualEncoder(nn.Module):
         else:
             published = importlib.import_module("public_encoders")
             config, state, tokenizer = published.read_published(name, directory)
-        if name in ("biomedclip", "biovil") and config["name"] != name:
-            raise InputError(f"{folder} holds the encoder {config['name']}, not {name}")
+        if name in ("biomedclip", "biovil") and config.get("name") != name:
+            raise InputError(f"{folder} holds the encoder {config.get('name')}, not {name}")
         if crop is not None:
             if config["image"].get("library") != "torchvision":
                 raise InputError(f"crop {crop}: the image size of {config['name']} is fixed, leave crop out")
             config = config | {"transform": config["transform"] | {"crop": crop}}
-        with torch.random.fork_rng(devices=[]), WithoutRandomWeights():
-            encoder = cls(config, tokenizer)
-        encoder.load_weights(state, folder)
+        try:
+            with torch.random.fork_rng(devices=[]), WithoutRandomWeights():
+                encoder = cls({"name": folder.name} | config, tokenizer)
+            encoder.load_weights(state, folder)
+        except InputError:
+            raise
+        except Exception as error:  # noqa: BLE001 - so many layers, so many complaints about their settings
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise InputError(f"{folder}: config.json describes no encoder ({reason})") from None
         return encoder
 
 
@@ -260,19 +258,18 @@ class WithoutRandomWeights(TorchFunctionMode):
 def is_ours(folder: Path) -> bool:
     """Whether a folder holds an encoder as `DualEncoder.save` writes it."""
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    return {"dim", "image", "text", "transform"} <= set(config)
+    return isinstance(config, dict) and {"dim", "image", "text", "transform"} <= set(config)
 
 
 def read_folder(folder: Path) -> tuple[dict, dict[str, torch.Tensor], object]:
     """(config, tensors, tokenizer) of an encoder as `DualEncoder.save` writes it, without network."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
     try:
         state = load_file(folder / "model.safetensors")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (SafetensorError, OSError, ValueError, ImportError) as error:
+    except Exception as error:  # noqa: BLE001 - tokenizers raise nearly every type on a damaged file
         raise InputError(f"{folder}: not a whole encoder folder ({' '.join(str(error).split())})") from None
     return read_json(folder / "config.json"), state, tokenizer
 
@@ -283,15 +280,9 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, torch.Tensor], object]:
 CHUNK = 1024  # images a chunk: the most that a killed process loses; batches never straddle chunks
 # What numpy raises on a damaged file, whose header it reads as Python text.
 DAMAGED = (
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    OSError,
-    EOFError,
-    SyntaxError,
-    tokenize.TokenError,
-)
+    ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, SyntaxError, tokenize.TokenError,
+    OverflowError, MemoryError, IndexError,
+)  # fmt: skip
 
 
 class Images(torch.utils.data.Dataset):
@@ -382,12 +373,16 @@ def embed_chunks(encoder, data, chunks, dtype, batch_size, workers, precision, d
                     with torch.autocast(device.split(":")[0], low, enabled=low is not None):
                         features = encoder.encode_images(pixels.to(device, non_blocking=True))
                     block[np.array(good) - rows.start] = features.cpu().numpy()
-                    if not np.isfinite(block[np.array(good) - rows.start]).all():
-                        raise InputError(f"{data.rows[good[0]]}: its batch embeds to nan; use fp32")
+                    norms = np.linalg.norm(block[np.array(good) - rows.start].astype(np.float32), axis=1)
+                    if not np.isfinite(norms).all():  # of numbers above 1e19 the cosines would all be 0
+                        raise InputError(
+                            f"{data.rows[good[0]]}: its batch embeds to nan or huge numbers; use fp32"
+                        )
                 bar.update(len(good) + len(bad))
             with atomic(file) as partial, open(partial, "wb") as output:
                 np.save(output, block)
                 np.save(output, np.float64(time.perf_counter() - start))
+                np.save(output, np.array(hashlib.sha256(block.data).hexdigest()))
 
 
 def assemble(folder: Path, data: Radiographs, chunks: dict[Path, range], shape, dtype) -> None:
@@ -400,9 +395,11 @@ def assemble(folder: Path, data: Radiographs, chunks: dict[Path, range], shape, 
         for chunk, rows in chunks.items():
             try:
                 with open(chunk, "rb") as file:
-                    block, took = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
+                    block, took, checksum = (np.load(file, allow_pickle=False) for _ in range(3))
                 if (block.shape, block.dtype) != ((len(rows), shape[1]), dtype):
                     raise ValueError(f"it holds {block.dtype} {block.shape}")
+                if hashlib.sha256(block.data).hexdigest() != str(checksum) or not 0 < float(took) < math.inf:
+                    raise ValueError("its checksum differs")
             except DAMAGED as error:
                 chunk.unlink(missing_ok=True)
                 raise InputError(f"{chunk}: damaged ({error}), so it was removed; run again") from None

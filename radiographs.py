@@ -13,6 +13,7 @@ import functools
 import gzip
 import hashlib
 import importlib
+import io
 import math
 import os
 import posixpath
@@ -27,7 +28,10 @@ import torch
 from retune import Config, InputError, nearest
 
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # shares of the patients where a data set has no splits
-MAX_PIXELS = 80_000_000  # a larger image is refused before it is decoded (decompression bombs)
+# Limits against files that unpack to more than any memory holds
+MAX_PIXELS = 80_000_000  # of an image; it is refused before it is decoded
+MAX_TABLE = 1 << 30  # bytes of a table, unpacked
+MAX_ID = 1000  # characters of a patient's id: an array of texts gives each the space of the longest
 
 
 @dataclass
@@ -55,7 +59,7 @@ class Radiographs:
     def __post_init__(self):
         n = len(self.images)
         self.labels = np.asarray(self.labels, np.float32)
-        self.patients, self.split = np.asarray(self.patients, str), np.asarray(self.split, "<U10")
+        self.patients, self.split = id_array(self.patients), np.asarray(self.split, "<U10")
         self.names = [f"image-{i:06d}" for i in range(n)] if self.names is None else list(self.names)
         self.rows = [f"row {i + 2}" for i in range(n)] if self.rows is None else list(self.rows)
         if {len(self.labels), len(self.patients), len(self.split), len(self.names), len(self.rows)} != {n}:
@@ -72,13 +76,21 @@ class Radiographs:
         return np.flatnonzero(self.split == split)
 
 
+def id_array(ids: Sequence[str]) -> np.ndarray:
+    """Patient ids as one array [N]; InputError for one that would make it huge."""
+    ids = list(map(str, ids))
+    if (longest := max(map(len, ids), default=0)) > MAX_ID:
+        raise InputError(f"a patient id has {longest:,} characters; at most {MAX_ID:,} are read")
+    return np.array(ids, str)
+
+
 def patient_split(patients: Sequence[str], shares: dict[str, float]) -> np.ndarray:
     """The split of every image [N] by a hash of its patient id: new patients never move the old ones.
 
     shares: split -> share of the patients; their sum is 1.
     """
     edges = np.cumsum(list(shares.values()))[:-1]
-    ids, patient = np.unique(np.asarray(patients, str), return_inverse=True)
+    ids, patient = np.unique(id_array(patients), return_inverse=True)
     position = [int.from_bytes(hashlib.sha256(p.encode()).digest()[:8], "big") / 2**64 for p in ids]
     return np.array(list(shares))[np.searchsorted(edges, position, side="right")][patient]
 
@@ -86,9 +98,12 @@ def patient_split(patients: Sequence[str], shares: dict[str, float]) -> np.ndarr
 def read_table(path: Path, required: Sequence[str] = ()) -> dict[str, list[str]]:
     """A CSV (or .gz) as {column: stripped values}; InputError names file and row. Row 1 is the header."""
     try:
-        opener = gzip.open if Path(path).suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            header, *rows = [[value.strip() for value in row] for row in csv.reader(file)] or [[]]
+        with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rb") as file:
+            content = file.read(MAX_TABLE + 1)
+        if len(content) > MAX_TABLE:
+            raise InputError(f"{path}: unpacks to more than the limit of {MAX_TABLE:,} bytes")
+        lines = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+        header, *rows = [[value.strip() for value in row] for row in lines] or [[]]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (UnicodeDecodeError, csv.Error, gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -118,6 +133,12 @@ def parse_labels(
     meaning = {"1": 1.0, "0": 0.0, "-1": policy[uncertain], "": policy[blank]}
     labels, counts = np.empty((len(table[classes[0]]), len(classes)), np.float32), {"-1": 0, "": 0}
     for j, name in enumerate(classes):
+        longest = max(table[name], key=len)
+        if len(longest) > 20:  # np.unique would give every row the space of the longest
+            row = table[name].index(longest) + 2
+            raise InputError(
+                f"{path} row {row}, column {name!r}: label {longest[:20]!r}... is not 1, 0, -1, blank"
+            )
         values, inverse, number = np.unique(table[name], return_inverse=True, return_counts=True)
         plain = ["" if v.lower() == "nan" else v.removesuffix(".0") for v in values.tolist()]
         for value, original, times in zip(plain, values.tolist(), number.tolist()):
@@ -255,18 +276,34 @@ def read_image(path: Path) -> torch.Tensor:
     try:
         if path.suffix.lower() in (".dcm", ".dicom"):
             return read_dicom(path)
-        with Image.open(path) as header:
-            if math.prod(header.size) > MAX_PIXELS:
-                raise InputError(f"{path}: {header.size} pixels are more than the limit of {MAX_PIXELS:,}")
-        pixels = decode_image(str(path))
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            if math.prod(image.size) > MAX_PIXELS:
+                raise InputError(f"{path}: {image.size} pixels are more than the limit of {MAX_PIXELS:,}")
+            pixels = decode_png(image) if image.format == "PNG" else None
+        pixels = decode_image(str(path)) if pixels is None else pixels
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (RuntimeError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not a readable image ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # noqa: BLE001 - decoders raise nearly every type on a damaged file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: not a readable image ({reason})") from None
     pixels = pixels[: {2: 1, 4: 3}.get(len(pixels))]
     return pixels if pixels.dtype == torch.uint8 else stretch(pixels.float())
+
+
+def decode_png(image) -> torch.Tensor | None:
+    """An open PNG as [1, 2, 3 or 4, H, W], by PIL: torchvision 0.29's libpng ends the process on a damaged file.
+
+    None for colours of 16 bits, which PIL would cut to 8: it only finds out whether the file is whole.
+    """
+    deep = "16" in str(image.tile[0][3]) and not image.mode.startswith("I")
+    image.load()
+    if deep:
+        return None
+    image = image.convert({"P": "RGB", "1": "L"}.get(image.mode, image.mode))
+    pixels = np.array(image, np.float32 if image.mode.startswith("I") else np.uint8)  # [H, W] or [H, W, C]
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()
 
 
 def stretch(pixels: torch.Tensor) -> torch.Tensor:
@@ -282,8 +319,12 @@ def read_dicom(path: Path) -> torch.Tensor:
     except ImportError:
         raise InputError(f"{path}: DICOM needs pydicom (pip install pydicom)") from None
     try:
+        syntax = pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID")
+        if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:  # unpacked whole, whatever its size
+            raise ValueError("deflated files are not read; store it in another transfer syntax")
         image = pydicom.dcmread(path)
-        if image.Rows * image.Columns > MAX_PIXELS or image.get("SamplesPerPixel", 1) != 1:
+        grey = image.get("SamplesPerPixel", 1) == 1 and int(image.get("NumberOfFrames") or 1) == 1
+        if image.Rows * image.Columns > MAX_PIXELS or not grey:
             raise ValueError(
                 f"{image.Rows} x {image.Columns} pixels; one grey image up to {MAX_PIXELS:,} is read"
             )

@@ -425,6 +425,8 @@ def evaluate(scores: np.ndarray, predictions: np.ndarray, labels: np.ndarray, cl
     from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score
 
     names = list(class_names or map(str, range(labels.shape[1])))
+    if not np.isfinite(scores).all():
+        raise InputError("scores are not finite: the embeddings hold huge numbers, or the weights diverged")
     values, positives = np.full((5, len(names)), np.nan), np.zeros(len(names))
     for c, name in enumerate(names):
         known = ~np.isnan(labels[:, c])
@@ -718,6 +720,8 @@ def fit(
                 loss.backward()
                 sum_gradients(parameters)
                 optimizer.step()
+    if not all(p.isfinite().all() for p in parameters):  # by the last step, which no loss came after
+        raise InputError(f"task {task.name!r}: its weights are no longer finite; lower --lr")
 
 
 def sum_gradients(parameters: list[nn.Parameter]) -> None:
@@ -1038,11 +1042,12 @@ def heatmap(path: Path, metrics: dict, key: str, title: str) -> None:
 
     config, names = metrics["config"], [name for name, _ in stages(metrics)]
     grid = np.array([list(m[key].values()) for _, m in stages(metrics)], dtype=float)  # [T + 1, C]
-    figure = Figure(figsize=(3.2 + 0.95 * grid.shape[1], 1.7 + 0.4 * len(grid)), layout="constrained")
+    size = 3.2 + min(0.95 * grid.shape[1], 60), 1.7 + min(0.4 * len(grid), 60)  # inches; cells of any number
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     low, high = (0.5, 1.0) if key == "auroc" else (0.0, 1.0)
     picture = axes.imshow(grid, cmap="Greys", vmin=low, vmax=high, aspect="auto")
-    for (t, c), value in np.ndenumerate(grid):
+    for (t, c), value in np.ndenumerate(grid) if max(grid.shape) <= 64 else ():
         color = "white" if value > (low + 1.5 * high) / 2.5 else "black"
         axes.text(c, t, "-" if math.isnan(value) else f"{value:.3f}", ha="center", va="center", color=color)
     axes.set_xticks(range(grid.shape[1]), metrics["classes"], rotation=25, ha="right")
