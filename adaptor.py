@@ -324,7 +324,6 @@ def align(config: Config, encoder: DualEncoder, pairs: Pairs | None, device: str
     known = {"encoder": encoder.fingerprint(), "name": encoder.config["name"], "model": model.settings}
     retune.save_tensors(folder / "adaptor.safetensors", model.state_dict(), known)
     retune.write_json(file, result)
-    shutil.rmtree(folder / "pretraining", ignore_errors=True)
     return retune.read_json(file)
 
 
@@ -419,13 +418,18 @@ def run_stages(
 
 
 def report(config: Config, metrics: dict, data: Radiographs) -> None:
-    """Write splits.csv (with the least labelled share of an image), table.md and, last, metrics.json."""
+    """Write splits.csv (with the least labelled share of an image), table.md and, last, metrics.json.
+
+    The stages' checkpoints go just before it: had each stage cleared up, a kill could come in between.
+    """
     folder, share = config.folder, labelled_shares(data, config.fractions, config.seed)
     with atomic(folder / "splits.csv") as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         lines = zip(data.names, data.patients, data.split, share)
         csv.writer(file).writerows([("image", "patient", "split", "labelled share"), *lines])
     with atomic(folder / "table.md") as partial:
         partial.write_text(summary(metrics) + "\n", encoding="utf-8")
+    for name in ("pretraining", "segmentation-adaptor", "segmentation-bare"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     retune.write_json(folder / "metrics.json", metrics)
 
 

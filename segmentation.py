@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -288,8 +287,6 @@ def segment(
     columns = [("mean", slice(None)), *zip(data.class_names, range(len(data.class_names)))]
     result = [dice_row(finding, found, truth, column) for finding, column in columns]
     retune.write_json(file, result)
-    for name in found:
-        shutil.rmtree(folder / f"segmentation-{name.split()[0]}")
     return retune.read_json(file)
 
 
