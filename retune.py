@@ -129,30 +129,43 @@ def read_json(path: Path):
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
+def checksum(tensors: dict[str, torch.Tensor], metadata: dict) -> str:
+    """SHA-256 (hex) of tensors and of what describes them."""
+    digest = hashlib.sha256(json.dumps(metadata).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
-    """Write tensors and what describes them to a safetensors file, atomically."""
+    """Write tensors, what describes them (if anything) and a checksum of both as safetensors, atomically."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    description = metadata and metadata | {"sha256": checksum(plain, metadata)}
     try:
-        with atomic(path) as partial:
-            save_file(plain, partial, {"retune": json.dumps(metadata)})
+        with atomic(path) as partial:  # one entry, since the order of several changes from process to process
+            save_file(plain, partial, {"retune": json.dumps(description)})
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written ({error})") from None
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """What `save_tensors` wrote; InputError for a missing or damaged file."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in list(file.keys())}
-            return tensors, json.loads(file.metadata()["retune"])
+            metadata = json.loads(file.metadata()["retune"])
+        if metadata and metadata.pop("sha256") != checksum(tensors, metadata):
+            raise ValueError("its checksum differs")
+        return tensors, metadata
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # noqa: BLE001 - a damaged file can make the reader raise nearly anything
         raise InputError(f"{path}: damaged ({error}); delete its folder and run again") from None
 
 

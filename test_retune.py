@@ -1841,12 +1841,13 @@ def test_resuming_after_task_2_trains_only_what_is_left(demo_arguments, finished
 
 
 @pytest.mark.parametrize("name", ["task_1.safetensors", "resume.safetensors"])
-def test_a_truncated_checkpoint_is_refused_by_name(demo_arguments, tmp_path, monkeypatch, capsys, name):
+def test_a_damaged_checkpoint_is_refused_by_name(demo_arguments, tmp_path, monkeypatch, capsys, name):
     arguments = [*demo_arguments, "--output", str(tmp_path / "run")]
     stop_after_task(2, arguments, monkeypatch)
     path = tmp_path / "run" / name
     content = path.read_bytes()
-    for damaged in (content[:-50], content[:4], b"", b"\xff" * len(content)):
+    flipped = content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+    for damaged in (content[:-50], content[:4], b"", b"\xff" * len(content), flipped):
         path.write_bytes(damaged)
         assert str(path) in failure(capsys, arguments)
 
