@@ -375,9 +375,8 @@ def embed_chunks(encoder, data, chunks, dtype, batch_size, workers, precision, d
                     block[np.array(good) - rows.start] = features.cpu().numpy()
                     norms = np.linalg.norm(block[np.array(good) - rows.start].astype(np.float32), axis=1)
                     if not np.isfinite(norms).all():  # of numbers above 1e19 the cosines would all be 0
-                        raise InputError(
-                            f"{data.rows[good[0]]}: its batch embeds to nan or huge numbers; use fp32"
-                        )
+                        where = data.rows[good[0]]
+                        raise InputError(f"{where}: its batch embeds to nan or huge numbers; use fp32")
                 bar.update(len(good) + len(bad))
             with atomic(file) as partial, open(partial, "wb") as output:
                 np.save(output, block)

@@ -18,6 +18,7 @@ import math
 import os
 import posixpath
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +66,8 @@ class Radiographs:
         if {len(self.labels), len(self.patients), len(self.split), len(self.names), len(self.rows)} != {n}:
             raise InputError(f"labels, patients, split, names, rows: give one for each of {n} images")
         if self.labels.shape != (n, len(self.class_names)):
-            raise InputError(
-                f"labels {self.labels.shape} are not {n} images x {len(self.class_names)} classes"
-            )
+            wanted = f"{n} images x {len(self.class_names)} classes"
+            raise InputError(f"labels {self.labels.shape} are not {wanted}")
         if not (np.isnan(self.labels) | (self.labels == 0) | (self.labels == 1)).all():
             raise InputError("labels must be 1, 0 or nan")
 
@@ -133,23 +133,15 @@ def parse_labels(
     meaning = {"1": 1.0, "0": 0.0, "-1": policy[uncertain], "": policy[blank]}
     labels, counts = np.empty((len(table[classes[0]]), len(classes)), np.float32), {"-1": 0, "": 0}
     for j, name in enumerate(classes):
-        longest = max(table[name], key=len)
-        if len(longest) > 20:  # np.unique would give every row the space of the longest
-            row = table[name].index(longest) + 2
-            raise InputError(
-                f"{path} row {row}, column {name!r}: label {longest[:20]!r}... is not 1, 0, -1, blank"
-            )
-        values, inverse, number = np.unique(table[name], return_inverse=True, return_counts=True)
-        plain = ["" if v.lower() == "nan" else v.removesuffix(".0") for v in values.tolist()]
-        for value, original, times in zip(plain, values.tolist(), number.tolist()):
-            if value not in meaning:
-                row = table[name].index(original) + 2
-                raise InputError(
-                    f"{path} row {row}, column {name!r}: label {original!r} is not 1, 0, -1, blank"
-                )
-            if value in counts:
-                counts[value] += times
-        labels[:, j] = np.array([meaning[value] for value in plain])[inverse]
+        number = Counter(table[name])
+        plain = {value: "" if value.lower() == "nan" else value.removesuffix(".0") for value in number}
+        for value, text in plain.items():
+            if text not in meaning:
+                where = f"{path} row {table[name].index(value) + 2}, column {name!r}"
+                raise InputError(f"{where}: label {value[:40]!r} is not 1, 0, -1, blank")
+            if text in counts:
+                counts[text] += number[value]
+        labels[:, j] = [meaning[plain[value]] for value in table[name]]
     note = f"labels: {counts['-1']:,} uncertain (-1) -> {uncertain}, {counts['']:,} blank -> {blank}"
     return labels, note
 
@@ -209,9 +201,8 @@ def load_csv(config: Config) -> Radiographs:
     split = table.get("split") or patient_split(patients, SHARES)
     for patient, value, row in zip(patients, split, rows):
         if not patient or value not in ("train", "val", "test"):
-            raise InputError(
-                f"{row}: patient {patient!r}, split {str(value)!r}; need an id; train, val, test"
-            )
+            found = f"patient {patient!r}, split {str(value)!r}"
+            raise InputError(f"{row}: {found}; need an id; train, val, test")
     return Radiographs(images, labels, classes, patients, split, names, rows, table.get("report"), note)
 
 
@@ -248,9 +239,8 @@ def load_radiographs(config: Config) -> Radiographs:
     home: dict[str, str] = {}
     for name, patient, split, row in zip(data.names, data.patients, data.split, data.rows):
         if first.setdefault(posixpath.normpath(name), row) is not row:
-            raise InputError(
-                f"{row}: image {name!r} is there twice, first in {first[posixpath.normpath(name)]}"
-            )
+            before = first[posixpath.normpath(name)]
+            raise InputError(f"{row}: image {name!r} is there twice, first in {before}")
         if home.setdefault(patient, split) != split:
             raise InputError(f"{row}: patient {str(patient)!r} is in {home[patient]} and in {split}")
     refuse_empty_splits(data)
@@ -325,9 +315,8 @@ def read_dicom(path: Path) -> torch.Tensor:
         image = pydicom.dcmread(path)
         grey = image.get("SamplesPerPixel", 1) == 1 and int(image.get("NumberOfFrames") or 1) == 1
         if image.Rows * image.Columns > MAX_PIXELS or not grey:
-            raise ValueError(
-                f"{image.Rows} x {image.Columns} pixels; one grey image up to {MAX_PIXELS:,} is read"
-            )
+            size = f"{image.Rows} x {image.Columns} pixels"
+            raise ValueError(f"{size}; one grey image up to {MAX_PIXELS:,} is read")
         pixels = torch.from_numpy(image.pixel_array.astype(np.float32)).reshape(1, image.Rows, image.Columns)
     except FileNotFoundError:
         raise

@@ -321,10 +321,9 @@ class RETune(nn.Module):
         t = self.text_adaptor(prompts.embeddings)  # [M, D]
         if self.pool != "max":
             t = prompts.pooling(self.pool) @ t  # [2C, D]
-        # Dividing the small product by |v| spares writing a normalised copy of v, forth and back.
-        cosine = (v @ F.normalize(t, dim=-1).T) / v.norm(dim=-1, keepdim=True).clamp_min(
-            1e-12
-        )  # [B, 2C or M]
+        length = v.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        # Dividing the small product spares writing a normalised copy of v, forth and back.
+        cosine = (v @ F.normalize(t, dim=-1).T) / length  # [B, 2C or M]
         if self.pool == "max":
             # -2 is below every cosine; backward would count ties with it if it equalled one
             group, out = prompts.group.expand(len(v), -1), cosine.new_full((len(v), prompts.groups), -2.0)
@@ -486,9 +485,7 @@ def bootstrap_ci(
         ranked = scores[negative, c]
         below, upto = (np.searchsorted(ranked, scores[positive, c], side) for side in ("left", "right"))
         for block in np.array_split(np.arange(resamples), 1 + resamples * len(labels) // 4_000_000):
-            won = np.zeros(
-                (len(block), len(negative) + 1), np.float32
-            )  # weight of the negatives up to each rank
+            won = np.zeros((len(block), len(negative) + 1), np.float32)  # negatives' weight up to a rank
             np.cumsum(drawn[np.ix_(block, patient[negative])], axis=1, out=won[:, 1:])
             weight = drawn[np.ix_(block, patient[positive])]  # [R, positives]
             wins = (weight * (won[:, below] + won[:, upto])).sum(1, dtype=np.float64) / 2
@@ -526,9 +523,7 @@ def continual_metrics(auroc: np.ndarray, tasks: Sequence[Task], zero: np.ndarray
 def fill_in(config) -> Path:
     """`config.output` with the config's settings where {name} stands; InputError for a name that is none."""
     values = dataclasses.asdict(config)
-    for name in [
-        name for name in values if name.endswith("encoder")
-    ]:  # a path's last part, as NAME of NAME=FILE
+    for name in (name for name in values if name.endswith("encoder")):  # a name, an id, a path, NAME=FILE
         values[name] = Path(values[name].split("=")[0]).name.replace(":", "-")
     try:
         return Path(config.output.format(**values))
