@@ -492,7 +492,6 @@ def align(config: Config, encoder: DualEncoder, pairs: Pairs | None, device: str
         "feedforward": model.layers[0].linear1.out_features, "dropout": model.layers[0].dropout.p}}  # fmt: skip
     retune.save_tensors(folder / "adaptor.safetensors", model.state_dict(), metadata)
     retune.write_json(file, result)
-    shutil.rmtree(folder / "pretraining", ignore_errors=True)
     return retune.read_json(file)
 
 
@@ -633,8 +632,9 @@ def run_stages(
 
 
 def report(config: Config, metrics: dict, data: Radiographs) -> None:
-    """splits.csv (with the least labelled share an image is in, first repeat), table.md and, last,
-    metrics.json.
+    """splits.csv (with the least labelled share an image is in, first repeat), table.md and, last, metrics.json.
+
+    The stages' working folders go before it, all here: a kill between a stage's result and its clearing up left them.
     """
     from classification import nested_subsets
 
@@ -651,6 +651,12 @@ def report(config: Config, metrics: dict, data: Radiographs) -> None:
         csv.writer(file).writerows([("image", "patient", "split", "labelled share"), *lines])
     with retune.atomic(folder / "table.md") as partial:
         partial.write_text(summary(metrics) + "\n", encoding="utf-8")
+    for name in (
+        "pretraining",
+        "segmentation-adaptor",
+        "segmentation-bare",
+    ):  # what a killed stage goes on from
+        shutil.rmtree(folder / name, ignore_errors=True)
     retune.write_json(folder / "metrics.json", metrics)
 
 

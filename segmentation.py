@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -298,8 +297,6 @@ def segment(
         *(dice_row(n, found, truth, c) for c, n in enumerate(data.class_names)),
     ]
     retune.write_json(file, result)
-    for name in found:
-        shutil.rmtree(folder / f"segmentation-{name.split()[0]}")
     return retune.read_json(file)
 
 
