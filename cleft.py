@@ -21,6 +21,7 @@ import io
 import math
 import pickle
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -307,7 +308,7 @@ def text_part(config: Config, texts: Sequence[str]) -> tuple[dict, object, dict]
 
     reading = {"pool": "last", "context_length": config.context_length, "padding": "longest"}
     if config.text == "small":
-        tokenizer = train_tokenizer(texts)
+        tokenizer = train_tokenizer(common_words(texts))
         model = SMALL_TEXT | {"vocab_size": len(tokenizer), "n_positions": config.context_length}
         return {"model": model, "head": head(64, config.dim), **reading}, tokenizer, {}
     if (ours := our_part(config.text, "text", config.dim)) is not None:
@@ -363,6 +364,19 @@ def published(source: str):
 
 def prefixed(tower: nn.Module) -> dict[str, torch.Tensor]:
     return {f"tower.{key}": value for key, value in tower.state_dict().items()}
+
+
+COMMON = 10  # texts that a word must be in for the tokenizer to learn it
+
+
+def common_words(texts: Sequence[str]) -> list[str]:
+    """The texts without words that few of them share: a name in a report must not become part of a model."""
+
+    def plain(word: str) -> str:
+        return word.lower().strip(".,:;()")
+
+    count = Counter(word for text in texts for word in {plain(word) for word in text.split()})
+    return [" ".join(word for word in text.split() if count[plain(word)] >= COMMON) for text in texts]
 
 
 def train_tokenizer(texts: Sequence[str]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gzip
 import importlib
 import io
@@ -156,9 +157,13 @@ def work(job: dict) -> None:
         if hasattr(module, "CHUNK") and str(getattr(module, "__file__", "")).startswith(str(HERE)):
             module.CHUNK = 32
     try:
-        changes = count_changes(job.get("change", math.inf))
-        code = PROGRAMS[job["program"]](job["argv"])
-        Path(job["folder"] + ".changes").write_text("\n".join(changes))
+        if job["program"] in PROGRAMS:
+            changes = count_changes(job.get("change", math.inf))
+            code = PROGRAMS[job["program"]](job["argv"])
+            Path(job["folder"] + ".changes").write_text("\n".join(changes))
+        else:
+            report, code = globals()[job["program"]](Path(job["folder"]), *job["argv"]), 0
+            Path(job["folder"]).with_name("report").write_text(json.dumps(report))
     except BaseException:  # noqa: BLE001, the child reports it and ends
         traceback.print_exc()
         code = 1
@@ -368,6 +373,10 @@ def damage_inside(generator: np.random.Generator, name: str, content: bytes) -> 
     return damage(generator, content)
 
 
+def damage_outside(generator: np.random.Generator, name: str, content: bytes) -> bytes:
+    return damage(generator, content)
+
+
 def png_chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
@@ -567,8 +576,7 @@ def write_dicom(path: Path, implicit=False, **changes) -> Path:
 @case
 def case_adaptors(folder, encoder):
     options = f"{RETUNE} --demo-images 60 --scenario joint --epochs 1 --no-figures"
-    argv = options.replace("cache", f"{folder}/cache").replace("run", f"{folder}/run")
-    assert retune.main(argv.format(encoder=encoder.folder).split()) == 0
+    assert retune.main(options.format(encoder=encoder.folder).split()) == 0
     Image.new("L", (20, 20)).save(folder / "a.png")
     config = retune.Config(encoder=str(encoder.folder), device="cpu")
     return [folder / "run/adaptors.safetensors"], lambda: retune.predict(
@@ -644,7 +652,7 @@ def case_checkpoint(folder, encoder):
     return [folder / "stage1.pt"], read
 
 
-def noise(n: int = 40) -> retune.Radiographs:
+def noise(n: int = 32) -> retune.Radiographs:
     """n images of noise, one a patient, in all splits, with labels of both values."""
     generator = np.random.default_rng(0)
     labels, split = (
@@ -674,9 +682,8 @@ def case_chunk(folder, encoder):
         assert np.isfinite(retune.embed(encoder, noise(), folder)).all()
 
     chunk = Path(retune.embed(encoder, noise(), folder).filename).with_name("chunk-000000000.npy")
-    with open(chunk, "wb") as file:
-        np.save(file, np.ones((40, 8), np.float32))
-        np.save(file, np.float64(2))
+    options = (np.dtype(np.float32), 32, 0, "fp32", "cpu", False)
+    retune.embed_chunks(encoder, noise(), {chunk: range(32)}, *options)
     return [chunk], read
 
 
@@ -686,25 +693,23 @@ def case_config(folder, encoder):
     return [folder / "config.json"], lambda: retune.claim(folder, {"seed": 3, "classes": ["a", "b"]})
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_damaged_file_is_read_or_refused_by_an_input_error(name, encoder, encoder_folder, tmp_path):
+def read_damaged(folder: Path, encoder_folder: str, name: str, first: int, count: int) -> dict:
+    """Damage a case's files `count` times; {"refused": number, "bugs": {place: example}}. Notes how far it is."""
+    encoder = retune.DualEncoder.load(encoder_folder)
     encoder.folder = encoder_folder
-    files, read = CASES[name](tmp_path, encoder)
-    generator, valid, bugs, refused = np.random.default_rng(TIMES), {f: f.read_bytes() for f in files}, {}, 0
+    files, read = CASES[name](folder, encoder)
+    valid, bugs, refused = {file: file.read_bytes() for file in files}, {}, 0
     read()
     with memory(3):
-        for i in range(20 * TIMES):
+        for i in range(first, count):
+            (folder.parent / "at").write_text(str(i))
+            generator = np.random.default_rng((TIMES, i))
             for file, content in valid.items():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
             victim = files[generator.integers(len(files))]
-            inside = generator.random() < 0.6
-            damaged = (
-                damage_inside(generator, victim.name, valid[victim])
-                if inside
-                else damage(generator, valid[victim])
-            )
-            victim.write_bytes(damaged)
+            change = damage_inside if generator.random() < 0.6 else damage_outside
+            victim.write_bytes(change(generator, victim.name, valid[victim]))
             try:
                 read()
             except retune.InputError as error:
@@ -712,19 +717,34 @@ def test_a_damaged_file_is_read_or_refused_by_an_input_error(name, encoder, enco
                 assert str(error), "an error without words"
             except Exception as error:  # noqa: BLE001, every other type is a bug
                 place = traceback.extract_tb(error.__traceback__)
-                ours = next(
-                    (
-                        f
-                        for f in reversed(place)
-                        if f.filename.startswith(str(HERE)) and "test" not in f.filename
-                    ),
-                    place[-1],
-                )
-                bugs.setdefault(
-                    f"{type(error).__name__} {Path(ours.filename).name}:{ours.lineno}",
-                    (i, victim.name, repr(error)[:300]),
-                )
-    print(f"{name}: {20 * TIMES} damaged files, {refused} refused, {len(bugs)} bugs")
+                ours = [
+                    f for f in place if f.filename.startswith(str(HERE)) and "test" not in f.filename
+                ] or place
+                key = f"{type(error).__name__} {Path(ours[-1].filename).name}:{ours[-1].lineno}"
+                bugs.setdefault(key, f"input {i}, {victim.name}: {error!r}"[:400])
+    return {"refused": refused, "bugs": bugs}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_damaged_file_is_read_or_refused_by_an_input_error(name, server, encoder_folder, tmp_path):
+    """In another process, since a decoder may end its process."""
+    count, first, bugs, refused = 20 * TIMES, 0, {}, 0
+    while first < count and len(bugs) < 9:
+        (folder := tmp_path / str(first) / name).mkdir(parents=True)
+        job = {
+            "program": "read_damaged",
+            "argv": [str(encoder_folder), name, first, count],
+            "folder": str(folder),
+        }
+        code, _ = server(job)
+        assert code <= 0, Path(f"{folder}.log").read_text()[-3000:]
+        if code == 0:
+            report = json.loads((folder.parent / "report").read_text())
+            bugs, refused, first = bugs | report["bugs"], refused + report["refused"], count
+        else:
+            first = int((folder.parent / "at").read_text()) + 1
+            bugs[f"input {first - 1}"] = f"the process died by signal {-code}"
+    print(f"{name}: {count} damaged files, {refused} refused, {len(bugs)} bugs")
     assert not bugs, "\n".join(f"{key}: {value}" for key, value in bugs.items())
 
 
@@ -774,13 +794,6 @@ def test_no_file_runs_code(name, encoder, encoder_folder, tmp_path):
             assert not evil.folder.exists(), (file, content[:80])
     pickle.loads(contents[0])
     assert evil.folder.exists()
-
-
-def patch(monkeypatch, name: str, value) -> None:
-    """Set a constant of the project's modules wherever it is."""
-    for module in list(sys.modules.values()):
-        if hasattr(module, name) and str(getattr(module, "__file__", "")).startswith(str(HERE)):
-            monkeypatch.setattr(module, name, value)
 
 
 def huge_png(folder):
@@ -853,22 +866,44 @@ def endless_images(folder):
     return read
 
 
-BOMBS = [
-    (huge_png, "80,000,000"), (huge_jpeg, "80,000,000"), (animated_gif, "PNG|JPEG|identify"), (many_frames, "frames|grey image"),
-    (deflated_dicom, "deflated"), (endless_table, "limit"), (long_cell, "long"),
-    (lambda folder: long_cell(folder, 3), "7777"), (endless_labels, "labels"), (endless_images, "images"),
-]  # fmt: skip
+BOMBS = {  # what makes it, and what the refusal must name
+    "png": (huge_png, "limit"),
+    "jpeg": (huge_jpeg, "limit"),
+    "gif": (animated_gif, "identify"),
+    "dicom of many frames": (many_frames, "grey image"),
+    "deflated dicom": (deflated_dicom, "deflated"),
+    "gzipped table": (endless_table, "limit"),
+    "patient": (long_cell, "characters"),
+    "label": (lambda folder: long_cell(folder, 3), "7777"),
+    "npz of labels": (endless_labels, "labels"),
+    "npz of images": (endless_images, "images"),
+}
 
 
-@pytest.mark.parametrize("make, named", BOMBS, ids=lambda value: getattr(value, "__name__", None))
-def test_small_files_that_would_fill_the_memory_are_refused(make, named, tmp_path, monkeypatch):
-    if TIMES == 1:
-        patch(monkeypatch, "MAX_TABLE", 1 << 20 if make is endless_table else 1 << 23)
-    read = make(tmp_path)
-    with memory(3), pytest.raises(retune.InputError, match=named) as caught:
-        read()
-    assert len(str(caught.value)) < 1000
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 20_000_000]
+def read_bomb(folder: Path, name: str) -> list:
+    """[type, text] of the error that reading a bomb raises."""
+    for module in list(sys.modules.values()):  # a table's limit that takes no minute to exceed
+        if hasattr(module, "MAX_TABLE") and TIMES == 1:
+            module.MAX_TABLE = 8 << 20
+    read = BOMBS[name][0](folder)
+    with memory(2):
+        try:
+            read()
+        except Exception as error:  # noqa: BLE001, its type is what the test looks at
+            return [type(error).__name__, str(error)]
+    return ["no error", ""]
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_small_files_that_would_fill_the_memory_are_refused(name, server, tmp_path):
+    (folder := tmp_path / "bomb").mkdir()
+    code, _ = server({"program": "read_bomb", "argv": [name], "folder": str(folder)})
+    assert code == 0, Path(f"{folder}.log").read_text()[-3000:]
+    kind, text = json.loads((tmp_path / "report").read_text())
+    assert kind == "InputError" and re.search(BOMBS[name][1], text) and len(text) < 1000, (kind, text[:300])
+    assert not [
+        path for path in (folder / "cache").rglob("*") if path.is_file() and path.stat().st_size > 1 << 20
+    ]
 
 
 @given(
@@ -939,10 +974,9 @@ def learn(
 
     def measure(model: torch.nn.Module) -> dict:
         scores, decisions = retune.score_rows(model, bank, embeddings, np.arange(n), "diff")
+        measured = retune.evaluate(scores, decisions, labels, names)
         assert np.isfinite(scores).all() and (scores >= -1e-6).all() and (scores <= 1 + 1e-6).all()
-        return retune.evaluate(scores, decisions, labels, names) | {
-            "ci": retune.bootstrap_ci(scores, labels, patients, 50)
-        }
+        return measured | {"ci": retune.bootstrap_ci(scores, labels, patients, 50)}
 
     for task in tasks:
         options = {"epochs": 1, "batch_size": 4, "generator": torch.Generator().manual_seed(0)}
@@ -983,12 +1017,13 @@ def test_an_encoder_of_huge_numbers_is_refused(encoder, tmp_path):
         retune.embed(broken, noise(), tmp_path)
 
 
-@given(st.integers(1, 9), st.integers(1, 3), st.randoms(use_true_random=False))
+@given(st.integers(1, 9), st.integers(1, 3), st.integers(0, 2**32))
 @settings(max_examples=min(20 * TIMES, 600), deadline=None)
-def test_no_metric_is_made_up(n, classes, random):
+def test_no_metric_is_made_up(n, classes, seed):
     """Any labels: a class is scored if and only if both its values occur; means exist if and only if one is."""
-    labels = np.float32([[random.choice((0, 1, math.nan)) for _ in range(classes)] for _ in range(n)])
-    embeddings = np.float32([[random.gauss(0, 1) for _ in range(4)] for _ in range(n)])
+    generator = np.random.default_rng(seed)
+    labels = generator.choice(np.float32([0, 1, math.nan]), (n, classes))
+    embeddings = generator.normal(size=(n, 4)).astype(np.float32)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         measured = learn(embeddings, labels, scenario="joint")
@@ -1044,9 +1079,9 @@ def test_smallest_sets_run_to_the_end_with_null_for_what_does_not_exist(name, en
 
 def test_a_thousand_classes(tmp_path):
     generator, names = np.random.default_rng(0), [f"c{c}" for c in range(1000)]
-    labels = generator.integers(0, 2, (20, 1000)).astype(np.float32)
+    labels = generator.integers(0, 2, (20, 1000 if TIMES > 1 else 150)).astype(np.float32)
     measured = learn(generator.normal(size=(20, 8)).astype(np.float32), labels, scenario="joint")
-    assert len(measured["auroc"]) == 1000 and 0.4 < measured["auroc_macro"] <= 1
+    assert len(measured["auroc"]) == labels.shape[1] and 0.4 < measured["auroc_macro"] <= 1
     split = {"auroc": dict.fromkeys(names, 0.7)}
     metrics = {
         "config": {"data": "csv", "encoder": "tiny", "scenario": "class", "adaptor": "mlp"},
@@ -1061,6 +1096,208 @@ def test_a_thousand_classes(tmp_path):
         retune.heatmap(tmp_path / "auroc.png", metrics, "auroc", "test AUROC")
     with Image.open(tmp_path / "auroc.png") as picture:
         assert max(picture.size) < 30_000
+
+
+# ------------------------------------------------------------------------------ 4. Privacy, paths and determinism
+
+
+def fill(template: str, **values) -> list[str]:
+    """The arguments of a template, whose values may hold spaces."""
+    return [argument.format(**values) if "{" in argument else argument for argument in template.split()]
+
+
+def run_everything(home: Path, encoder: Path, data: Path, run: Callable, workers: str) -> None:
+    """All programs and baselines with results below `home`: two of five tasks of each, models, exports."""
+    place = {"encoder": encoder, "data": data, "home": home}
+    methods = "retune linear mlp ewc lwf replay joint"
+    common = f"--data csv --data-dir {{data}} --workers {workers} --device cpu --cache-dir {{home}}/cache"
+    both = "--image-encoder {encoder} --text-encoder {encoder}"
+    retune_options = (
+        f"{common} --encoder {{encoder}} --epochs 2 --scenario class --memory 10 --method {methods}"
+    )
+    assert run("retune", [*fill(retune_options, **place), "--output", f"{home}/{{method}}"]) == 0
+    stages = "--stages retrieval classification --export {home}/pair --data csv --data-dir {data}"
+    argv = fill(
+        f"{ADAPTOR.split('--workers')[0]} {both} {common} --output {{home}}/adaptor {stages}", **place
+    )
+    assert run("adaptor", argv) == 0
+    argv = fill(
+        f"{CLEFT.split('--output')[0]} {common} --output {{home}}/cleft --truncate --balanced 0", **place
+    )
+    assert run("cleft", argv) == 0
+    assert run("cleft", ["export", *argv[1:], "--to", f"{home}/exported"]) == 0
+
+
+@pytest.fixture(scope="session")
+def places(encoder_folder, tmp_path_factory) -> tuple[Path, Path, Path]:
+    """(home of results, encoder, data): names with spaces, umlauts and Chinese, two of them behind links."""
+    root = tmp_path_factory.mktemp("places") / "Ordner mit Ä ü 影像"
+    (root / "echte Ergebnisse").mkdir(parents=True)
+    (root / "Ergebnisse ß").symlink_to(root / "echte Ergebnisse")
+    write_set(root / "echte Daten")
+    (root / "Daten 胸部").symlink_to(root / "echte Daten")
+    shutil.copytree(encoder_folder, root / "Kodierer é")
+    return root / "Ergebnisse ß", root / "Kodierer é", root / "Daten 胸部"
+
+
+@pytest.fixture(scope="session")
+def everything(places) -> Path:
+    """The folder with the results of all programs, run in this process."""
+    home, encoder, data = places
+    run_everything(home, encoder, data, lambda program, argv: PROGRAMS[program](argv), "0")
+    return home
+
+
+def models(home: Path) -> dict[str, bytes]:
+    """The content of every file below `home` that somebody may publish as a model."""
+    kinds = (".safetensors", ".pt")
+    inside = [p for p in home.rglob("*") if p.suffix in kinds or p.parent.name in ("pair", "exported")]
+    return {str(path.relative_to(home)): path.read_bytes() for path in inside if path.is_file()}
+
+
+def test_paths_with_spaces_other_scripts_and_links_serve_all_programs(everything):
+    names = {path.split("/")[0] for path in models(everything)}
+    assert names == {
+        "retune",
+        "linear",
+        "mlp",
+        "ewc",
+        "lwf",
+        "replay",
+        "joint",
+        "adaptor",
+        "pair",
+        "cleft",
+        "exported",
+    }
+    assert not [path for path in everything.rglob("*") if "partial" in path.name or "resume" in path.name]
+
+
+def secrets(places, home: Path) -> Iterator[bytes]:
+    """What no model may hold: texts of patients, rows of pixels, labels, 3 neighbouring numbers of an embedding."""
+    table = retune.read_table(places[2] / "labels.csv")
+    yield from (
+        text.encode() for text in {*table["patient"], *table["path"], *table["report"], "Kowalski", "ärztin"}
+    )
+    for name in table["path"]:
+        pixels = np.asarray(Image.open(places[2] / name))
+        yield from (pixels[k, :12].tobytes() for k in range(0, 40, 4))
+    for column in ("Edema", "Mass"):
+        labels = np.array(table[column], np.float32)
+        for some in (labels, labels[np.array(table["split"]) == "train"]):
+            yield from (
+                some[:24].astype(kind).tobytes() for kind in (np.uint8, np.int64, np.float32, np.float64)
+            )
+    for file in home.glob("cache/*/embeddings.npy"):
+        for row in np.load(file):
+            for kind in (np.float16, np.float32, np.float64):
+                some = row.astype(kind)
+                unit = (row / np.linalg.norm(row.astype(np.float32))).astype(kind)
+                yield from (x[k : k + 3].tobytes() for x in (some, unit) for k in range(0, len(some) - 2, 5))
+
+
+def test_no_model_of_any_program_holds_anything_of_a_patient(places, everything):
+    found, hidden = models(everything), {secret for secret in secrets(places, everything) if any(secret)}
+    assert len(found) > 25 and len(hidden) > 3000
+    leaks = {name: secret for name, content in found.items() for secret in hidden if secret in content}
+    assert not leaks
+
+
+def test_a_tokenizer_learns_no_rare_word_of_the_reports(tmp_path):
+    reports = [f"lungs are clear, seen by dr okonkwo{i}" for i in range(40)]
+    tokenizer = cleft.text_part(cleft.settle(cleft.Config(text="small")), reports)[1]
+    tokenizer.save_pretrained(tmp_path)
+    content = (tmp_path / "tokenizer.json").read_text()
+    assert "clear" in content and "okonkwo" not in content.lower()
+
+
+def test_another_process_with_other_workers_gives_the_same_bytes(places, everything, server, tmp_path):
+    def run(program: str, argv: list[str]) -> int:
+        code, _ = server({"program": program, "argv": argv, "folder": str(tmp_path)})
+        assert code == 0, Path(f"{tmp_path}.log").read_text()[-3000:]
+        return code
+
+    run_everything(tmp_path / "again", places[1], places[2], run, "2")
+    first, second = models(everything), models(tmp_path / "again")
+    assert first.keys() == second.keys()
+    assert not [name for name in first if first[name] != second[name]]
+
+
+def test_workers_that_are_spawned_give_the_same_bytes(places, everything, tmp_path):
+    """As on macOS and Windows, where a worker imports the program anew."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import multiprocessing\nmultiprocessing.set_start_method('spawn')\n"
+    )
+    options = "--data csv --data-dir {data} --encoder {encoder} --epochs 2 --scenario class --workers 2 --device cpu"
+    argv = fill(
+        f"{options} --cache-dir cache --output {{home}} --no-figures",
+        data=places[2],
+        encoder=places[1],
+        home="run",
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(HERE / "retune.py"), *argv]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for file in sorted((everything / "retune").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "run" / file.name).read_bytes(), file.name
+
+
+# ------------------------------------------------------------------------------------------------------- 5. Scale
+
+
+def load_large_table(folder: Path) -> dict:
+    """Load a CSV of 100,000 images; seconds and the growth of peak memory."""
+    lines = (f"p{i // 3 % 999}/{i:06d}.png,p{i // 3},{i % 2},{i % 3 // 2},-1,,1" for i in range(100_000))
+    (folder / "labels.csv").write_text("\n".join(["path,patient,A,B,C,D,E", *lines]))
+    before, start = retune.peak_memory_mb(), time.perf_counter()
+    data = load(folder, "csv")
+    assert data.labels.shape == (100_000, 5) and len(np.unique(data.patients)) == 33_334
+    return {"seconds": time.perf_counter() - start, "megabytes": retune.peak_memory_mb() - before}
+
+
+def train_on_a_million(folder: Path) -> dict:
+    """Train two tasks on a memory map of 1,000,000 x 128 numbers and measure on 200,000; seconds and memory."""
+    n, dim, generator = 1_000_000, 128, np.random.default_rng(0)
+    stored = np.lib.format.open_memmap(folder / "x.npy", "w+", np.float32, (n, dim))
+    for i in range(0, n, 10_000):
+        stored[i : i + 10_000] = generator.normal(size=(10_000, dim))
+    stored.flush()
+    embeddings, labels = np.load(folder / "x.npy", mmap_mode="r"), np.zeros((n, 5), np.float32)
+    labels[:] = np.asarray(stored[:, :5]) > 1
+    del stored
+    patients = np.array([f"p{i // 4}" for i in range(n)])
+    split = np.resize(["train"] * 7 + ["val"] + ["test"] * 2, n // 4).repeat(4)
+    data = retune.Radiographs(
+        np.broadcast_to(np.uint8(0), (n, 1, 1)), labels, tuple("ABCDE"), patients, split
+    )
+    model = retune.RETune(dim)
+    bank, rows = retune.PromptBank(torch.randn(10, dim), torch.arange(10)), data.where("train")
+    before, start = retune.peak_memory_mb(), time.perf_counter()
+    tasks = retune.make_tasks("data", labels[rows], data.class_names, 2, 0, patients[rows])
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for task in tasks:
+        task = dataclasses.replace(task, rows=rows[task.rows])
+        options = {"epochs": 1, "batch_size": 6144, "generator": torch.Generator().manual_seed(0)}
+        retune.fit(model, bank, embeddings, torch.from_numpy(labels), task, optimizer, **options)
+    trained, seconds = retune.peak_memory_mb() - before, time.perf_counter() - start
+    metrics = retune.measure_split(model, bank, embeddings, data, "test", "diff")
+    found = {"train_seconds": seconds, "train_megabytes": trained, "auroc": metrics["auroc_macro"]}
+    return found | {"measure_megabytes": retune.peak_memory_mb() - before}
+
+
+@thorough
+@pytest.mark.parametrize("job, limits", [
+    ("load_large_table", {"seconds": 60, "megabytes": 400}),
+    ("train_on_a_million", {"train_megabytes": 700, "measure_megabytes": 1500}),
+])  # fmt: skip
+def test_large_sets_fit(job, limits, server, tmp_path):
+    (folder := tmp_path / "work").mkdir()
+    code, _ = server({"program": job, "argv": [], "folder": str(folder)})
+    assert code == 0, Path(f"{folder}.log").read_text()[-3000:]
+    found = json.loads((tmp_path / "report").read_text())
+    print(f"{job}: {found}")
+    assert all(found[key] < limit for key, limit in limits.items()), found
 
 
 if __name__ == "__main__":
