@@ -19,7 +19,6 @@ import dataclasses
 import importlib
 import io
 import math
-import pickle
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -570,18 +569,16 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | Non
         if set(state["model"]) != set(model.learned()):
             raise KeyError("it belongs to another model")
         model.load_state_dict(state["model"], strict=False)
-        if optimizer is not None:
-            optimizer.load_state_dict(state["optimizer"])
+        if optimizer is not None:  # the settings of its groups are the configuration's, not the file's
+            groups = optimizer.state_dict()["param_groups"]
+            known = state["optimizer"]["state"]
+            if len({frozenset(values) for values in known.values()}) > 1:
+                raise ValueError("the optimiser's state is incomplete")
+            if any(float(values.get("step", 0)) < 0 for values in known.values()):
+                raise ValueError("a negative number of steps")
+            optimizer.load_state_dict({"state": known, "param_groups": groups})
         return state["step"]
-    except (
-        RuntimeError,
-        KeyError,
-        ValueError,
-        EOFError,
-        OSError,
-        TypeError,
-        pickle.UnpicklingError,
-    ) as error:
+    except Exception as error:  # noqa: BLE001, a damaged pickle raises nearly every type
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: damaged or of another configuration ({reason}); delete it") from None
 

@@ -215,7 +215,7 @@ def results(folder: Path) -> dict:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items() if key not in MEASURED}
         if isinstance(value, torch.Tensor):
-            return value.dtype, value.shape, value.numpy().tobytes()
+            return value.dtype, value.shape, value.detach().numpy().tobytes()
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     def read(path: Path):
@@ -253,7 +253,7 @@ def kill_and_compare(server: Callable, job: dict, prepare: Callable, note: str) 
     if Path(f"{whole}.changes").exists():
         lines = Path(f"{whole}.changes").read_text().splitlines()
         last = generator.permutation(list({line: n for n, line in enumerate(lines, 1)}.values()))
-        moments += [{"change": int(n)} for n in (last if TIMES > 1 else last[:1])]
+        moments += [{"change": int(n)} for n in last[: 1 if TIMES == 1 else 8 * TIMES]]
     for number, moment in enumerate(moments):
         folder, code, again = prepare(str(number)), -signal.SIGKILL, moment
         while code == -signal.SIGKILL:
