@@ -229,16 +229,16 @@ def results(folder: Path) -> dict:
 
 DEMO = f"{RETUNE} --demo-images 240"
 STAGES = {  # what runs, and whether the embeddings are there already
-    "embedding": ("retune", f"{DEMO} --scenario joint --epochs 1", False),
-    "training": ("retune", f"{DEMO} --scenario label --epochs 25 --no-figures", True),
+    "embedding": ("retune", f"{DEMO} --scenario label --epochs 3", False),
+    "training": ("retune", f"{DEMO} --scenario label --epochs 20 --no-figures", True),
     "replay": ("retune", f"{DEMO} --scenario class --method replay --memory 30 --no-figures", True),
     "report": ("retune", f"{DEMO} --scenario joint --epochs 1", True),
     "workers": ("retune", f"{DEMO} --scenario joint --epochs 1 --no-figures --workers 2", False),
-    "adaptor": ("adaptor", f"{ADAPTOR} --demo-images 240", False),
-    "cleft": ("cleft", f"{CLEFT} --demo-images 300", False),
+    "adaptor": ("adaptor", f"{ADAPTOR} --demo-images 150", False),
+    "cleft": ("cleft", f"{CLEFT} --demo-images 300 --balanced 0", False),
     "export": ("cleft", f"{CLEFT} --demo-images 300".replace("all", "export") + " --to exported", False),
 }  # fmt: skip
-EVERYDAY = ("embedding", "training", "adaptor", "cleft")
+EVERYDAY = ("embedding", "adaptor", "cleft")
 
 
 def kill_and_compare(server: Callable, job: dict, prepare: Callable, note: str) -> None:
@@ -872,7 +872,7 @@ BOMBS = {  # what makes it, and what the refusal must name
     "gif": (animated_gif, "identify"),
     "dicom of many frames": (many_frames, "grey image"),
     "deflated dicom": (deflated_dicom, "deflated"),
-    "gzipped table": (endless_table, "limit"),
+    "gzipped table": (endless_table, "unpacks"),
     "patient": (long_cell, "characters"),
     "label": (lambda folder: long_cell(folder, 3), "7777"),
     "npz of labels": (endless_labels, "labels"),
@@ -1079,7 +1079,7 @@ def test_smallest_sets_run_to_the_end_with_null_for_what_does_not_exist(name, en
 
 def test_a_thousand_classes(tmp_path):
     generator, names = np.random.default_rng(0), [f"c{c}" for c in range(1000)]
-    labels = generator.integers(0, 2, (20, 1000 if TIMES > 1 else 150)).astype(np.float32)
+    labels = generator.integers(0, 2, (20, 1000 if TIMES > 1 else 60)).astype(np.float32)
     measured = learn(generator.normal(size=(20, 8)).astype(np.float32), labels, scenario="joint")
     assert len(measured["auroc"]) == labels.shape[1] and 0.4 < measured["auroc_macro"] <= 1
     split = {"auroc": dict.fromkeys(names, 0.7)}
@@ -1088,9 +1088,9 @@ def test_a_thousand_classes(tmp_path):
         "classes": names,
     }
     metrics |= {
-        "tasks": [{"name": "part"}] * 20,
+        "tasks": [{"name": "part"}] * 5,
         "zero_shot": {"test": split},
-        "after_task": [{"test": split}] * 20,
+        "after_task": [{"test": split}] * 5,
     }
     with memory(3):
         retune.heatmap(tmp_path / "auroc.png", metrics, "auroc", "test AUROC")
@@ -1228,13 +1228,9 @@ def test_workers_that_are_spawned_give_the_same_bytes(places, everything, tmp_pa
     (tmp_path / "sitecustomize.py").write_text(
         "import multiprocessing\nmultiprocessing.set_start_method('spawn')\n"
     )
-    options = "--data csv --data-dir {data} --encoder {encoder} --epochs 2 --scenario class --workers 2 --device cpu"
-    argv = fill(
-        f"{options} --cache-dir cache --output {{home}} --no-figures",
-        data=places[2],
-        encoder=places[1],
-        home="run",
-    )
+    options = "--data csv --data-dir {data} --encoder {encoder} --epochs 2 --scenario class --workers {workers} --device cpu"
+    values = {"data": places[2], "encoder": places[1], "workers": 1 if TIMES == 1 else 2}
+    argv = fill(f"{options} --cache-dir cache --output run --no-figures", **values)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, str(HERE / "retune.py"), *argv]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
