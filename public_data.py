@@ -308,8 +308,12 @@ def open_array(archive: zipfile.ZipFile, name: str) -> Iterator[tuple]:
     """(file at the first number, shape, dtype) of a member; ValueError when it is not as long as its header says."""
     with archive.open(name) as member:
         major, _ = np.lib.format.read_magic(member)
-        shape, _, kind = getattr(np.lib.format, f"read_array_header_{min(major, 2)}_0")(member)
+        shape, fortran, kind = getattr(np.lib.format, f"read_array_header_{min(major, 2)}_0")(member)
         size = archive.getinfo(name).file_size
+        if kind.hasobject:
+            raise ValueError(f"{name} holds pickled objects, which are never read: allow_pickle=False")
+        if fortran:
+            raise ValueError(f"{name.removesuffix('.npy')} is {kind} {shape} by columns")
         if min(shape, default=0) < 0 or member.tell() + math.prod(shape) * kind.itemsize != size:
             raise ValueError(f"{name} is {kind} {shape} in {size:,} bytes")
         yield member, shape, kind

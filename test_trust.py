@@ -253,7 +253,8 @@ def kill_and_compare(server: Callable, job: dict, prepare: Callable, note: str) 
     if Path(f"{whole}.changes").exists():
         lines = Path(f"{whole}.changes").read_text().splitlines()
         last = generator.permutation(list({line: n for n, line in enumerate(lines, 1)}.values()))
-        moments += [{"change": int(n)} for n in last[: 1 if TIMES == 1 else 8 * TIMES]]
+        changes = [{"change": int(n)} for n in last[: 8 * TIMES]]
+        moments = changes[:1] if TIMES == 1 else moments + changes  # restarts die at random times anyway
     for number, moment in enumerate(moments):
         folder, code, again = prepare(str(number)), -signal.SIGKILL, moment
         while code == -signal.SIGKILL:
