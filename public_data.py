@@ -308,7 +308,7 @@ def open_array(archive: zipfile.ZipFile, name: str) -> Iterator[tuple]:
     """(file at the first number, shape, dtype) of a member; ValueError when it is not as long as its header says."""
     with archive.open(name) as member:
         major, _ = np.lib.format.read_magic(member)
-        shape, fortran, kind = getattr(np.lib.format, f"read_array_header_{min(major, 2)}_0")(member)
+        shape, fortran, kind = getattr(np.lib.format, f"read_array_header_{1 if major == 1 else 2}_0")(member)
         size = archive.getinfo(name).file_size
         if kind.hasobject:
             raise ValueError(f"{name} holds pickled objects, which are never read: allow_pickle=False")
