@@ -232,6 +232,9 @@ class DualEncoder(nn.Module):
             with torch.random.fork_rng(devices=[]), WithoutRandomWeights():
                 encoder = cls({"name": folder.name} | config, tokenizer)
             encoder.load_weights(state, folder)
+            # A tokenizer or a transform that does not fit the towers fails here and not in the middle of a run.
+            encoder.encode_texts(["", "no finding"])
+            encoder.encode_images(encoder.transform(torch.zeros(1, 40, 60, dtype=torch.uint8))[None])
         except InputError:
             raise
         except Exception as error:  # noqa: BLE001 - so many layers, so many complaints about their settings

@@ -10,9 +10,11 @@ import contextlib
 import errno
 import hashlib
 import http.client
+import math
 import os
 import re
 import shutil
+import struct
 import time
 import tokenize
 import urllib.error
@@ -56,7 +58,7 @@ def load_nih(config: Config) -> Radiographs:
     for split, file in (("train", "train_val_list.txt"), ("test", "test_list.txt")):
         if not (root / file).is_file():
             raise InputError(f"{root / file}: no such file; the official lists decide the split")
-        lists |= dict.fromkeys((root / file).read_text(encoding="utf-8").split(), split)
+        lists |= dict.fromkeys((root / file).read_text(encoding="utf-8", errors="replace").split(), split)
     names, rows = table["Image Index"], [f"{path} row {i + 2}" for i in range(len(table["Image Index"]))]
     labels = np.zeros((len(names), len(NIH_FINDINGS)), np.float32)
     column = {name: j for j, name in enumerate(NIH_FINDINGS)}
@@ -242,6 +244,7 @@ CHESTMNIST_MD5 = {
     128: "db107e5590b27930b62dbaf558aebee3",
     224: "45bd33e6f06c3e8cdb481c74a89152aa",
 }
+MAX_IMAGES = 200_000  # a split; a larger one is refused, since a few bytes may unpack to any number
 TRIES, PAUSE = 5, 2.0  # connections for one download, and seconds between them
 
 
@@ -288,6 +291,22 @@ class MappedImages(Sequence):
         return self.pixels[i]
 
 
+@contextlib.contextmanager
+def open_array(archive: zipfile.ZipFile, name: str) -> Iterator[tuple]:
+    """(file at the first number, shape, dtype) of a member; ValueError when it is not as long as its header says."""
+    with archive.open(name) as member:
+        major, _ = np.lib.format.read_magic(member)
+        shape, fortran, kind = getattr(np.lib.format, f"read_array_header_{1 if major == 1 else 2}_0")(member)
+        size = archive.getinfo(name).file_size
+        if kind.hasobject:
+            raise ValueError(f"{name} holds pickled objects, which are never read: allow_pickle=False")
+        if fortran:
+            raise ValueError(f"{name.removesuffix('.npy')} is {kind} {shape} by columns")
+        if min(shape, default=0) < 0 or member.tell() + math.prod(shape) * kind.itemsize != size:
+            raise ValueError(f"{name} is {kind} {shape} in {size:,} bytes")
+        yield member, shape, kind
+
+
 def unpack_chestmnist(path: Path, side: int, file: Path) -> tuple[MappedImages, np.ndarray, list[str]]:
     """Images of all splits, copied into `file` unless they are there, labels [N, 14] and split [N] of an .npz."""
     labels, split = [], []
@@ -296,23 +315,26 @@ def unpack_chestmnist(path: Path, side: int, file: Path) -> tuple[MappedImages, 
             if new := not file.exists():
                 output = stack.enter_context(open(stack.enter_context(atomic(file)), "wb"))
             for part in ("train", "val", "test"):
-                with archive.open(f"{part}_labels.npy") as member:
-                    labels.append(np.lib.format.read_array(member, allow_pickle=False))
-                shape, values = labels[-1].shape, np.unique(labels[-1])
-                if shape[1:] != (len(NIH_FINDINGS),) or not np.isin(values, (0, 1)).all():
+                with open_array(archive, f"{part}_labels.npy") as (member, shape, kind):
+                    fits = shape[1:] == (len(NIH_FINDINGS),) and shape[0] <= MAX_IMAGES
+                    labels.append(np.frombuffer(member.read(), kind).reshape(shape) if fits else None)
+                if not fits or not np.isin(labels[-1], (0, 1)).all():
                     raise ValueError(f"{part}_labels {shape} must be 0 or 1 for {len(NIH_FINDINGS)} findings")
                 split += [part] * len(labels[-1])
-                with archive.open(f"{part}_images.npy") as member:
-                    major, _ = np.lib.format.read_magic(member)
-                    found = getattr(np.lib.format, f"read_array_header_{min(major, 2)}_0")(member)
-                    if found != ((shape[0], side, side), False, np.uint8):
-                        raise ValueError(f"{part}_images is {found[2]} {found[0]}")
+                with open_array(archive, f"{part}_images.npy") as (member, found, kind):
+                    if (found, kind) != ((shape[0], side, side), np.uint8):
+                        raise ValueError(f"{part}_images is {kind} {found}")
                     if new:
                         shutil.copyfileobj(member, output, 1 << 20)
     except (
         KeyError, ValueError, TypeError, EOFError, SyntaxError, tokenize.TokenError,  # numpy reads text headers
-        RuntimeError, zipfile.BadZipFile, zlib.error,
+        RuntimeError, zipfile.BadZipFile, zlib.error, struct.error, OverflowError, IndexError, OSError,
     ) as error:  # fmt: skip
+        if isinstance(error, OSError) and error.errno not in (
+            None,
+            errno.EINVAL,
+        ):  # the disk's fault, not the file's
+            raise
         raise InputError(f"{path}: not ChestMNIST at {side} pixels: {error}") from None
     if file.stat().st_size != len(split) * side * side:
         raise InputError(f"{file}: damaged cache; delete this file to unpack it again")

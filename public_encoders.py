@@ -7,7 +7,6 @@ tokenizer. No checkpoint is executed: safetensors, or `torch.load(weights_only=T
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from pathlib import Path
 
@@ -79,7 +78,13 @@ def read_published(name: str, directory: str | Path | None) -> tuple[dict, dict[
     folder = Path(directory or name)
     if directory is None and (name in HUB or not folder.is_dir()):
         folder = download(name)
-    config, state, tokenizer = read_encoder(folder)
+    try:
+        config, state, tokenizer = read_encoder(folder)
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"{folder}: no encoder as published ({reason})") from error
     if config["name"] == folder.name and not Path(name).is_dir():
         config["name"] = name  # a hub id rather than the folder with its files
     return config, state, tokenizer
@@ -111,7 +116,6 @@ def download(name: str) -> Path:
 
 def read_weights(folder: Path, *patterns: str) -> dict[str, Tensor]:
     """The tensors in the files of the first pattern that fits any, under our names; runs no pickled code."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     files = next((found for found in (sorted(folder.glob(pattern)) for pattern in patterns) if found), [])
@@ -121,15 +125,21 @@ def read_weights(folder: Path, *patterns: str) -> dict[str, Tensor]:
     for file in files:
         try:
             found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
-            found = {key: tensor.detach() for key, tensor in found.items()}
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
+            state |= renamed({key: tensor.detach() for key, tensor in found.items()})
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"{file} is damaged or holds more than tensors: {reason}") from error
-        for key, tensor in found.items():
-            for pattern, replacement in KEYS.items():
-                key = re.sub(rf"^{pattern}(?=\.|$)", replacement, key)
-            thirds = zip("qkv", tensor.chunk(3)) if ".attention.qkv." in key else ()  # timm's are one tensor
-            state |= {key.replace("qkv", f"{part}_proj"): third for part, third in thirds} or {key: tensor}
+    return state
+
+
+def renamed(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published tensors under our names."""
+    state = {}
+    for key, tensor in found.items():
+        for pattern, replacement in KEYS.items():
+            key = re.sub(rf"^{pattern}(?=\.|$)", replacement, key)
+        thirds = zip("qkv", tensor.chunk(3)) if ".attention.qkv." in key else ()  # timm's are one tensor
+        state |= {key.replace("qkv", f"{part}_proj"): third for part, third in thirds} or {key: tensor}
     return state
 
 
@@ -147,7 +157,7 @@ def read_tokenizer(folder: Path, bert: bool = False):
                 vocabulary = json.loads(files[0].read_text(encoding="utf-8"))["model"]["vocab"]
             return BertTokenizer(vocab=vocabulary)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ImportError, OSError, KeyError, ValueError) as error:
+    except Exception as error:
         raise InputError(f"{folder}: its tokenizer cannot be read: {error}") from error
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -305,10 +304,15 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | Non
         if set(state["model"]) != set(model.learned()):
             raise KeyError("it belongs to another model")
         model.load_state_dict(state["model"], strict=False)
-        if optimizer is not None:
-            optimizer.load_state_dict(state["optimizer"])
+        if optimizer is not None:  # the settings of its groups are the configuration's, not the file's
+            known, groups = state["optimizer"]["state"], optimizer.state_dict()["param_groups"]
+            if len({frozenset(values) for values in known.values()}) > 1:
+                raise ValueError("the optimiser's state is incomplete")
+            if any(float(values.get("step", 0)) < 0 for values in known.values()):
+                raise ValueError("a negative number of steps")
+            optimizer.load_state_dict({"state": known, "param_groups": groups})
         return state["step"]
-    except (RuntimeError, KeyError, ValueError, EOFError, OSError, TypeError, pickle.PickleError) as error:
+    except Exception as error:  # noqa: BLE001 - a damaged pickle raises nearly every type
         problem = f"damaged or of another configuration ({one_line(error)}); delete it"
         raise InputError(f"{path}: {problem}") from None
 
