@@ -708,6 +708,9 @@ def fit(
     window = max(1, WINDOW // (4 * embeddings.shape[1] * batch_size)) * batch_size
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loaded, steps = None, epochs * math.ceil(len(rows) / batch_size)
+    buffer = torch.empty(
+        min(batch_size, len(rows)), embeddings.shape[1]
+    )  # one for all steps: new pages cost time
     with progress(total=steps, desc=f"training {task.name}", unit="step") as bar:
         for piece in (p for _ in range(epochs) for p in shuffled_windows(rows, window, generator)):
             if loaded is not piece:
@@ -716,7 +719,8 @@ def fit(
                 loaded = piece
             for batch in torch.randperm(len(piece), generator=generator).split(batch_size):
                 count, batch = int((~y[batch].isnan()).sum()), batch[rank::world]
-                images, target = x.index_select(0, batch).to(device), y[batch].to(device)
+                images = torch.index_select(x, 0, batch, out=buffer[: len(batch)]).to(device)
+                target = y[batch].to(device)
                 logits = model.logits(images, bank)
                 loss = prompt_contrastive_loss(logits[:, columns], target, count)
                 if penalty is not None:
