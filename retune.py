@@ -670,8 +670,8 @@ def release(embeddings: np.ndarray) -> None:
 def read_rows(embeddings: np.ndarray, rows: torch.Tensor) -> torch.Tensor:
     """Copy rows [B] of a memory map [N, D] into memory: float32 [B, D]."""
     out = torch.empty(len(rows), embeddings.shape[1])
-    for i in range(0, len(rows), 8192):
-        out[i : i + 8192] = torch.from_numpy(np.take(embeddings, rows[i : i + 8192].numpy(), axis=0))
+    for i in range(0, len(rows), 1024):  # few at a time: a row may bring 2 MB of the file into memory
+        out[i : i + 1024] = torch.from_numpy(np.take(embeddings, rows[i : i + 1024].numpy(), axis=0))
         release(embeddings)
     return out
 
@@ -688,9 +688,10 @@ def shuffled_windows(rows: torch.Tensor, window: int, generator: torch.Generator
     if len(rows) <= window:
         yield rows
     else:
-        blocks = torch.randperm(math.ceil(len(rows) / BLOCK), generator=generator)
-        order = (blocks[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
-        yield from (rows[part] for part in order[order < len(rows)].split(window))
+        blocks = torch.randperm(math.ceil(len(rows) / BLOCK), generator=generator).int()
+        order = (blocks[:, None] * BLOCK + torch.arange(BLOCK, dtype=torch.int32)).flatten()
+        order = order[order < len(rows)]  # the last block may be short
+        yield from (rows[part] for part in order.split(window))
 
 
 def fit(
