@@ -279,7 +279,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ("training", "prompts", "embedding", "ranks", "memory", "scale", "help")
+    # Memory first: a child's peak begins at that of its parent, which the other measures raise.
+    names = ("memory", "training", "prompts", "embedding", "ranks", "scale", "help")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="measure these alone")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats (default: 5)")
     parser.add_argument("--train-on", type=Path, help=argparse.SUPPRESS)
