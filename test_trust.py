@@ -101,7 +101,7 @@ CLEFT = (
 )
 
 
-def write_set(root: Path, n: int = 48) -> list[dict]:
+def write_set(root: Path, n: int = 48) -> None:
     """A CSV data set of n images of noise in `root`, with patients, reports and names that are not ASCII."""
     generator, lines = np.random.default_rng(0), ["path,patient,split,Edema,Mass,report"]
     (root / "Bilder 1").mkdir(parents=True)
