@@ -109,7 +109,8 @@ def write_set(root: Path, n: int = 48) -> None:
         name = f"Bilder 1/Röntgen {i:02d} 胸.png"
         Image.fromarray(generator.integers(0, 256, (40, 36), np.uint8)).save(root / name)
         split = ("train", "train", "val", "test")[i // 2 % 4]
-        lines.append(f"{name},Kowalski-{i // 2:03d},{split},{i % 2},{i // 8 % 2},report of ärztin number {i}")
+        mass = (i * i // 3 + i // 8) % 2  # no pattern that a causal mask has too
+        lines.append(f"{name},Kowalski-{i // 2:03d},{split},{i % 2},{mass},report of ärztin number {i}")
     (root / "labels.csv").write_text("\n".join(lines), encoding="utf-8")
 
 
