@@ -16,7 +16,6 @@ Pre-training", arXiv 2401.01179, ICASSP 2024. What is ours and not the paper's s
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import hashlib
 import math
@@ -36,7 +35,7 @@ import retune
 from classification import classification_table, classify, labelled_shares
 from reports import Pairs, make_pairs, make_texts
 from retrieval import draw_curves, retrieval, retrieval_table
-from retune import DualEncoder, InputError, Radiographs, atomic, ranks, read_rows, same, say, setting
+from retune import DualEncoder, InputError, Radiographs, ranks, read_rows, same, say, setting
 from segmentation import find_masks, load_masked, segment, segmentation_table
 from unimodal import Side, count, embed, export_pair, load_backbones, parameter_table, train_epochs
 
@@ -47,18 +46,11 @@ MASKED = ("siim", "rsna")  # data sets that bring masks; read by segmentation.py
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(retune.DataConfig):
     """Every setting of a run; the command line is made from it. What is None here is settled by the data."""
 
     # fmt: off
     data: str = setting("demo", "data set", choices=(*retune.DATASETS, *MASKED), group="data")
-    data_dir: str | None = same("data_dir")
-    labels_csv: str | None = same("labels_csv")
-    classes: tuple[str, ...] | None = same("classes")
-    view: str = same("view")
-    uncertain: str = same("uncertain")
-    blank: str | None = same("blank")
-    size: int = same("size")
     demo_images: int = setting(12000, "number of phantoms in the demo")
     skip_bad_images: bool = same("skip_bad_images")
     texts: str = setting("auto", "reports, or captions from labels", choices=("auto", "reports", "labels"))
@@ -110,17 +102,12 @@ class Config:
     def __post_init__(self):
         counts = "demo_images width layers heads feedforward epochs batch_size repeats head_steps mask_epochs"
         counts += " mask_images decoder_width encode_batch"
-        for names, valid, rule in (
-            (f"{counts} lr", lambda value: 0 < value < math.inf, "be positive"),
-            ("seed workers", lambda value: 0 <= value < 2**32, "be from 0 to 4294967295"),
+        retune.refuse_values(
+            self, (f"{counts} lr", *retune.POSITIVE), ("seed workers", *retune.SEED),
             ("weight_decay", lambda value: 0 <= value < math.inf, "not be negative"),
             ("image_weight", lambda value: 0 <= value <= 1, "be from 0 to 1"),
             ("dropout", lambda value: 0 <= value < 1, "be at least 0 and below 1"),
-        ):
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not valid(value):
-                    raise InputError(f"--{name.replace('_', '-')} {value} must {rule}")
+        )  # fmt: skip
         if bad := [f for f in self.fractions or () if not 0 < f <= 1]:
             raise InputError(f"--fractions {bad[0]} must be above 0 and at most 1")
 
@@ -423,11 +410,8 @@ def report(config: Config, metrics: dict, data: Radiographs) -> None:
     The stages' checkpoints go just before it: had each stage cleared up, a kill could come in between.
     """
     folder, share = config.folder, labelled_shares(data, config.fractions, config.seed)
-    with atomic(folder / "splits.csv") as partial, open(partial, "w", encoding="utf-8", newline="") as file:
-        lines = zip(data.names, data.patients, data.split, share)
-        csv.writer(file).writerows([("image", "patient", "split", "labelled share"), *lines])
-    with atomic(folder / "table.md") as partial:
-        partial.write_text(summary(metrics) + "\n", encoding="utf-8")
+    retune.write_splits(folder / "splits.csv", data, "labelled share", share)
+    retune.write_text(folder / "table.md", summary(metrics) + "\n")
     for name in ("pretraining", "segmentation-adaptor", "segmentation-bare"):
         shutil.rmtree(folder / name, ignore_errors=True)
     retune.write_json(folder / "metrics.json", metrics)

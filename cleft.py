@@ -39,27 +39,17 @@ from towers import add_peft, batch_rows, build_encoder, count, restore, split_to
 
 DATASETS = {"pretrain": downstream.load_pretrain, "embed": load_embed, "rsna": downstream.load_rsna}
 DATA_SETS = tuple(dict.fromkeys(["demo", *DATASETS, *retune.DATASETS]))
-POSITIVE = ("steps", "lr", "batch_size", "accumulate", "dim", "temperature", "save_every", "context_tokens",
-            "prompt_steps", "prompt_lr", "demo_images", "lora_rank", "lora_alpha",
-            "context_length")  # fmt: skip
-NOT_NEGATIVE = ("seed", "workers", "prefix_tokens", "weight_decay", "warmup", "lora_dropout", "balanced",
-                "finetune_epochs")  # fmt: skip
+POSITIVE = "steps lr batch_size accumulate dim temperature save_every context_tokens prompt_steps prompt_lr"
+POSITIVE += " demo_images lora_rank lora_alpha context_length"
+NOT_NEGATIVE = "seed workers prefix_tokens weight_decay warmup lora_dropout balanced finetune_epochs"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(retune.DataConfig):
     """Every setting; the command line is made from it. None is filled by the authors' value or the demo's."""
 
     # fmt: off
     data: str = setting("demo", "data set", choices=DATA_SETS, group="data")
-    data_dir: str | None = same("data_dir")
-    labels_csv: str | None = same("labels_csv")
-    classes: tuple[str, ...] | None = same("classes")
-    view: str = same("view")
-    uncertain: str = same("uncertain")
-    blank: str | None = same("blank")
-    size: int = same("size")
-    demo_images: int = same("demo_images")
 
     image: str = setting("tiny", "small, tiny, our or a transformers folder, an id", group="towers")
     text: str = setting("tiny", "likewise; a causal language model")
@@ -105,12 +95,10 @@ class Config:
     # fmt: on
 
     def __post_init__(self):
-        for name in NOT_NEGATIVE + POSITIVE:
-            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
-            if name in NOT_NEGATIVE and not 0 <= value < 2**32:
-                raise InputError(f"{flag} {value} must {'not be negative' if value < 0 else 'be < 2**32'}")
-            if name in POSITIVE and value is not None and not 0 < value < math.inf:
-                raise InputError(f"{flag} {value} must be positive")
+        retune.refuse_values(
+            self, (POSITIVE, *retune.POSITIVE), (NOT_NEGATIVE, lambda value: not value < 0, "not be negative"),
+            (NOT_NEGATIVE, lambda value: value < 2**32, "be < 2**32"),
+        )  # fmt: skip
 
     @property
     def folder(self) -> Path:

@@ -225,6 +225,5 @@ def report(folder: Path, results: dict[str, dict]) -> None:
     rows = [[name, r["auroc_macro"], "{:.3f}-{:.3f}".format(*r["auroc_macro_ci"]), r.get("accuracy"), r["n"]]
             for name, r in results.items()]  # fmt: skip
     table = retune.markdown_table(header, rows)
-    with retune.atomic(folder / "evaluation.md") as partial:
-        partial.write_text(table + "\n", encoding="utf-8")
+    retune.write_text(folder / "evaluation.md", table + "\n")
     retune.say(f"{table}\n\nwritten to {folder}")

@@ -113,10 +113,15 @@ def strict(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, atomically."""
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, value) -> None:
     """Write strict JSON, atomically."""
-    with atomic(path) as partial:
-        partial.write_text(json.dumps(strict(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(strict(value), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path):
@@ -539,9 +544,21 @@ def setting(default, help: str, **metadata):
     return field(default=default, metadata={"help": help, **metadata})
 
 
+def refuse_values(config, *rules: tuple[str, Callable, str]) -> None:
+    """InputError for a setting that breaks its rule: (names, what holds for a good value, "be positive")."""
+    for names, good, rule in rules:
+        for name in names.split():
+            if (value := getattr(config, name)) is not None and not good(value):
+                raise InputError(f"--{name.replace('_', '-')} {value} must {rule}")
+
+
+POSITIVE = (lambda value: 0 < value < math.inf), "be positive"
+SEED = (lambda value: 0 <= value < 2**32), "be from 0 to 4294967295"
+
+
 @dataclass(frozen=True)
-class Config:
-    """Every setting of a run; the command line is made from it. What is None here is settled by the data."""
+class DataConfig:
+    """The data set: settings that all programs have."""
 
     # fmt: off
     data: str = setting("demo", "data set", group="data",
@@ -554,6 +571,24 @@ class Config:
     blank: str | None = setting(None, "what a blank label becomes (csv: ignore)", choices=("zero", "ignore"))
     size: int = setting(224, "image side, for chestmnist", choices=(28, 64, 128, 224))
     demo_images: int = setting(6000, "number of phantoms in the demo")
+    # fmt: on
+
+    @property
+    def root(self) -> Path:
+        """The data set's folder, which must exist."""
+        if self.data_dir is None or not Path(self.data_dir).is_dir():
+            raise InputError(f"--data {self.data} needs its folder; --data-dir {self.data_dir} is none")
+        return Path(self.data_dir)
+
+
+DATA_KEYS = (*(item.name for item in dataclasses.fields(DataConfig)), "cache_dir")
+
+
+@dataclass(frozen=True)
+class Config(DataConfig):
+    """Every setting of a run; the command line is made from it. What is None here is settled by the data."""
+
+    # fmt: off
     skip_bad_images: bool = setting(False, "leave out unreadable images, and count them, instead of stopping")
 
     encoder: str = setting("tiny", "tiny, biomedclip, biovil, a folder, a CLIP or SigLIP id", group="encoder")
@@ -599,26 +634,13 @@ class Config:
     # fmt: on
 
     def __post_init__(self):
-        counts = ("demo_images", "encode_batch", "parts", "memory", "epochs", "batch_size")
-        for name in (*counts, "lr", "logit_scale"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} {value} must be positive")
-        for name in ("seed", "workers"):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise InputError(f"--{name} {getattr(self, name)} must be from 0 to 4294967295")
+        counts = "demo_images encode_batch parts memory epochs batch_size"
+        refuse_values(self, (f"{counts} lr logit_scale", *POSITIVE), ("seed workers", *SEED))
 
     @property
     def folder(self) -> Path:
         """The run's folder."""
         return fill_in(self)
-
-    @property
-    def root(self) -> Path:
-        """The data set's folder, which must exist."""
-        if self.data_dir is None or not Path(self.data_dir).is_dir():
-            raise InputError(f"--data {self.data} needs its folder; --data-dir {self.data_dir} is none")
-        return Path(self.data_dir)
 
 
 def same(name: str):
@@ -709,9 +731,7 @@ def fit(
     window = max(1, WINDOW // (4 * embeddings.shape[1] * batch_size)) * batch_size
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loaded, steps = None, epochs * math.ceil(len(rows) / batch_size)
-    buffer = torch.empty(
-        min(batch_size, len(rows)), embeddings.shape[1]
-    )  # one for all steps: new pages cost time
+    buffer = torch.empty(min(batch_size, len(rows)), embeddings.shape[1])  # new pages in every step cost time
     with progress(total=steps, desc=f"training {task.name}", unit="step") as bar:
         for piece in (p for _ in range(epochs) for p in shuffled_windows(rows, window, generator)):
             if loaded is not piece:
@@ -772,12 +792,6 @@ def claim(folder: Path, identity: dict) -> None:
     if differ:
         pairs = [f"{key} {str(old.get(key))[:60]}, now {str(identity[key])[:60]}" for key in differ]
         raise InputError(f"{folder}: holds another run ({'; '.join(pairs)}); use another --output")
-
-
-DATA_KEYS = (
-    "data", "data_dir", "labels_csv", "classes", "view", "uncertain", "blank", "size", "demo_images",
-    "cache_dir",
-)  # fmt: skip
 
 
 def cut_tasks(config: Config, data: Radiographs) -> list[Task]:
@@ -1038,15 +1052,19 @@ def report(results: Results, data: Radiographs, tasks: Sequence[Task]) -> None:
     for k, task in enumerate(tasks, 1):
         for row in task.rows.tolist():
             seen[row].append(str(k))
-    with atomic(folder / "splits.csv") as partial, open(partial, "w", encoding="utf-8", newline="") as file:
-        lines = zip(data.names, data.patients, data.split, map(" ".join, seen))
-        csv.writer(file).writerows([("image", "patient", "split", "task"), *lines])
+    write_splits(folder / "splits.csv", data, "task", map(" ".join, seen))
     for key, title in (("auroc", "test AUROC"), ("f1", "test F1")) if metrics["config"]["figures"] else ():
         heatmap(folder / f"{key}.png", metrics, key, title)
-    with atomic(folder / "table.md") as partial:
-        partial.write_text(summary(metrics) + "\n", encoding="utf-8")
+    write_text(folder / "table.md", summary(metrics) + "\n")
     write_json(folder / "metrics.json", metrics)
     (folder / "resume.safetensors").unlink(missing_ok=True)
+
+
+def write_splits(path: Path, data: Radiographs, title: str, column: Iterable[str]) -> None:
+    """Write a table of every image's patient and split, and what `column` [N] says of it."""
+    with atomic(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+        lines = zip(data.names, data.patients, data.split, column)
+        csv.writer(file).writerows([("image", "patient", "split", title), *lines])
 
 
 def heatmap(path: Path, metrics: dict, key: str, title: str) -> None:

@@ -45,6 +45,7 @@ from retune import (
     read_rows,
     stages,
     write_json,
+    write_text,
 )
 
 # ---------------------------------------------------------------------------------------------------- 1. Runs
@@ -785,14 +786,12 @@ def write_readme(readme: Path, folder: Path) -> None:
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise InputError(f"{readme}: needs one line {BEGIN} and one line {END}, to write the results between")
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    with atomic(readme) as partial:
-        partial.write_text(head + readme_block(folder) + tail, encoding="utf-8")
+    write_text(readme, head + readme_block(folder) + tail)
 
 
 def write_table(table: Table, folder: Path) -> None:
     for suffix, render in ((".md", to_markdown), (".csv", to_csv), (".tex", to_latex)):
-        with atomic(folder / f"{table.name}{suffix}") as partial:
-            partial.write_text(render(table), encoding="utf-8")
+        write_text(folder / f"{table.name}{suffix}", render(table))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -811,8 +810,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_table(table, folder)
             print(f"{to_markdown(table)}\nwritten to {folder / table.name}.md, .csv and .tex\n")
         if len(tables) == len(TABLES):
-            with atomic(folder / "cells.csv") as partial:
-                partial.write_text(trace(tables, folder), encoding="utf-8")
+            write_text(folder / "cells.csv", trace(tables, folder))
             print(f"where every number comes from: {folder / 'cells.csv'}")
         if "figures" in arguments.only:
             draw_figures(runs, folder)
