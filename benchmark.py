@@ -26,6 +26,7 @@ import radiographs
 import retune
 
 BATCH, CLASSES, PROMPTS = 6144, 5, 8  # the authors' batch, classes, prompts a class (four of each polarity)
+TOKENS = 22  # BERT-base's own tokenizer pads the prompts of CheXpert's classes in prompts.json to this length
 
 
 def interleaved(
@@ -96,7 +97,7 @@ def reencoding(repeats: int) -> tuple:
     from transformers import BertConfig, BertModel
 
     tower = BertModel(BertConfig(), add_pooling_layer=False).eval()
-    tokens = torch.randint(1000, (CLASSES * PROMPTS, 16))
+    tokens = torch.randint(1000, (CLASSES * PROMPTS, TOKENS))
 
     def encode() -> float:
         with torch.no_grad():
@@ -110,7 +111,7 @@ def reencoding(repeats: int) -> tuple:
     return (
         "step, prompts embedded once",
         f"{ours * 1e3:.1f} ms",
-        f"{theirs * 1e3:.0f} ms re-encoding 40 prompts",
+        f"{theirs * 1e3:.0f} ms re-encoding 40 prompts of {TOKENS} tokens",
         theirs / ours,
     )
 

@@ -728,6 +728,8 @@ def fit(
     """
     rank, world = ranks()
     rows, columns = torch.from_numpy(task.rows), list(task.classes)
+    if columns == list(range(labels.shape[1])):
+        columns = slice(None)  # all are a view; a list copies in every step
     window = max(1, WINDOW // (4 * embeddings.shape[1] * batch_size)) * batch_size
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loaded, steps = None, epochs * math.ceil(len(rows) / batch_size)
@@ -739,9 +741,10 @@ def fit(
                 x, y = read_rows(embeddings, piece), labels[piece][:, columns]  # [n, D], [n, classes]
                 loaded = piece
             for batch in torch.randperm(len(piece), generator=generator).split(batch_size):
-                count, batch = int((~y[batch].isnan()).sum()), batch[rank::world]
+                target, batch = y[batch], batch[rank::world]
+                count = int((~target.isnan()).sum())
                 images = torch.index_select(x, 0, batch, out=buffer[: len(batch)]).to(device)
-                target = y[batch].to(device)
+                target = target[rank::world].to(device)
                 logits = model.logits(images, bank)
                 loss = prompt_contrastive_loss(logits[:, columns], target, count)
                 if penalty is not None:
