@@ -158,7 +158,8 @@ def read_tokenizer(folder: Path, bert: bool = False):
             return BertTokenizer(vocab=vocabulary)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise InputError(f"{folder}: its tokenizer cannot be read: {error}") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder}: its tokenizer cannot be read: {reason}") from error
 
 
 def read_encoder(folder: Path) -> tuple[dict, dict[str, Tensor], object]:

@@ -415,6 +415,18 @@ def test_old_clip_config_files_are_understood(tmp_path):
     assert encoders.DualEncoder.load(str(tmp_path)).fingerprint() == expected.fingerprint()
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_wrong_setting_of_a_published_config_is_one_line(tmp_path, kind):
+    """transformers explains a setting of the wrong type in several lines."""
+    published_clip(tmp_path, kind)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["num_attention_heads"] = "many"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(retune.InputError, match="'num_attention_heads' expected int, got str") as error:
+        encoders.DualEncoder.load(str(tmp_path))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
 def test_siglips_own_sentencepiece_tokenizer(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     pytest.importorskip("google.protobuf")
