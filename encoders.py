@@ -235,11 +235,11 @@ class DualEncoder(nn.Module):
             # A tokenizer or a transform that does not fit the towers fails here and not in the middle of a run.
             encoder.encode_texts(["", "no finding"])
             encoder.encode_images(encoder.transform(torch.zeros(1, 40, 60, dtype=torch.uint8))[None])
-        except InputError:
+        except (InputError, KeyboardInterrupt):
             raise
-        except Exception as error:  # noqa: BLE001 - so many layers, so many complaints about their settings
+        except BaseException as error:  # noqa: BLE001 - layers' complaints; tokenizers' panic is no Exception
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise InputError(f"{folder}: config.json describes no encoder ({reason})") from None
+            raise InputError(f"{folder}: config or tokenizer describe no encoder ({reason})") from None
         return encoder
 
 

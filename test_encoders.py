@@ -427,6 +427,16 @@ def test_a_wrong_setting_of_a_published_config_is_one_line(tmp_path, kind):
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_tokenizer_that_panics_is_refused(tmp_path):
+    """A post-processor that names a special token it does not describe: no Exception, a panic of Rust."""
+    published_clip(tmp_path, "clip")
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["post_processor"]["special_tokens"] = {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(retune.InputError, match="PanicException"):
+        encoders.DualEncoder.load(str(tmp_path))
+
+
 def test_siglips_own_sentencepiece_tokenizer(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     pytest.importorskip("google.protobuf")
