@@ -203,19 +203,19 @@ def two_ranks(repeats: int, folder: Path) -> tuple:
     return "embedding the demo on 2 ranks", f"{ours:.1f} s", f"{single:.1f} s on 1", single / ours
 
 
-def peak_memory(rows: int, folder: Path) -> float:
-    """Peak resident MB of a process that trains one epoch on `rows` embeddings of D = 512 from a file."""
-    file = folder / "embeddings.npy"
+def write_embeddings(file: Path, rows: int) -> None:
+    """A file of embeddings [rows, 512], written, not mapped: a child's peak memory begins at its parent's."""
     header = {"descr": "<f4", "fortran_order": False, "shape": (rows, 512)}
     block = np.random.default_rng(0).standard_normal((10_000, 512), dtype=np.float32)
-    with open(file, "wb") as output:  # written, not mapped: a child's peak memory begins at its parent's
+    with open(file, "wb") as output:
         np.lib.format.write_array_header_1_0(output, header)
         output.writelines(block.data for _ in range(rows // len(block)))
+
+
+def peak_memory(file: Path) -> float:
+    """Peak resident MB of a process that trains one epoch on a file of embeddings."""
     command = [sys.executable, __file__, "--train-on", str(file)]
-    try:
-        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-    finally:
-        file.unlink()
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def train_on(file: Path) -> None:
@@ -231,12 +231,18 @@ def train_on(file: Path) -> None:
     print(retune.peak_memory_mb())
 
 
-def memory(folder: Path) -> list[tuple]:
+def memory(repeats: int, folder: Path) -> list[tuple]:
     """Peak memory of training at three sizes of the embedding file; the ratio is to the smallest."""
-    sizes = {rows: peak_memory(rows, folder) for rows in (50_000, 200_000, 1_000_000)}
+    files = {rows: folder / f"{rows}.npy" for rows in (50_000, 200_000, 1_000_000)}
+    for rows, file in files.items():
+        write_embeddings(file, rows)
+    peaks = [[peak_memory(file) for file in files.values()] for _ in range(repeats)]
+    medians = [statistics.median(column) for column in zip(*peaks)]
+    for file in files.values():
+        file.unlink()
     return [
-        (f"training memory, {rows:,} x 512", f"{mb:,.0f} MB", f"{sizes[50_000]:,.0f} MB at 50,000 rows", mb / sizes[50_000])
-        for rows, mb in sizes.items()
+        (f"training memory, {rows:,} x 512", f"{mb:,.0f} MB", f"{medians[0]:,.0f} MB at 50,000 rows", mb / medians[0])
+        for rows, mb in zip(files, medians)
     ]  # fmt: skip
 
 
@@ -296,7 +302,7 @@ def main() -> None:
             "prompts": lambda: [reencoding(n)],
             "embedding": lambda: embedding(n, folder),
             "ranks": lambda: [two_ranks(n, folder)],
-            "memory": lambda: memory(folder),
+            "memory": lambda: memory(n, folder),
             "scale": lambda: scale(n),
             "help": lambda: [help_time(n)],
         }
