@@ -235,7 +235,7 @@ class DualEncoder(nn.Module):
             # A tokenizer or a transform that does not fit the towers fails here and not in the middle of a run.
             encoder.encode_texts(["", "no finding"])
             encoder.encode_images(encoder.transform(torch.zeros(1, 40, 60, dtype=torch.uint8))[None])
-        except (InputError, KeyboardInterrupt):
+        except (InputError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # noqa: BLE001 - layers' complaints; tokenizers' panic is no Exception
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -729,7 +729,7 @@ def fit(
     rank, world = ranks()
     rows, columns = torch.from_numpy(task.rows), list(task.classes)
     if columns == list(range(labels.shape[1])):
-        columns = slice(None)  # all are a view; a list copies in every step
+        columns = slice(None)  # a view of all; a list would copy in every step
     window = max(1, WINDOW // (4 * embeddings.shape[1] * batch_size)) * batch_size
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loaded, steps = None, epochs * math.ceil(len(rows) / batch_size)
