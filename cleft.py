@@ -268,8 +268,7 @@ def stage1(config: Config, data: Radiographs) -> Cleft:
     """The model that `pretrain` left in --output; InputError when it is not finished."""
     model, path = build(config, data), config.folder / "stage1.pt"
     if restore(path, model) < config.steps:
-        remedy = "run `python cleft.py pretrain` with the same options"
-        raise InputError(f"{path}: stage 1 is not finished; {remedy}")
+        raise InputError(f"{path}: stage 1 is not finished; run cleft.py pretrain with the same options")
     return model.eval().requires_grad_(False)
 
 
@@ -378,8 +377,7 @@ def export(config: Config, data: Radiographs, target: Path, dtype: torch.dtype =
     """Write the tuned encoder in retune.py's folder format, LoRA and IA3 merged into the weights."""
     encoder = stage1(config, data).encoder
     if config.peft == "prefix":
-        problem = "virtual tokens cannot be merged into weights; export lora, ia3 or none"
-        raise InputError(f"--peft prefix: {problem}")
+        raise InputError("--peft prefix: virtual tokens do not merge into weights; export lora, ia3 or none")
     if config.peft != "none":
         encoder.text.tower = encoder.text.tower.merge_and_unload()
     encoder.config["name"] = target.name

@@ -44,6 +44,11 @@ from retune import (
 # -------------------------------------------------------------------------------------------- Frozen encoders
 
 
+def one_line(error: BaseException) -> str:
+    """The first 200 characters of what another library says of an error, in one line."""
+    return " ".join(str(error).split())[:200]
+
+
 def transform_image(image: torch.Tensor, resize, crop, interpolation, mean, std) -> torch.Tensor:
     """uint8 image [1 or 3,H,W] -> normalised float pixels [3,h,w]; a single channel is repeated to three.
 
@@ -238,7 +243,7 @@ class DualEncoder(nn.Module):
         except (InputError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # noqa: BLE001 - layers' complaints; tokenizers' panic is no Exception
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reason = f"{type(error).__name__}: {one_line(error)}"
             raise InputError(f"{folder}: config or tokenizer describe no encoder ({reason})") from None
         return encoder
 
@@ -273,7 +278,7 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, torch.Tensor], object]:
         state = load_file(folder / "model.safetensors")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - tokenizers raise nearly every type on a damaged file
-        raise InputError(f"{folder}: not a whole encoder folder ({' '.join(str(error).split())})") from None
+        raise InputError(f"{folder}: not a whole encoder folder ({one_line(error)})") from None
     return read_json(folder / "config.json"), state, tokenizer
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from encoders import is_ours, read_folder
+from encoders import is_ours, one_line, read_folder
 from retune import InputError, read_json
 
 
@@ -83,7 +83,7 @@ def read_published(name: str, directory: str | Path | None) -> tuple[dict, dict[
     except InputError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"{folder}: no encoder as published ({reason})") from error
     if config["name"] == folder.name and not Path(name).is_dir():
         config["name"] = name  # a hub id rather than the folder with its files
@@ -158,8 +158,7 @@ def read_tokenizer(folder: Path, bert: bool = False):
             return BertTokenizer(vocab=vocabulary)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{folder}: its tokenizer cannot be read: {reason}") from error
+        raise InputError(f"{folder}: its tokenizer cannot be read: {one_line(error)}") from error
 
 
 def read_encoder(folder: Path) -> tuple[dict, dict[str, Tensor], object]:

@@ -634,8 +634,8 @@ class Config(DataConfig):
     # fmt: on
 
     def __post_init__(self):
-        counts = "demo_images encode_batch parts memory epochs batch_size"
-        refuse_values(self, (f"{counts} lr logit_scale", *POSITIVE), ("seed workers", *SEED))
+        positive = "demo_images encode_batch parts memory epochs batch_size lr logit_scale"
+        refuse_values(self, (positive, *POSITIVE), ("seed workers", *SEED))
 
     @property
     def folder(self) -> Path:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import retune
+from encoders import one_line
 from retune import HERE, DualEncoder, InputError, Radiographs
 
 if TYPE_CHECKING:
@@ -33,10 +34,6 @@ SMALL_TEXT = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "n_
               "eos_token_id": None}  # fmt: skip
 VOCABULARY = 2048
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def build_encoder(config: Config, texts: Sequence[str]) -> DualEncoder:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import retune
+from encoders import one_line
 from retune import DualEncoder, InputError, Radiographs, locked, progress, say
 
 # -------------------------------------------------------------------------------------- What every stage uses
@@ -106,7 +107,7 @@ def load_backbones(config) -> DualEncoder:
 
 
 def no_hidden_states(side: str, name: str, error: Exception) -> InputError:
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    reason = f"{type(error).__name__}: {one_line(error)}"
     return InputError(
         f"--{side}-encoder {name}: gives no hidden states for {side}s ({reason}); name another {side} model"
     )
@@ -148,9 +149,8 @@ def load_transformers(side: str, name: str, pool: str | None) -> tuple[dict, dic
         else:
             extra = read_transform(ImageProcessingMixin.get_image_processor_dict(name, **options)[0])
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"--{side}-encoder {name}: not a transformers {side} model that can be read ({reason})"
+            f"--{side}-encoder {name}: not a transformers {side} model that can be read ({one_line(error)})"
         ) from None
     model = {k: v for k, v in tower.config.to_diff_dict().items() if k not in NOT_MODEL}
     default = "mean" if side == "image" and not hasattr(tower.config, "num_attention_heads") else "cls"
@@ -195,7 +195,7 @@ def load_torchvision(name: str, pool: str | None) -> tuple[dict, dict, dict]:
         if weights:
             network.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
     except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise InputError(f"--image-encoder {name}: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"--image-encoder {name}: {one_line(error)}") from None
     nodes = get_graph_node_names(network)[1]
     node = next(
         (n for n in ("layer4", "features", "trunk_output") if any(x.split(".")[0] == n for x in nodes)), None
