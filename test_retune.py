@@ -24,16 +24,16 @@ import sys
 import warnings
 from pathlib import Path
 
+import encoders
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import radiographs
 import torch
 from hypothesis import given, settings
 from PIL import Image
 from sklearn import metrics as sklearn_metrics
 
-import encoders
-import radiographs
 import retune
 
 HERE = Path(__file__).resolve().parent

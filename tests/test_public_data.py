@@ -11,10 +11,10 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import pytest
-
 import public_data
+import pytest
 from public_data import CHEXPERT_FINDINGS, COMPETITION_FINDINGS, NIH_FINDINGS
+
 from retune import Config, InputError, load_radiographs
 
 HEADER = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *CHEXPERT_FINDINGS]

@@ -32,12 +32,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import retune
-from classification import classification_table, classify, labelled_shares
-from reports import Pairs, make_pairs, make_texts
-from retrieval import draw_curves, retrieval, retrieval_table
+from adaptor.classification import classification_table, classify, labelled_shares
+from adaptor.reports import Pairs, make_pairs, make_texts
+from adaptor.retrieval import draw_curves, retrieval, retrieval_table
+from adaptor.segmentation import find_masks, load_masked, segment, segmentation_table
+from adaptor.unimodal import Side, count, embed, export_pair, load_backbones, parameter_table, train_epochs
 from retune import DualEncoder, InputError, Radiographs, ranks, read_rows, same, say, setting
-from segmentation import find_masks, load_masked, segment, segmentation_table
-from unimodal import Side, count, embed, export_pair, load_backbones, parameter_table, train_epochs
 
 # ------------------------------------------------------------------------------------------------ 1. Settings
 

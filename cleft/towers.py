@@ -19,11 +19,10 @@ import torch
 from torch import nn
 
 import retune
-from encoders import one_line
-from retune import HERE, DualEncoder, InputError, Radiographs
+from retune import HERE, DualEncoder, InputError, Radiographs, one_line
 
 if TYPE_CHECKING:
-    from cleft import Config
+    from cleft.__main__ import Config
 
 # ------------------------------------------------------------------------------------- Encoder of both towers
 

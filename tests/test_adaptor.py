@@ -15,19 +15,19 @@ import sys
 import time
 from pathlib import Path
 
+import classification
 import numpy as np
 import pytest
+import reports
+import segmentation
 import torch
 import torch.nn.functional as F
+import unimodal
 from safetensors.torch import load_file
 from torch import nn
 
 import adaptor
-import classification
-import reports
 import retune
-import segmentation
-import unimodal
 from adaptor import Adaptor, Config
 from retune import DualEncoder, InputError
 

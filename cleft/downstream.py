@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 import retune
+from cleft.towers import load_pixels
 from retune import DualEncoder, InputError, Radiographs
-from towers import load_pixels
 
 if TYPE_CHECKING:
-    from cleft import Config
+    from cleft.__main__ import Config
 
 # -------------------------------------------------------------------------------------------------- Data sets
 
@@ -98,7 +98,7 @@ def mammogram_caption(side: str, view: str, letter: str, density: str) -> str:
 
 def load_pretrain(config: retune.Config) -> Radiographs:
     """Phantoms of other patients, films and reporting habits than the demo's: what `tiny` is trained on."""
-    import phantoms
+    from demo import phantoms
 
     data = phantoms.make_phantoms(config.demo_images, seed=1000, domain="pretrain")
     split = retune.patient_split(data.patients, {"train": 0.98, "val": 0.01, "test": 0.01})
@@ -110,7 +110,7 @@ def load_pretrain(config: retune.Config) -> Radiographs:
 
 def load_rsna(config: retune.Config) -> Radiographs:
     """RSNA pneumonia, as adaptor.py reads it."""
-    from segmentation import load_masked
+    from adaptor.segmentation import load_masked
 
     return load_masked(config)
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import retune
+from adaptor.unimodal import Side, blank_pixels, embed, train_epochs
 from retune import DualEncoder, InputError, Radiographs, read_rows, say
-from unimodal import Side, blank_pixels, embed, train_epochs
 
 SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg")
 

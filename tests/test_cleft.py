@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import phantoms
 import pytest
 import torch
 import torch.nn.functional as F
+import towers
 
 import cleft
-import phantoms
 import retune
-import towers
 from cleft import Cleft, Config, settle
 from retune import DualEncoder, InputError
 

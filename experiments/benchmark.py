@@ -21,8 +21,6 @@ import numpy as np
 import torch
 from torch import nn
 
-import encoders
-import radiographs
 import retune
 
 BATCH, CLASSES, PROMPTS = 6144, 5, 8  # the authors' batch, classes, prompts a class (four of each polarity)
@@ -116,7 +114,7 @@ def reencoding(repeats: int) -> tuple:
     )
 
 
-def vit_encoder(folder: Path) -> encoders.DualEncoder:
+def vit_encoder(folder: Path) -> retune.DualEncoder:
     """A dual encoder with BiomedCLIP's image tower (ViT-B/16), random weights, and a one-layer text tower."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -137,10 +135,10 @@ def vit_encoder(folder: Path) -> encoders.DualEncoder:
         "text": {"model": text, "pool": "cls", "head": [projection], "context_length": 16},
         "transform": {"resize": 224, "crop": 224, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3},
     }  # fmt: skip
-    return encoders.DualEncoder(config, tokenizer)
+    return retune.DualEncoder(config, tokenizer)
 
 
-def jpegs(folder: Path, count: int) -> radiographs.Radiographs:
+def jpegs(folder: Path, count: int) -> retune.Radiographs:
     """A data set of 320 x 320 grey JPEG files, the size of CheXpert-small."""
     from torchvision.io import write_jpeg
 
@@ -150,7 +148,7 @@ def jpegs(folder: Path, count: int) -> radiographs.Radiographs:
         pixels = nn.functional.interpolate(coarse, size=(320, 320), mode="bilinear")[0].to(torch.uint8)
         images.append(folder / f"{i:04d}.jpg")
         write_jpeg(pixels, str(images[-1]))
-    return radiographs.Radiographs(images, np.zeros((count, 1)), ["x"], images, ["train"] * count)
+    return retune.Radiographs(images, np.zeros((count, 1)), ["x"], images, ["train"] * count)
 
 
 def embedding(repeats: int, folder: Path) -> list[tuple]:
@@ -166,7 +164,7 @@ def embedding(repeats: int, folder: Path) -> list[tuple]:
     def from_files() -> float:
         with tempfile.TemporaryDirectory(dir=folder) as cache:
             took = seconds(
-                lambda: encoders.embed(encoder, data, Path(cache), batch_size=batch, workers=2, device=device)
+                lambda: retune.embed(encoder, data, Path(cache), batch_size=batch, workers=2, device=device)
             )
         return took
 

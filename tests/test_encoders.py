@@ -11,6 +11,8 @@ import sys
 import types
 from pathlib import Path
 
+import encoders
+import public_encoders
 import pytest
 import torch
 import transformers
@@ -18,8 +20,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import encoders
-import public_encoders
 import retune
 
 PROMPTS = [

@@ -31,21 +31,21 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import downstream
 import hypothesis.strategies as st
 import numpy as np
+import phantoms
+import public_data
+import public_encoders
 import pytest
 import torch
+import towers
 from hypothesis import given, settings
 from PIL import Image
 
 import adaptor
 import cleft
-import downstream
-import phantoms
-import public_data
-import public_encoders
 import retune
-import towers
 
 HERE = Path(__file__).resolve().parent
 TIMES = int(os.environ.get("RETUNE_TRUST", "1"))

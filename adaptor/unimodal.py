@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import retune
-from encoders import one_line
-from retune import DualEncoder, InputError, Radiographs, locked, progress, say
+from retune import DualEncoder, InputError, Radiographs, locked, one_line, progress, say
 
 # -------------------------------------------------------------------------------------- What every stage uses
 
@@ -302,7 +301,7 @@ def demo_encoder(cache_dir: Path, phantoms: int = PHANTOMS, steps: dict[str, int
 
 
 def train(n_phantoms: int, steps: dict[str, int]) -> DualEncoder:
-    import phantoms
+    from demo import phantoms
 
     films = phantoms.make_phantoms(n_phantoms, seed=2000, domain="pretrain")
     reports = phantoms.make_phantoms(n_phantoms, seed=3000, domain="pretrain").reports  # of other patients

@@ -28,12 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import downstream
 import retune
-import towers
-from downstream import balanced_rows, linear_probe, load_embed, measure, measure_balanced, two_classes
+from cleft import downstream, towers
+from cleft.downstream import balanced_rows, linear_probe, load_embed, measure, measure_balanced, two_classes
+from cleft.towers import add_peft, batch_rows, build_encoder, count, restore, split_tokens, train
 from retune import HERE, DualEncoder, InputError, Radiographs, same, setting
-from towers import add_peft, batch_rows, build_encoder, count, restore, split_tokens, train
 
 # --------------------------------------------------------------------------------------------------- Settings
 

@@ -27,16 +27,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from encoders import DualEncoder, embed
-from radiographs import load_radiographs
 from retune import (
     Config,
+    DualEncoder,
     InputError,
     RETune,
     atomic,
     build_model,
+    embed,
     embed_prompts,
     heatmap,
+    load_radiographs,
     load_tensors,
     load_weights,
     markdown_table,

@@ -9,16 +9,16 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import baselines
 import numpy as np
 import pytest
+import tables
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch.nn.utils import parameters_to_vector
 
-import baselines
 import retune
-import tables
 from retune import Config, InputError, Task
 
 HERE = Path(__file__).resolve().parent

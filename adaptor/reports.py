@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from adaptor.unimodal import Side, embed
 from retune import DualEncoder, InputError, Radiographs, read_rows, say
-from unimodal import Side, embed
 
 
 def read_or_blank(texts: Sequence[str], i: int) -> str:
