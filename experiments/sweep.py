@@ -1,0 +1,68 @@
+"""Grids of retune.py's options, in one process that shares data, encoder and embeddings.
+
+    python -m experiments.sweep --grid method=linear,lwf whiten=no,yes scenario=class,data \
+        -- --seed 27 28 29 --output "runs/{method}-{whiten}/{scenario}-seed{seed}"
+
+Every combination runs with every seed. `yes` sets an option without a value and `no` leaves it out; several values
+of one option are separated by blanks ("set=features=1000 shared=0"). What follows `--` goes to retune.py as it
+is; braces in --output name settings, which the runs must differ in. Finished runs are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+
+import retune
+from retune import Config, DualEncoder, InputError
+
+
+def combinations(grid: Sequence[str]) -> Iterator[list[str]]:
+    """Command-line options of every combination of a grid ["name=value,value", ...]."""
+    names, values = zip(*(item.partition("=")[::2] for item in grid))
+    for choice in itertools.product(*(value.split(",") for value in values)):
+        options = []
+        for name, value in zip(names, choice):
+            if value != "no":
+                options += [f"--{name}", *([] if value == "yes" else value.split())]
+        yield options
+
+
+def make_configs(grid: Sequence[str], shared: Sequence[str]) -> list[Config]:
+    """A configuration for every combination and seed; InputError when two of them have the same folder."""
+    parser = retune.build_parser(Config, __doc__)
+    configs = []
+    for options in combinations(grid) if grid else [[]]:
+        arguments = parser.parse_args([*shared, *options])
+        configs += retune.parse_configs(Config, arguments)
+    folders = [retune.output_folder(config) for config in configs]
+    if twice := {str(folder) for folder in folders if folders.count(folder) > 1}:
+        raise InputError(f"--output: {min(twice)} would hold several runs; name what differs in braces")
+    return configs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--grid", nargs="+", default=[], metavar="OPTION=VALUE,VALUE")
+    parser.add_argument("shared", nargs="*", help="options of retune.py for all runs, after --")
+    arguments = parser.parse_args(argv)
+    share = functools.lru_cache(maxsize=1)
+    load_data, load_encoder = share(retune.load_radiographs), share(DualEncoder.load)
+    try:
+        configs = make_configs(arguments.grid, arguments.shared)
+        for i, config in enumerate(configs, 1):
+            results = retune.run(config, load_data, load_encoder)
+            print(f"{i} of {len(configs)}: {results.folder}", flush=True)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
