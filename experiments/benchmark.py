@@ -32,18 +32,13 @@ TOKENS = 22  # BERT-base's own tokenizer pads the prompts of CheXpert's classes 
 CHEXPERT = 223_414  # training images
 
 
-def interleaved(
-    ours: Callable[[], float], yardstick: Callable[[], float], repeats: int
-) -> tuple[float, float]:
+def interleaved(ours: Callable[[], float], plain: Callable[[], float], repeats: int) -> list[float]:
     """Medians of the seconds that two functions report, run in turn after one warm-up each."""
-    ours()
-    yardstick()
-    pairs = [(ours(), yardstick()) for _ in range(repeats)]
-    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+    pairs = [(ours(), plain()) for _ in range(repeats + 1)][1:]
+    return [statistics.median(column) for column in zip(*pairs)]
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Wall seconds of one call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
@@ -59,24 +54,20 @@ def child(*arguments: object) -> list[float]:
 
 def peak_anonymous_mb(function: Callable[[], object]) -> float:
     """MB of the highest anonymous memory of this process while `function` runs, sampled; Linux alone tells."""
-    peak, done = [0.0], threading.Event()
+    samples = []
+    done = threading.Event()
 
     def sample() -> None:
-        while not done.wait(0.002):
+        while not done.wait(0.002) or not samples:
             status = Path("/proc/self/status").read_text()
-            peak[0] = max(peak[0], int(status.split("RssAnon:")[1].split()[0]) / 1024)
+            samples.append(int(status.split("RssAnon:")[1].split()[0]) / 1024)
 
-    sampler = threading.Thread(target=sample)
+    sampler = threading.Thread(target=sample, daemon=True)
     sampler.start()
-    try:
-        function()
-    finally:
-        done.set()
-        sampler.join()
-    return peak[0]
-
-
-# ------------------------------------------------------------------------------------------------ 1. Training
+    function()
+    done.set()
+    sampler.join()
+    return max(samples)
 
 
 def training_problem(dim: int, rows: int = BATCH, model_class: type = retune.RETune) -> tuple:
@@ -112,7 +103,7 @@ def training(repeats: int, folder: Path) -> Iterator[tuple]:
     """Floating-point rate of adaptor training as a share of the matrix product's."""
     for dim, steps in ((128, 40), (512, 10)):
         problem = training_problem(dim)
-        ours, peak = interleaved(lambda: train(problem, steps) / steps, matmul_seconds, repeats)
+        ours, peak = interleaved(lambda p=problem, n=steps: train(p, n) / n, matmul_seconds, repeats)
         # Linear(D, 2D) and Linear(2D, D): forward 8, weight gradients 8, one input gradient 4 (x has none).
         operations = 20 * BATCH * dim**2 + 6 * BATCH * dim * 2 * CLASSES + 24 * CLASSES * PROMPTS * dim**2
         rate, best = operations / ours, 2 * 2048**3 / peak
@@ -180,9 +171,6 @@ def memory(repeats: int, folder: Path) -> Iterator[tuple]:
     for rows, mb in peaks.items():
         yardstick = f"{peaks[50_000]:,.0f} MB at 50,000 rows"
         yield f"training, anonymous memory, {rows:,} x 512", f"{mb:,.0f} MB", yardstick, mb / peaks[50_000]
-
-
-# ----------------------------------------------------------------------------------------------- 2. Embedding
 
 
 def vit_encoder() -> retune.DualEncoder:
@@ -255,32 +243,27 @@ def two_ranks(repeats: int, folder: Path) -> Iterator[tuple]:
     yield "embedding the demo on 2 ranks", f"{ours:.1f} s", f"{single:.1f} s on 1", single / ours
 
 
-# ------------------------------------------------------------------------------------------------- 3. Loading
-
-
 def write_chexpert(folder: Path) -> None:
     """CheXpert's label files at their full size, without images."""
-    places = [
-        f"CheXpert-v1.0-small/train/patient{i // 4:05d}/study{i % 4}/view1_frontal.jpg"
-        for i in range(CHEXPERT)
-    ]
+    rows = range(CHEXPERT)
     table = pd.DataFrame(
-        {"Path": places, "Sex": "Female", "Age": 60, "Frontal/Lateral": "Frontal", "AP/PA": "AP"}
+        {"Path": [f"CheXpert-v1.0/train/patient{i // 4:05d}/study{i % 4}/a.jpg" for i in rows]}
     )
+    table = table.assign(**{"Sex": "Female", "Age": 60, "Frontal/Lateral": "Frontal", "AP/PA": "AP"})
     for finding in retune.CHEXPERT_FINDINGS:
         table[finding] = np.random.default_rng(0).choice(["", "1.0", "0.0", "-1.0"], CHEXPERT)
     table.to_csv(folder / "train.csv", index=False)
-    valid = table.head(234).assign(Path=table["Path"].str.replace("train", "valid"))
+    valid = table.head(234).assign(Path=table["Path"].str.replace("train/patient", "valid/other"))
     valid.to_csv(folder / "valid.csv", index=False)
 
 
 def load_chexpert(folder: str) -> None:
     """Print the seconds and the MB of anonymous memory that loading CheXpert's tables takes."""
-    start = peak_anonymous_mb(lambda: time.sleep(0.1))
-    took = []
     config = retune.Config(data="chexpert", data_dir=folder)
+    before = peak_anonymous_mb(lambda: None)
+    took = []
     peak = peak_anonymous_mb(lambda: took.append(seconds(lambda: retune.load_radiographs(config))))
-    print(took[0], peak - start)
+    print(*took, peak - before)
 
 
 def loading(repeats: int, folder: Path) -> Iterator[tuple]:
@@ -300,9 +283,7 @@ def help_time(repeats: int, folder: Path) -> Iterator[tuple]:
     def run(*command: str) -> float:
         return seconds(lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True))
 
-    ours, plain = interleaved(
-        lambda: run(retune.__file__, "--help"), lambda: run("-c", "import torch"), repeats
-    )
+    ours, plain = interleaved(lambda: run(retune.__file__, "-h"), lambda: run("-c", "import torch"), repeats)
     yield "retune.py --help", f"{ours:.2f} s", f"{plain:.2f} s import torch", ours / plain
 
 
@@ -313,9 +294,7 @@ MEASURES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="measure these alone")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats (default: 5)")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -327,9 +306,7 @@ def main() -> None:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {retune.pick_device('auto')}\n")
         print("| what | ours | yardstick | ratio |\n| --- | ---: | ---: | ---: |", flush=True)
         for name in arguments.only:
-            for what, ours, yardstick, ratio in MEASURES[name](
-                arguments.repeats, Path(folder)
-            ):  # rows appear as they are ready
+            for what, ours, yardstick, ratio in MEASURES[name](arguments.repeats, Path(folder)):
                 print(f"| {what} | {ours} | {yardstick} | {ratio:.2f} |", flush=True)
 
 

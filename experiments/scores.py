@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import math
 from pathlib import Path
 
@@ -13,42 +11,42 @@ import torch
 
 import retune
 
+STEP = 1e-4  # resampled AUROCs are stored as whole multiples of it
 DATA_AND_ENCODER = (
     "data", "data_dir", "labels_csv", "classes", "view", "uncertain", "blank", "size", "demo_images",
-    "skip_bad_images", "encoder", "encoder_dir", "crop", "precision", "cache_dir",
+    "skip_bad_images", "encoder", "encoder_dir", "crop", "precision", "encode_batch", "workers", "cache_dir",
+    "device",
 )  # fmt: skip
-STEP = 1e-4  # resampled AUROCs are stored as whole multiples of it
+
+
+def load_inputs(settings: dict) -> tuple:
+    """(data, encoder, embeddings [N, D]) of a run; `settings`: its configuration. The last ones stay in memory."""
+    shared = {key: settings[key] for key in DATA_AND_ENCODER}
+    shared = {key: tuple(value) if isinstance(value, list) else value for key, value in shared.items()}
+    return embed_once(retune.Config(**shared))
 
 
 @functools.lru_cache(maxsize=1)
-def load_inputs(config: retune.Config) -> tuple:
-    """(data, encoder, embeddings [N, D]) of runs that have the same settings of data and encoder."""
-    encoder = retune.DualEncoder.load(config.encoder, config.encoder_dir, crop=config.crop)
+def embed_once(config: retune.Config) -> tuple:
     data = retune.load_radiographs(config)
+    encoder = retune.DualEncoder.load(config.encoder, config.encoder_dir, config.crop)
     embeddings = retune.embed(
         encoder, data, Path(config.cache_dir), batch_size=config.encode_batch, workers=config.workers,
         precision=config.precision, device=retune.pick_device(config.device),
         skip_bad_images=config.skip_bad_images,
     )  # fmt: skip
+    data.split[list(retune.embedding_facts(embeddings)["unreadable"])] = "unreadable"
     return data, encoder, embeddings
 
 
-@functools.lru_cache(maxsize=8)
-def load_bank(config: retune.Config, prompts: str) -> retune.PromptBank:
-    """The prompts (as JSON) of a run, embedded."""
-    return retune.embed_prompts(load_inputs(config)[1], json.loads(prompts))
-
-
 def load_run(folder: Path) -> tuple:
-    """(config, data, embeddings [N, D], prompt bank, model) of a finished run."""
-    stored = retune.read_json(folder / "metrics.json")["config"]
-    stored = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
-    config = retune.Config(**{item.name: stored[item.name] for item in dataclasses.fields(retune.Config)})
-    shared = retune.Config(**{key: stored[key] for key in DATA_AND_ENCODER})
-    data, _, embeddings = load_inputs(shared)
-    bank = load_bank(shared, json.dumps(stored["prompt_texts"]))
-    model, _ = retune.load_model(folder / "adaptors.safetensors", config)
-    return config, data, embeddings, bank, model.eval()
+    """(settings, data, embeddings [N, D], prompt bank, model) of a finished run, on the CPU."""
+    settings = retune.read_json(folder / "metrics.json")["config"]
+    data, encoder, embeddings = load_inputs(settings)
+    bank = retune.embed_prompts(encoder, settings["prompt_texts"])
+    named = retune.Config(method=settings["method"])
+    model, _ = retune.load_model(folder / "adaptors.safetensors", named)
+    return settings, data, embeddings, bank, model
 
 
 def score_facts(folder: Path) -> dict:
@@ -59,15 +57,14 @@ def score_facts(folder: Path) -> dict:
     path = folder / "scores.json"
     if path.exists() and path.stat().st_mtime >= (folder / "metrics.json").stat().st_mtime:
         return retune.read_json(path)
-    config, data, embeddings, bank, model = load_run(folder)
+    settings, data, embeddings, bank, model = load_run(folder)
     test = data.where("test")
-    scores, _ = retune.score_rows(model, bank, embeddings, test, config.score)
+    scores, _ = retune.score_rows(model, bank, embeddings, test, settings["score"])
     auroc = resampled_auroc(scores, data.labels[test], data.patients[test])
-    zero = retune.RETune(embeddings.shape[1], adapt="none", pool=config.pool, negatives=config.negatives)
-    measured = {
-        "model": calibration(model, data, embeddings, bank),
-        "zero_shot": calibration(zero, data, embeddings, bank),
-    }
+    options = {key: settings[key] for key in ("pool", "negatives")}
+    zero = retune.RETune(embeddings.shape[1], adapt="none", **options)
+    models = {"model": model, "zero_shot": zero}
+    measured = {name: calibration(scorer, data, embeddings, bank) for name, scorer in models.items()}
     facts = {"resampled": np.round(auroc / STEP).astype(int).tolist(), "calibration": measured}
     retune.write_json(path, facts)
     return facts

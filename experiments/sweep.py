@@ -11,13 +11,16 @@ is; braces in --output name settings, which the runs must differ in. Finished ru
 from __future__ import annotations
 
 import argparse
-import functools
+import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 import retune
-from retune import Config, DualEncoder, InputError
+from experiments.scores import load_inputs
+from retune import Config, InputError
 
 
 def combinations(grid: Sequence[str]) -> Iterator[list[str]]:
@@ -35,28 +38,29 @@ def make_configs(grid: Sequence[str], shared: Sequence[str]) -> list[Config]:
     """A configuration for every combination and seed; InputError when two of them have the same folder."""
     parser = retune.build_parser(Config, __doc__)
     configs = []
-    for options in combinations(grid) if grid else [[]]:
+    for options in combinations(grid):
         arguments = parser.parse_args([*shared, *options])
-        configs += retune.parse_configs(Config, arguments)
-    folders = [retune.output_folder(config) for config in configs]
+        config = retune.parse_config(Config, argparse.Namespace(**vars(arguments) | {"seed": 0}))
+        configs += [dataclasses.replace(config, seed=seed) for seed in np.atleast_1d(arguments.seed).tolist()]
+    folders = [config.folder for config in configs]
     if twice := {str(folder) for folder in folders if folders.count(folder) > 1}:
-        raise InputError(f"--output: {min(twice)} would hold several runs; name what differs in braces")
+        raise InputError(
+            f"--output: {min(twice)} would hold several runs; name in braces what they differ in"
+        )
     return configs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--grid", nargs="+", default=[], metavar="OPTION=VALUE,VALUE")
+    describe = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(**describe)
+    parser.add_argument("--grid", nargs="+", required=True, metavar="OPTION=VALUE,VALUE")
     parser.add_argument("shared", nargs="*", help="options of retune.py for all runs, after --")
     arguments = parser.parse_args(argv)
-    share = functools.lru_cache(maxsize=1)
-    load_data, load_encoder = share(retune.load_radiographs), share(DualEncoder.load)
     try:
         configs = make_configs(arguments.grid, arguments.shared)
         for i, config in enumerate(configs, 1):
-            results = retune.run(config, load_data, load_encoder)
+            data, encoder, _ = load_inputs(dataclasses.asdict(config))
+            results = retune.run(config, lambda _, data=data: data, lambda *_, encoder=encoder: encoder)
             print(f"{i} of {len(configs)}: {results.folder}", flush=True)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
