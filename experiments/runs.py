@@ -95,14 +95,14 @@ def run_row(path: Path, folder: Path) -> dict:
 
 def write_runs(runs: pd.DataFrame, folder: Path) -> None:
     """Write `runs.csv`, and `bootstrap.npz`: "auroc", uint16 [runs, resamples], in STEPs."""
-    write_text(folder / "runs.csv", runs.drop(columns="resampled").to_csv(index=False))
+    write_text(folder / "runs.csv", runs.drop(columns="resampled").to_csv(index=False, float_format="%.9g"))
     with atomic(folder / "bootstrap.npz") as partial, open(partial, "wb") as file:
         np.savez_compressed(file, auroc=np.stack(runs["resampled"]))
 
 
 def read_runs(folder: Path) -> pd.DataFrame:
-    """What `write_runs` wrote, to the last digit."""
-    runs = pd.read_csv(folder / "runs.csv", float_precision="round_trip")
+    """What `write_runs` wrote; numbers have nine digits."""
+    runs = pd.read_csv(folder / "runs.csv", dtype={"set": str, "order": str})
     resampled = np.load(folder / "bootstrap.npz", allow_pickle=False)["auroc"]
     return runs.assign(**runs[["set", "order"]].fillna(""), resampled=list(resampled))
 
