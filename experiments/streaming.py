@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.grams import Grams, read_task, zero_shot_logits
+from experiments.common import Grams, read_task, with_seed, zero_shot_logits
 from retune import Method, PromptBank, Task
 
 
@@ -131,7 +131,7 @@ class RandomFeatures(Method):
 
     @classmethod
     def build(cls, config, dim: int, n_classes: int, **options) -> RandomFeatures:
-        return cls(dim, n_classes, **{"seed": config.seed} | options)
+        return cls(dim, n_classes, **with_seed(config, options))
 
     def features(self, images: Tensor) -> Tensor:
         """[B, M + 1] of images [B, D], in their dtype."""
@@ -168,7 +168,7 @@ class RanPAC(RandomFeatures):
     features: 10,000 in the paper. zero_shot: 1, a finding without labels keeps the zero-shot logit (ours).
     """
 
-    def __init__(self, dim: int, n_classes: int, features: int = 2000, zero_shot: int = 0, seed: int = 27):
+    def __init__(self, dim: int, n_classes: int, features: int = 2000, zero_shot: int = 0, seed: int = -1):
         generator = torch.Generator().manual_seed(seed)
         super().__init__(torch.randn(dim, features, generator=generator), n_classes)
         self.zero_shot = zero_shot
@@ -225,7 +225,7 @@ class L3A(RandomFeatures):
 
     def __init__(
         self, dim: int, n_classes: int, features: int = 2000, ridge: float = 1.0, threshold: float = 0.7,
-        seed: int = 27,
+        seed: int = -1,
     ):  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
         super().__init__((2 * torch.rand(dim, features, generator=generator) - 1) / dim**0.5, n_classes)
