@@ -36,7 +36,7 @@ class Analytic(Method):
 
     def __init__(self, dim: int, n_classes: int, features: int = 300, shared: int = 1, seed: int = -1):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(max(0, seed))
         self.dim = dim
         self.shared = shared
         self.register_buffer("projection", torch.randn(dim, features, generator=generator))  # [D, M]

@@ -172,7 +172,7 @@ class Replay(MLP):
                 f"--set memory={memory}: replay needs at least 1 image; --method mlp has no memory"
             )
         self.budget = memory
-        self.seed = seed
+        self.seed = max(0, seed)
         self.dim = dim
         self.stored = torch.empty(0, 1 + n_classes, dtype=torch.int64)  # [M, row and one 0/1 per known label]
 
