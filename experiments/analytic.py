@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.grams import Grams, read_task, zero_shot_weights
+from experiments.common import Grams, read_task, with_seed, zero_shot_weights
 from retune import Method, PromptBank, Task
 
 LAMBDAS = torch.logspace(-5, 1, 25, dtype=torch.float64)
@@ -34,9 +34,9 @@ class Analytic(Method):
 
     whitens = True
 
-    def __init__(self, dim: int, n_classes: int, features: int = 300, shared: int = 1, seed: int = 27):
+    def __init__(self, dim: int, n_classes: int, features: int = 300, shared: int = 1, seed: int = -1):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(max(0, seed))
         self.dim = dim
         self.shared = shared
         self.register_buffer("projection", torch.randn(dim, features, generator=generator))  # [D, M]
@@ -47,7 +47,7 @@ class Analytic(Method):
 
     @classmethod
     def build(cls, config, dim: int, n_classes: int, **options) -> Analytic:
-        return cls(dim, n_classes, **{"seed": config.seed} | options)
+        return cls(dim, n_classes, **with_seed(config, options))
 
     def features(self, images: Tensor) -> Tensor:
         """[B, P] of whitened images [B, D], in their dtype."""

@@ -7,7 +7,7 @@ All share RE-tune's data, scenarios, optimiser, loss and metrics (`python retune
     ewc      mlp + a quadratic penalty on weights that mattered to earlier tasks (Kirkpatrick et al. 2017)
     lwf      mlp + distillation from the model before the task (Li & Hoiem 2016)
     replay   mlp + a memory of images of earlier tasks, which means to keep patients' data
-    joint    mlp + every image seen so far, trained until it no longer improves: the bound, it keeps all data
+    joint    mlp + every image seen so far, trained to convergence: the bound, it keeps all data
 
 A part brings the labels of its own findings alone, and nothing here sees more: remembered images keep the
 labels that they came with.
@@ -16,6 +16,8 @@ labels that they came with.
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
+from experiments.common import with_seed
 from retune import Adaptor, InputError, Method, PromptBank, Task, fit, gather, prompt_contrastive_loss
 
 
@@ -162,20 +165,20 @@ class Replay(MLP):
     et al. 2019): every row has a random key by seed, and the smallest keys stay.
     """
 
-    def __init__(self, dim: int, n_classes: int, memory: int = 500, seed: int = 27):
+    def __init__(self, dim: int, n_classes: int, memory: int = 500, seed: int = -1):
         super().__init__(dim, n_classes)
         if memory < 1:
             raise InputError(
                 f"--set memory={memory}: replay needs at least 1 image; --method mlp has no memory"
             )
         self.budget = memory
-        self.seed = seed
+        self.seed = max(0, seed)
         self.dim = dim
         self.stored = torch.empty(0, 1 + n_classes, dtype=torch.int64)  # [M, row and one 0/1 per known label]
 
     @classmethod
     def build(cls, config, dim: int, n_classes: int, **options) -> Replay:
-        return cls(dim, n_classes, **{"seed": config.seed} | options)
+        return cls(dim, n_classes, **with_seed(config, options))
 
     def before_task(self, task: Task, labels: Tensor, bank: PromptBank | None) -> tuple[Task, Tensor]:
         """The task with the remembered rows, and the labels [N, C] with nan where no part brought them."""
@@ -217,55 +220,51 @@ def joined_task(joined: Tensor, name: str, labels: Tensor) -> tuple[Task, Tensor
 
 
 class Joint(Replay):
-    """Trains on every image seen so far, from new weights, until it no longer improves: the bound.
+    """Trains on every image seen so far, from new weights after every task, until it no longer improves: the bound.
 
-    A tenth of the images is held out. After the usual epochs Adam goes on, ten epochs at a time, until three rounds
-    in a row did not lower the held-out loss; the weights of the lowest are taken.
+    The number of epochs, whatever --epochs says, is where the loss of a held-out tenth is lowest (ten more did not
+    lower it); then all images are trained on for as many.
     """
 
-    def __init__(self, dim: int, n_classes: int, seed: int = 27):
+    def __init__(self, dim: int, n_classes: int, seed: int = -1):
         super().__init__(dim, n_classes, seed=seed)
-        self.lr = 1e-3
-        self.batch_size = 64
+        self.settings = {}
         self.start = copy.deepcopy(self.network.state_dict())
 
     @classmethod
     def build(cls, config, dim: int, n_classes: int, **options) -> Joint:
         model = super().build(config, dim, n_classes, **options)
-        model.lr = config.lr
-        model.batch_size = config.batch_size
+        model.settings = {"lr": config.lr, "batch_size": config.batch_size}
         return model
 
-    def before_task(self, task: Task, labels: Tensor, bank: PromptBank | None) -> tuple[Task, Tensor]:
-        self.network.load_state_dict(self.start)
-        joined = self.with_stored(task)
-        return joined_task(joined[~self.held_out(joined, len(labels))], task.name, labels)
-
-    def held_out(self, joined: Tensor, n: int) -> Tensor:
-        """Which of the rows [M, 1 + C] of a data set of n images are not trained on: [M], bool; not the first."""
-        chosen = torch.from_numpy(np.random.default_rng(self.seed).random(n) < 0.1)[joined[:, 0]]
-        return chosen & (torch.arange(len(chosen)) > 0)
-
-    def after_task(self, embeddings: np.ndarray, labels: Tensor, task: Task, bank: PromptBank | None) -> None:
+    def after_task(self, embeddings: np.ndarray, labels: Tensor, task: Task, bank: PromptBank) -> None:
         self.stored = self.with_stored(task)
-        held_out = self.held_out(self.stored, len(labels))
-        training, known = joined_task(self.stored[~held_out], task.name, labels)
+        held_out = np.random.default_rng(self.seed).random(len(labels))[self.stored[:, 0].numpy()] < 0.1
         check, answers = joined_task(self.stored[held_out], task.name, labels)
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, fused=True)
-        generator = torch.Generator().manual_seed(10_007 * self.seed + len(held_out))
-        options = {"epochs": 10, "batch_size": self.batch_size, "generator": generator}
-        best = mean_loss(self, embeddings, answers, check.rows)
-        weights = copy.deepcopy(self.network.state_dict())
-        rounds = 0
-        while rounds < 3 and len(check.rows):
-            fit(self, bank, embeddings, known, training, optimizer, **options)
+        best = math.inf
+        epochs = 0
+        for epoch, _ in enumerate(self.epochs(self.stored[~held_out], embeddings, labels, bank), 1):
             loss = mean_loss(self, embeddings, answers, check.rows)
-            rounds += 1
             if loss < best:
                 best = loss
-                weights = copy.deepcopy(self.network.state_dict())
-                rounds = 0
-        self.network.load_state_dict(weights)
+                epochs = epoch
+            if epoch == epochs + 10:
+                break
+        for _ in zip(range(epochs), self.epochs(self.stored, embeddings, labels, bank)):
+            pass
+
+    def epochs(
+        self, joined: Tensor, embeddings: np.ndarray, labels: Tensor, bank: PromptBank
+    ) -> Iterator[None]:
+        """Start anew on rows and their known labels [M, 1 + C], and yield after every epoch."""
+        task, known = joined_task(joined, "all data", labels)
+        self.network.load_state_dict(self.start)
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.settings["lr"], fused=True)
+        generator = torch.Generator().manual_seed(self.seed)
+        options = {"epochs": 1, "batch_size": self.settings["batch_size"], "generator": generator}
+        while True:
+            fit(self, bank, embeddings, known, task, optimizer, **options)
+            yield
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Sufficient statistics of a least-squares classifier with unknown labels, and the task's data in pieces."""
+"""What the methods share: a task's data in pieces, the zero-shot logit, sums for least squares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retune import Method, PromptBank, Task, Whitening, gather
+from retune import Config, Method, PromptBank, Task, Whitening, gather
+
+
+def with_seed(config: Config, options: dict) -> dict:
+    """The options of a method; a `seed` below 0 becomes the run's."""
+    return options | {"seed": config.seed if options.get("seed", -1) < 0 else options["seed"]}
 
 
 def read_task(
