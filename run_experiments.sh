@@ -61,13 +61,14 @@ adaptors()    { local every=scenario=joint,class,label,data
                 run "residual-{logit_scale}-{lr}" $every adaptor=residual lr=1e-3,1e-4 logit-scale=1,10; }
 prompts()     { local option; for option in pool=single,max no-negatives=yes wording=generic score=pos; do
                 run "prompts-{pool}-{negatives}-{wording}-{score}" scenario=joint,class $option; done; }
-methods()     { compare "{method}-{whiten}" method=linear,mlp,ewc,lwf,replay,joint,ncm,slda,ranpac,l3a whiten=no,yes
-                compare "{method}-{whiten}-zero" method=ranpac "set=zero_shot=1" whiten=no,yes
+methods()     { compare "{method}-{whiten}" method=linear,mlp,ewc,lwf,replay,joint,ncm,slda,l3a whiten=no,yes
                 compare "{method}-{whiten}" method=retune whiten=yes
                 compare "{method}" method=distil,analytic
                 compare "{method}-linear" method=analytic "set=features=0"
                 compare "{method}-1000" method=analytic "set=features=1000"
-                compare "{method}-1000-own" method=analytic "set=features=1000 shared=0"; }
+                compare "{method}-1000-own" method=analytic "set=features=1000 shared=0"
+                compare "{method}-{whiten}" method=ranpac whiten=no,yes
+                compare "{method}-{whiten}-zero" method=ranpac "set=zero_shot=1" whiten=no,yes; }
 differences() { methods; }
 figures()     { methods; }
 orders()      { local order=("scenario=class" "class-order=random" "seed=${ORDERS// /,}")
