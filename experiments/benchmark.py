@@ -145,11 +145,10 @@ def scale(repeats: int, folder: Path) -> Iterator[tuple]:
 
 def write_embeddings(file: Path, rows: int) -> None:
     """A file of embeddings [rows, 512], written in blocks."""
-    header = {"descr": "<f4", "fortran_order": False, "shape": (rows, 512)}
+    array = np.lib.format.open_memmap(file, "w+", np.float32, (rows, 512))
     block = np.random.default_rng(0).standard_normal((10_000, 512), dtype=np.float32)
-    with open(file, "wb") as output:
-        np.lib.format.write_array_header_1_0(output, header)
-        output.writelines(block.data for _ in range(rows // len(block)))
+    for start in range(0, rows, len(block)):
+        array[start : start + len(block)] = block
 
 
 def train_on(file: str) -> None:
@@ -174,21 +173,9 @@ def memory(repeats: int, folder: Path) -> Iterator[tuple]:
 
 
 def vit_encoder() -> retune.DualEncoder:
-    """A dual encoder with BiomedCLIP's image tower (ViT-B/16), random weights, and a one-layer text tower."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
-    small = {"vocab_size": 2, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    projection = ["Linear", {"in_features": 32, "out_features": 768}]
-    config = {
-        "name": "vit", "dim": 768,
-        "image": {"model": {"model_type": "vit"}, "pool": "cls", "head": []},
-        "text": {"model": {"model_type": "bert"} | small, "pool": "cls", "head": [projection], "context_length": 16},
-        "transform": {"resize": 224, "crop": 224, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3},
-    }  # fmt: skip
-    return retune.DualEncoder(config, tokenizer)
+    """BiomedCLIP's image tower (ViT-B/16) with random weights; the text tower is that of the demo."""
+    tiny = retune.DualEncoder.load("tiny")
+    return retune.DualEncoder(retune.BIOMEDCLIP | {"text": tiny.config["text"]}, tiny.tokenizer)
 
 
 def jpegs(folder: Path, count: int) -> retune.Radiographs:

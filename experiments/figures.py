@@ -37,12 +37,12 @@ def task_heatmaps(runs: pd.DataFrame, folder: Path) -> None:
     for scenario in BASIC[1:]:
         found = read_metrics(pick(runs, **SCENARIOS[scenario]), folder)
         name = f"{SCENARIOS[scenario]['scenario']}.png"
-        for key, title in (("auroc", "test AUROC"), ("f1", "test F1")):
+        for key, title, low in (("auroc", "test AUROC", 0.5), ("f1", "test F1", 0.0)):
             stages = zip(*([m["zero_shot"], *m["after_task"]] for m in found))
             frames = [pd.DataFrame([run["test"][key] for run in stage], dtype=float) for stage in stages]
             zero, *after = [{"test": {key: frame.mean().to_dict()}} for frame in frames]
             means = found[0] | {"zero_shot": zero, "after_task": after}
-            retune.heatmap(folder / f"{key}-{name}", means, key, f"{title}, mean of {len(found)} seeds")
+            retune.heatmap(folder / f"{key}-{name}", means, key, f"{title}, mean of {len(found)} seeds", low)
 
 
 def auroc_over_tasks(runs: pd.DataFrame, folder: Path) -> None:

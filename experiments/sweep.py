@@ -35,18 +35,15 @@ def combinations(grid: Sequence[str]) -> Iterator[list[str]]:
 
 
 def make_configs(grid: Sequence[str], shared: Sequence[str]) -> list[Config]:
-    """A configuration for every combination and seed; InputError when two of them have the same folder."""
+    """A configuration for every combination and seed."""
     parser = retune.build_parser(Config, __doc__)
     configs = []
     for options in combinations(grid):
         arguments = parser.parse_args([*shared, *options])
-        config = retune.parse_config(Config, argparse.Namespace(**vars(arguments) | {"seed": 0}))
-        configs += [dataclasses.replace(config, seed=seed) for seed in np.atleast_1d(arguments.seed).tolist()]
-    folders = [config.folder for config in configs]
-    if twice := {str(folder) for folder in folders if folders.count(folder) > 1}:
-        raise InputError(
-            f"--output: {min(twice)} would hold several runs; name in braces what they differ in"
-        )
+        seeds = np.atleast_1d(arguments.seed).tolist()
+        arguments.seed = seeds[0]
+        config = retune.parse_config(Config, arguments)
+        configs += [dataclasses.replace(config, seed=seed) for seed in seeds]
     return configs
 
 
@@ -60,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         configs = make_configs(arguments.grid, arguments.shared)
         for i, config in enumerate(configs, 1):
             data, encoder, _ = load_inputs(dataclasses.asdict(config))
-            results = retune.run(config, lambda _, data=data: data, lambda *_, encoder=encoder: encoder)
-            print(f"{i} of {len(configs)}: {results.folder}", flush=True)
+            retune.run(config, lambda _, data=data: data, lambda *_, encoder=encoder: encoder)
+            print(f"{i} of {len(configs)}: {config.folder}", flush=True)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -66,11 +66,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A title, the cells as text and as numbers, the seeds, and what is said below."""
+    """A title, the cells as text, the seeds, and what is said below."""
 
     title: str
     text: pd.DataFrame
-    numbers: pd.DataFrame
     seeds: Sequence[int]
     notes: Sequence[str] = ()
 
@@ -81,7 +80,6 @@ def fill(
 ) -> Table:  # fmt: skip
     """Mean and standard deviation (n - 1) over seeds in every cell; InputError when a run is missing."""
     text = pd.DataFrame([row.labels for row in rows], columns=labels)
-    numbers = text.copy()
     for column in columns:
         chosen = [pick(runs, **row.where | column.where) for row in rows]
         seeds = sorted(chosen[0]["seed"])
@@ -90,15 +88,14 @@ def fill(
                 wanted = ", ".join(f"{key} {value}" for key, value in (row.where | column.where).items())
                 have = f"runs of seeds {sorted(found['seed'])}, in the first row {seeds}"
                 raise InputError(f"{wanted}: {have}; run_experiments.sh makes what is missing")
-        names = [column.metric.replace("last", "zero").replace("model", "zero_shot") if row.zero else column.metric
-                 for row in rows]  # fmt: skip
-        values = [found[name].astype(float) for found, name in zip(chosen, names)]
+        zero = column.metric.replace("last", "zero").replace("model", "zero_shot")
+        values = [
+            found[zero if row.zero else column.metric].astype(float) for row, found in zip(rows, chosen)
+        ]
         winners = leaders(chosen, rows) if column.contest else ()
         cells = [cell_text(value, column.digits) for value in values]
         text[column.name] = [f"**{cell}**" if i in winners else cell for i, cell in enumerate(cells)]
-        numbers[column.name] = [value.mean() for value in values]
-        numbers[f"{column.name}, deviation"] = [value.std() for value in values]
-    return Table(title, text, numbers, seeds, notes)
+    return Table(title, text, seeds, notes)
 
 
 def cell_text(values: pd.Series, digits: str) -> str:
@@ -258,35 +255,25 @@ def differences_table(runs: pd.DataFrame) -> Table:
     ours = [v for v in variants(runs) if v["method"] in OURS]
     rivals = [v for v in variants(runs) if v["method"] not in (*OURS, BOUND)]
     text = pd.DataFrame([("best rival", ""), *map(labels_of, ours)], columns=["method", "whitened"])
-    numbers = text.copy()
+    outcomes: list[dict] = [{"ahead of": [], "level with": [], "behind": []} for _ in ours]
     for scenario, where in SCENARIOS.items():
         rival = max(rivals, key=lambda v: pick(runs, **where, **v)[LAST].mean())
         other = pick(runs, **where, **rival)
-        leads = [lead(pick(runs, **where, **v), other) for v in ours]
-        text[scenario] = [f"{full_name(rival)}, {other[LAST].mean():.3f}", *map(lead_text, leads)]
-        for k, part in enumerate(("", ", low", ", high")):
-            numbers[scenario + part] = [np.nan, *(line[k] for line in leads)]
+        text[scenario] = f"{full_name(rival)}, {other[LAST].mean():.3f}"
+        for i, (variant, outcome) in enumerate(zip(ours, outcomes), 1):
+            difference, low, high = lead(pick(runs, **where, **variant), other)
+            cell = f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+            text.loc[i, scenario] = f"**{cell}**" if low > 0 or high < 0 else cell
+            outcome["ahead of" if low > 0 else "behind" if high < 0 else "level with"].append(scenario)
     title = (
         "Macro AUROC minus that of the best rival in the same scenario (neither RE-tune nor ours, nor the bound), "
         "mean over seeds, test split, with 95% intervals over 1,000 resamples of the patients, the same for both."
     )
-    notes = [outcome_note(full_name(v), numbers.iloc[i]) for i, v in enumerate(ours, 1)]
-    return Table(title, text, numbers, sorted(other["seed"]), [*notes, whitening_note(runs)])
-
-
-def lead_text(values: tuple[float, float, float]) -> str:
-    text = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*values)
-    return f"**{text}**" if values[1] > 0 or values[2] < 0 else text
-
-
-def outcome_note(name: str, line: pd.Series) -> str:
-    """Where a method is ahead of the best rival, level with it and behind it."""
-    outcome: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": []}
-    for scenario in SCENARIOS:
-        low, high = line[f"{scenario}, low"], line[f"{scenario}, high"]
-        outcome["ahead of" if low > 0 else "behind" if high < 0 else "level with"].append(scenario)
-    parts = [f"{where} the best rival in {', '.join(names)}" for where, names in outcome.items() if names]
-    return f"{name}: {'; '.join(parts)}."
+    notes = []
+    for variant, outcome in zip(ours, outcomes):
+        parts = [f"{place} the best rival in {', '.join(names)}" for place, names in outcome.items() if names]
+        notes.append(f"{full_name(variant)}: {'; '.join(parts)}.")
+    return Table(title, text, sorted(other["seed"]), [*notes, whitening_note(runs)])
 
 
 def whitening_note(runs: pd.DataFrame) -> str:
@@ -294,9 +281,8 @@ def whitening_note(runs: pd.DataFrame) -> str:
     whitened = [v for v in variants(runs) if v["whiten"]]
     parts = []
     for scenario, where in SCENARIOS.items():
-        leads = [
-            lead(pick(runs, **where, **v), pick(runs, **where, **v | {"whiten": False})) for v in whitened
-        ]
+        pairs = [[pick(runs, **where, **v | {"whiten": on}) for on in (True, False)] for v in whitened]
+        leads = [lead(*pair) for pair in pairs]
         better = sum(low > 0 for _, low, _ in leads)
         worse = sum(high < 0 for _, _, high in leads)
         parts.append(f"{scenario} {np.mean(leads, 0)[0]:+.3f} (better {better}, worse {worse})")
@@ -315,23 +301,30 @@ TABLES: dict[str, Callable[[pd.DataFrame], Table]] = {
 
 
 def render(name: str, runs: pd.DataFrame) -> dict[str, str]:
-    """The table `name` as {".md", ".tex", ".csv"}; the last holds unrounded numbers."""
+    """The table `name` as {".md", ".tex", ".csv"}; runs.csv has the unrounded numbers."""
     table = TABLES[name](runs)
     run = runs.iloc[0]
     demo = "; synthetic phantoms, not clinical numbers" if run["data"] == "demo" else ""
-    bold = " Bold: the 95% interval of the difference to the best rival (differences) or to the next best excludes 0."
+    bold = "lead over the next best" if name != "differences" else "difference"
+    bold = (
+        f" Bold: the paired 95% interval of the {bold} excludes zero."
+        if "**" in str(table.text.values)
+        else ""
+    )
     caption = (
         f"{table.title} Data: {run['data']} ({runs['train_n'].max():,} training images of "
         f"{run['cost.train_patients']:,} patients, {run['val_n']:,} validation and {run['test_n']:,} test images"
         f"{demo}). Encoder: {run['encoder']}, frozen. Classes: {run['classes']}. Seeds: "
-        f"{', '.join(map(str, table.seeds))}; mean ± standard deviation.{bold if '**' in str(table.text.values) else ''}"
+        f"{', '.join(map(str, table.seeds))}; mean ± standard deviation.{bold}"
     )
     body = markdown_table(list(table.text.columns), table.text.values.tolist())
     latex = table.text.map(to_latex).rename(columns=to_latex)
+    columns = "l" + "r" * (latex.shape[1] - 1)
+    options = {"caption": to_latex(caption), "label": f"tab:{name}", "column_format": columns}
     return {
         ".md": "\n\n".join([f"**{name.capitalize()}.** {caption}", body, *table.notes]) + "\n",
-        ".tex": latex.to_latex(index=False, escape=False, caption=to_latex(caption), label=f"tab:{name}"),
-        ".csv": table.numbers.to_csv(index=False),
+        ".tex": latex.to_latex(index=False, escape=False, **options),
+        ".csv": table.text.map(lambda cell: cell.strip("*")).to_csv(index=False),
     }
 
 
@@ -343,9 +336,8 @@ def to_latex(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    describe = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(**describe)
     parser.add_argument("results", type=Path, help="folder of the results; its runs are in <results>/runs")
     parser.add_argument("--only", nargs="+", choices=(*TABLES, "figures"), default=(*TABLES, "figures"))
     arguments = parser.parse_args(argv)
