@@ -385,7 +385,7 @@ def test_evidence_equals_numerical_integration():
     prior = torch.tensor([0.7]).double()
     lam, n = 0.3, 4
     a, _, _ = plain_posterior(f, y, prior, lam)
-    found, _ = solve(f.T @ f, (f.T @ y)[None], n, prior[None], torch.tensor([lam]).double())
+    found, _ = solve(f.T @ f, (f.T @ y)[None], n, prior[None, None], torch.tensor([lam]).double())
     f, y, prior = f.numpy(), y.numpy(), prior.numpy()
 
     def integral(sigma):
