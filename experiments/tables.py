@@ -111,8 +111,8 @@ def leaders(chosen: Sequence[pd.DataFrame], rows: Sequence[Row]) -> set[int]:
     winners = set()
     for group in {row.group for row in rows} - {None}:
         members = [i for i, row in enumerate(rows) if row.group == group]
-        first, second = sorted(members, key=lambda i: -chosen[i][LAST].mean())[:2]
-        if lead(chosen[first], chosen[second])[1] > 0:
+        first, *others = sorted(members, key=lambda i: -chosen[i][LAST].mean())
+        if others and lead(chosen[first], chosen[others[0]])[1] > 0:
             winners.add(first)
     return winners
 

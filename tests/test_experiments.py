@@ -398,6 +398,7 @@ def test_script_runs_everything_once_and_then_nothing(script):
     sweeps = [call for call in calls if call.startswith("-m experiments.sweep")]
     assert all("--data chexpert --data-dir /x y --encoder biovil" in c and "--seed 1 2" in c for c in sweeps)
     assert calls[-1].startswith("-m experiments.tables") and "chexpert-biovil" in calls[-1]
+    assert [call.split()[1:3] for call in calls[-3:-1]] == [["adaptor", "grid"], ["cleft", "tables"]]
     for option in ("parts=10,20", "l3a whiten=no,yes", "adapt=both,shared", "pool=single,max", "negatives=yes",
                    "wording=generic", "score=pos", "class-order=random", "set=features=1000", "whiten=yes"):  # fmt: skip
         assert any(option in call for call in sweeps), option
