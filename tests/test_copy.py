@@ -92,7 +92,7 @@ def test_the_pasted_model_trains_as_the_one_of_the_module(dtype):
 
     def step(names: dict, dtype: torch.dtype) -> tuple:
         with retune.seeded(0):
-            model = names["RETune"](6, 2).to(dtype)
+            model = names["RETune"](6).to(dtype)
         bank = names["PromptBank"](prompts.to(dtype), torch.tensor([0, 0, 1, 2, 2, 2, 3, 3]))
         loss = names["prompt_contrastive_loss"](model.logits(images.to(dtype), bank), labels.to(dtype))
         loss.backward()

@@ -104,8 +104,7 @@ def test_biomedclip_equals_open_clip(tmp_path, monkeypatch, size):
         ours["text"]["head"][2][1]["in_features"] = 280
         monkeypatch.setattr(retune, "BIOMEDCLIP", ours)
     monkeypatch.setattr("open_clip.hf_model.AutoConfig.from_pretrained", lambda *_, **__: bert)
-    with retune.WithoutRandomWeights():
-        peer = open_clip.model.CustomTextCLIP(**config)
+    peer = open_clip.model.CustomTextCLIP(**config)
     torch.save(randomise(peer).state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     (tmp_path / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP_CONFIG))
     write_vocabulary(tmp_path)
@@ -144,9 +143,8 @@ def test_biovil_equals_hi_ml(tmp_path, monkeypatch, size):
         config["text"]["model"] |= SMALL_BERT
         config["text"]["head"][0] = retune.linear(48, 128)
         monkeypatch.setattr(retune, "BIOVIL", config)
-    with retune.WithoutRandomWeights():
-        image = ImageModel("resnet50", 128)
-        text = CXRBertModel(CXRBertConfig(**(SMALL_BERT if size == "small" else {})))
+    image = ImageModel("resnet50", 128)
+    text = CXRBertModel(CXRBertConfig(**(SMALL_BERT if size == "small" else {})))
     torch.save(randomise(image).state_dict(), tmp_path / "biovil_image_resnet50_proj_size_128.pt")
     torch.save(randomise(text).state_dict(), tmp_path / "pytorch_model.bin")
     write_biovil_configs(tmp_path)

@@ -523,7 +523,7 @@ def learn(embeddings: np.ndarray, labels: np.ndarray, adaptor="mlp", pool="mean"
     (n, dim), classes = embeddings.shape, labels.shape[1]
     names, patients = [f"c{c}" for c in range(classes)], [f"p{i}" for i in range(n)]
     with retune.seeded(0):
-        model = retune.RETune(dim, classes, adaptor=adaptor, pool=pool, logit_scale=10)
+        model = retune.RETune(dim, adaptor=adaptor, pool=pool, logit_scale=10)
         bank = retune.PromptBank(torch.randn(2 * classes, dim), torch.arange(2 * classes))
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for task in retune.make_tasks(scenario, labels, names, None, 0, patients):
