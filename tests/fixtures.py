@@ -202,8 +202,8 @@ def run_python(folder: Path, *arguments, **environment) -> subprocess.CompletedP
     """Run Python in `folder`, where nothing of this project can be imported but what lies there."""
     inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = [sys.executable, *map(str, arguments)]
-    options = {"capture_output": True, "text": True, "check": False}
-    return subprocess.run(command, cwd=folder, env=inherited | environment, **options)
+    environment = inherited | environment
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import shutil
 import sys
@@ -46,6 +47,16 @@ def test_retune_and_prompts_alone_run_a_csv_of_images(csv_set, encoder_folder):
     assert list(json.loads(done.stdout)[0]["findings"]) == ["Edema", "Mass"]
 
 
+def without_annotations(tree: ast.AST) -> ast.AST:
+    """A copy without annotations, which `from __future__ import annotations` never evaluates."""
+    tree = copy.deepcopy(tree)
+    for node in ast.walk(tree):
+        for field in ("annotation", "returns"):
+            if getattr(node, field, None) is not None:
+                setattr(node, field, ast.Constant(None))
+    return tree
+
+
 def pasted(*names: str) -> dict:
     """The names that a fresh module has after `names`, and what they are made of, are pasted into it.
 
@@ -68,13 +79,15 @@ def pasted(*names: str) -> dict:
         name = wanted.pop()
         if name in defined and name not in found:
             found.append(name)
-            wanted += [node.id for node in ast.walk(defined[name]) if isinstance(node, ast.Name)]
+            wanted += [
+                node.id for node in ast.walk(without_annotations(defined[name])) if isinstance(node, ast.Name)
+            ]
     assert not PLUMBING & set(found), f"{names} need {sorted(PLUMBING & set(found))}"
     body = [*imports, *(node for name, node in defined.items() if name in found)]
     namespace = {"__name__": "pasted"}
     module = type(sys)("pasted")
     sys.modules["pasted"] = module  # dataclasses look their module up
-    exec(compile(ast.Module(body, []), "pasted", "exec"), module.__dict__)
+    exec(compile(ast.Module(body, []), "pasted", "exec"), module.__dict__)  # noqa: S102
     return namespace | module.__dict__
 
 

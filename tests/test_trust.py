@@ -406,7 +406,7 @@ def read_damaged(folder: Path, encoder_folder: str, name: str, report: Path) -> 
             read()
         except retune.InputError as error:
             refused += bool(str(error)) and "\n" not in str(error)
-        except Exception as error:  # noqa: BLE001, every other type is a bug
+        except Exception as error:
             place = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == retune.__file__]
             bugs[f"{type(error).__name__} line {place[-1].lineno if place else '?'}"] = (
                 f"{i}, {victim.name}: {error!r}"
