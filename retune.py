@@ -85,11 +85,9 @@ class Config:
     positives_only: bool = setting(False, "class, label: train on all positives of the new class only")
 
     method: str = setting("retune", "retune, a method of experiments/, or MODULE:CLASS", group="method")
-    set: tuple[str, ...] = setting((), "what only the method has; --method NAME --help lists it", nargs="+",
-                                   metavar="NAME=VALUE")
+    set: tuple[str, ...] = setting((), "as --method NAME --help lists", nargs="+", metavar="NAME=VALUE")
     whiten: bool = setting(False, "centre and half-whiten the image embeddings (ours)")
-    adaptor: str = setting("mlp", "mlp (the paper's), linear, residual (ours)",
-                           choices=("mlp", "linear", "residual"))
+    adaptor: str = setting("mlp", "the paper's is mlp, ours residual", choices=("mlp", "linear", "residual"))
     adapt: str = setting("both", "towers that get an adaptor", choices=("both", "shared", "image", "text"))
     pool: str = setting("mean", "how a class's prompts join", choices=("mean", "single", "max"))
     negatives: bool = setting(True, "train and score with positive prompts alone", flag="--no-negatives")
@@ -104,8 +102,7 @@ class Config:
     optimizer: str = setting("adam", "optimiser, one for all tasks", choices=("adam", "sgd"))
     seed: int = setting(27, "seed; several give mean and standard deviation", nargs="+")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    output: str = setting("runs/{data}-{encoder}-{scenario}-seed{seed}",
-                          "folder of the run; any setting in braces is filled in")
+    output: str = setting("runs/{data}-{encoder}-{scenario}-seed{seed}", "folder of the run; {any setting} works")
     figures: bool = setting(True, "draw no figures", flag="--no-figures")
     # fmt: on
 
@@ -149,9 +146,8 @@ def resolve_defaults(config: Config, data: Radiographs) -> Config:
 def load_prompts(path: Path, class_names: Sequence[str], wording: str = "specific") -> dict[str, dict]:
     """Positive and negative prompts of every class, {class: {"positive": [...], "negative": [...]}}.
 
-    The JSON file maps a finding to such a pair or to the name of a synonymous finding; "default" holds templates
-    with `{finding}` for all others, and with `wording="generic"` for every class (ours). Names match without
-    regard to case, `_` and `-`. The wording is ours, in the spirit of the authors' templates.
+    The JSON file maps a finding to such a pair or to a synonymous finding; "default" holds templates with `{finding}`
+    for all others, or for all (`wording="generic"`, ours). Case, `_` and `-` do not matter. The wording is ours.
     """
 
     def plain(name: str) -> str:
@@ -190,8 +186,8 @@ class Radiographs:
     images: paths, or uint8 [N, H, W] (an array, or what yields [H, W] by row and draws it on demand).
     labels: float32 [N, C], 1 / 0 / nan; nan is unknown: never trained on, never scored.
     patients, split: [N] texts; split is "train", "val" or "test". names: [N], what reports call an image.
-    rows: [N], where each image's labels stand ("labels.csv row 7"). reports, view, sex, age, part: [N] texts, if
-    known. note: what the loader decided, for the user to read. key: identifies images that are not files.
+    rows: [N], where each image's labels stand ("labels.csv row 7"). reports, view, sex, age, part: [N], if known.
+    note: what the loader decided, for the user to read. key: identifies images that are not files.
     """
 
     images: Sequence
@@ -228,10 +224,7 @@ class Radiographs:
 
 
 def patient_split(patients: Sequence[str], shares: dict[str, float]) -> np.ndarray:
-    """The split of every image [N] by a hash of its patient id: new patients never move the old ones.
-
-    shares: split -> share of the patients; their sum is 1.
-    """
+    """The split of every image [N] by a hash of its patient id, so that new patients never move the old ones."""
     edges = np.cumsum(list(shares.values()))[:-1]
     ids, patient = np.unique(np.asarray(patients, str), return_inverse=True)
     position = [int.from_bytes(hashlib.sha256(p.encode()).digest()[:8], "big") / 2**64 for p in ids]
@@ -309,11 +302,10 @@ def parse_labels(table, classes: Sequence[str], uncertain: str, blank: str) -> t
 def check_classes(config: Config, known: Sequence[str]) -> list[str]:
     """--classes, each of which must be known; empty without it."""
     chosen = list(config.classes or ())
-    for name in chosen:
-        if name not in known:
-            raise InputError(f"--classes {name!r}: {suggest(name, known)}")
-        if chosen.count(name) > 1:
-            raise InputError(f"--classes names {name!r} twice")
+    if unknown := [name for name in chosen if name not in known]:
+        raise InputError(f"--classes {unknown[0]!r}: {suggest(unknown[0], known)}")
+    if len(set(chosen)) < len(chosen):
+        raise InputError(f"--classes {' '.join(chosen)}: a name is duplicated")
     return chosen
 
 
@@ -349,8 +341,8 @@ def load_demo(config: Config) -> Radiographs:
 def load_csv(config: Config) -> Radiographs:
     """Anybody's own data: `path`, a column per finding (1/0/-1/blank), optional `patient`, `split`, `report`, GROUPS.
 
-    Paths are absolute or relative to --data-dir, which holds the only CSV unless --labels-csv names one. Without
-    `split`: 70/10/20% of the patients by hash. Without `patient` each image counts as a patient of its own.
+    Paths are absolute or relative to --data-dir, which holds one CSV unless --labels-csv names it. Without `split`:
+    70/10/20% of the patients by hash. Without `patient` each image counts as a patient of its own.
     """
     path = config.labels_csv or only_file(config.root, "*.csv")
     table = read_table(path, ["path"])
@@ -434,9 +426,9 @@ COMPETITION_FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema",
 def load_chexpert(config: Config) -> Radiographs:
     """CheXpert: 223,414 training images of 64,540 patients (191,027 frontal), 14 findings with -1 for uncertain.
 
-    `train.csv` (or --labels-csv: VisualCheXbert, CheXbert), `valid.csv` (234 images of 200 studies), and for the
-    test (668 images of 500 studies) `test_labels.csv`, one row per image, or `groundtruth.csv`, one per study.
-    Without either, `valid.csv` is the test set and a twentieth of the training patients validate, and we say so.
+    `train.csv` (or --labels-csv: VisualCheXbert, CheXbert), `valid.csv` (234 images), and for the test (668 images)
+    `test_labels.csv` or, a row per study, `groundtruth.csv`; without either `valid.csv` is the test set and a
+    twentieth of the training patients validate.
     Irvin et al., AAAI 2019. Stanford's research use agreement; neither images nor labels may be passed on.
     """
     import pandas
@@ -461,23 +453,22 @@ def load_chexpert(config: Config) -> Radiographs:
 
 
 def chexpert_table(path: str, classes: Sequence[str], home: dict[str, str]):
-    """One CheXpert table, a row per image: `home` says which folder holds a split or a patient.
-
-    What stands before the split in a path (`CheXpert-v1.0-small/`) does not matter. A row of `groundtruth.csv`
-    stands for each image in the study's folder.
-    """
+    """One CheXpert table, a row per image: `home` says which folder holds a split, or a patient of a batch."""
     column = "Study" if Path(path).name == "groundtruth.csv" else "Path"
     table = read_table(path, [column, *classes])
-    place = table[column].str.replace("\\", "/").str.extract(r"((train|valid|test)/([^/]+)/.+)")
-    refuse_row(table, place[0].isna(), "is not <train|valid|test>/<patient>/<study>/<image>", column)
+    pattern = re.compile(r"(train|valid|test)/([^/]+)/.+")  # whatever archive's name comes before
+    found = [pattern.search(place.replace("\\", "/")) for place in table[column].tolist()]
+    bad = np.array([match is None for match in found])
+    refuse_row(table, bad, "is not <train|valid|test>/<patient>/<study>/<image>", column)
     paths = []
-    for name, split, patient in zip(*(place[i].tolist() for i in range(3))):
+    for name, split, patient in (match.group(0, 1, 2) for match in found):
         if split not in home and patient in home:
             paths.append(f"{home[patient]}/{name.removeprefix(split + '/')}")
         else:
             paths.append(f"{home[split]}/{name}" if split in home else name)
-    table = table.assign(name=place[0], patient=place[2], path=paths)
-    if column == "Study":
+    names = [match[0] for match in found]
+    table = table.assign(name=names, patient=[match[2] for match in found], path=paths)
+    if column == "Study":  # a row stands for each image in the study's folder
         images = [[image.name for image in sorted(Path(path).glob("*.jpg"))] for path in paths]
         refuse_row(table, np.array([not names for names in images]), "holds no .jpg of this study", "path")
         table = table.assign(image=images).explode("image")
@@ -493,8 +484,8 @@ def chexpert_table(path: str, classes: Sequence[str], home: dict[str, str]):
 def load_mimic(config: Config) -> Radiographs:
     """MIMIC-CXR-JPG: 377,110 images of 227,835 studies of 65,379 patients, CheXpert's 14 findings per study.
 
-    Labels of `mimic-cxr-2.0.0-chexpert.csv` (or --labels-csv: `-negbio`), the official split, views from the
-    metadata, gzipped or not.
+    Labels of `mimic-cxr-2.0.0-chexpert.csv` (or --labels-csv: `-negbio`), the official split, views if the metadata
+    are there; gzipped or not.
     Johnson et al., arXiv 1901.07042. PhysioNet's credentialed licence; neither images nor labels may be passed on.
     """
 
@@ -529,8 +520,8 @@ CHESTMNIST_MD5 = {28: "02c8a6516a18b556561a56cbdd36c4a8", 64: "9de6cd0b934ebb5b7
 def load_chestmnist(config: Config) -> Radiographs:
     """ChestMNIST: ChestX-ray14 at 28, 64, 128 or 224 pixels: 78,468 train, 11,219 val, 22,433 test; 14 findings.
 
-    Reads `chestmnist.npz` or `chestmnist_<size>.npz` in --data-dir (else in --cache-dir), or downloads it there.
-    It is unpacked into --cache-dir, so that memory does not grow with --size. No patient ids.
+    Reads or downloads `chestmnist.npz` or `chestmnist_<size>.npz` in --data-dir (else in --cache-dir), and unpacks it
+    into --cache-dir, so that memory does not grow with --size.
     Yang et al., "MedMNIST v2", Scientific Data 2023. CC BY 4.0.
     """
     from torchvision.datasets.utils import download_url
@@ -598,8 +589,7 @@ def check_splits(data: Radiographs) -> None:
 def read_image(path: str | Path) -> torch.Tensor:
     """Decode a PNG, JPEG, TIFF or DICOM file to uint8 [1 or 3, H, W]; InputError when it is not one.
 
-    More than 8 bits are scaled by the image's own range, since 12-bit images come in 16-bit files. An alpha
-    channel is dropped; CMYK and palettes become RGB.
+    More than 8 bits are scaled by the image's own range, since 12-bit images come in 16-bit files; alpha is dropped.
     """
     from PIL import Image
 
@@ -638,8 +628,8 @@ def read_dicom(path: str | Path) -> torch.Tensor:
 def transform_image(image: torch.Tensor, resize, crop, interpolation, mean, std) -> torch.Tensor:
     """uint8 image [1 or 3,H,W] -> normalised float pixels [3,h,w]; a single channel is repeated to three.
 
-    `resize`: length of the shorter side, or [height, width]; `crop`: side of the central square, or None. The
-    resizing is antialiased and rounds to uint8, as PIL's does.
+    resize: length of the shorter side, or [height, width], antialiased and rounded to uint8 as PIL does it; crop:
+    side of the central square, or None.
     """
     from torchvision.transforms.v2 import InterpolationMode, functional
 
@@ -684,9 +674,10 @@ class Tower(nn.Module):
             nodes = {model["node"]: "last_hidden_state"}
             self.tower = create_feature_extractor(get_model(model["name"]), nodes)
             return
-        from transformers import AutoConfig, AutoModel
+        import transformers
 
-        self.tower = AutoModel.from_config(AutoConfig.for_model(**model))
+        settings = transformers.AutoConfig.for_model(**model)
+        self.tower = getattr(transformers, type(settings).__name__.removesuffix("Config") + "Model")(settings)
         if self.pool != "pooler" and "pooler.dense.weight" in self.tower.state_dict():
             self.tower.pooler = None  # BERT's and ViT's: not used, and the published checkpoints lack it
 
@@ -741,10 +732,7 @@ class DualEncoder(nn.Module):
         return torch.cat([self.text(*(tensor.to(device) for tensor in pair)).float() for pair in tokens])
 
     def tokenize(self, texts: Sequence[str], truncate: bool = False) -> dict[str, torch.Tensor]:
-        """M texts -> {"input_ids": [M,T], "attention_mask": [M,T]}, padded on the right.
-
-        Padding "longest" is masked; "max_length" fills the context and is attended to, as SigLIP was trained.
-        """
+        """M texts -> {"input_ids": [M,T], "attention_mask": [M,T]}, padded on the right."""
         config = self.config["text"]
         length = config["context_length"]
         padding = config.get("padding", "longest")
@@ -755,7 +743,7 @@ class DualEncoder(nn.Module):
         options = {"padding": padding, "padding_side": "right", "truncation": True, "max_length": length}
         tokens = self.tokenizer(texts, return_tensors="pt", return_attention_mask=True, **options)
         mask = tokens["attention_mask"]
-        mask = mask if padding == "longest" else torch.ones_like(mask)
+        mask = mask if padding == "longest" else torch.ones_like(mask)  # SigLIP attends to its padding
         return {"input_ids": tokens["input_ids"], "attention_mask": mask}
 
     def fingerprint(self) -> str:
@@ -781,9 +769,8 @@ class DualEncoder(nn.Module):
     def load(cls, name: str, directory: str | Path | None = None, crop: int | None = None) -> DualEncoder:
         """The encoder `name`: tiny, biomedclip, biovil, a folder, or a hub id of a transformers CLIP/SigLIP.
 
-        `directory` holds its files exactly as published, or as `save` wrote them, and rules out the network;
-        without it they come from the hub's cache or are downloaded. `crop` replaces a convolutional tower's
-        (BioViL: RE-tune's 512; its own is 480). InputError if a file is missing or unfit.
+        `directory` holds its files as published, or as `save` wrote them, and rules out the network; without it
+        they come from the hub's cache or are downloaded. `crop` replaces a convolutional tower's (BioViL).
         """
         folder = Path(directory or (HERE / "demo" / "tiny" if name == "tiny" else name))
         if directory is None and (name in HUB or not folder.is_dir()):
@@ -987,10 +974,7 @@ class Images(torch.utils.data.Dataset):
 
 
 def embedding_key(encoder: DualEncoder, data: Radiographs, precision: str) -> str:
-    """A hash of all that shapes the embeddings: encoder with transform, precision, and every image.
-
-    A file is known by its real path, size and modification time, so that re-processed files are embedded anew.
-    """
+    """A hash of encoder, transform, precision and every image: a file's real path, size and modification time."""
     digest = hashlib.sha256(f"{encoder.fingerprint()} {precision} {len(data.images)} {data.key}".encode())
     if data.key is None and isinstance(data.images, np.ndarray):
         digest.update(np.ascontiguousarray(data.images).data)
@@ -1008,9 +992,9 @@ def embed(
 ) -> np.memmap:  # fmt: skip
     """Embed every image once: a read-only memory map [N, D], float32, not normalised.
 
-    Chunks of rows are written into the array in the cache key's folder, each followed by a file that says so; ranks
-    take chunks in turn and a restarted process skips finished ones. An unreadable image raises InputError, or with
-    `skip_bad_images` is a row of nan, listed by `embedding_facts`.
+    Chunks of rows are written into one array, each followed by a file that says so: ranks take chunks in turn, and a
+    restarted process skips finished ones. An unreadable image raises InputError, or with `skip_bad_images` is a row
+    of nan, listed by `embedding_facts`.
     """
     folder = Path(cache_dir) / embedding_key(encoder, data, precision)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1188,10 +1172,10 @@ class Whitening(nn.Module):
 
 
 class Method(nn.Module):
-    """What `--method` names: a model of image embeddings that learns task after task. Subclass it.
+    """What `--method` names, subclassed: a model of image embeddings that learns task after task.
 
     `--set NAME=VALUE` gives the keyword parameters of `__init__` that follow dim and n_classes. A method without
-    trainable parameters is not trained by gradient; it learns in `after_task`.
+    trainable parameters learns in `after_task` alone.
     """
 
     whitens = False  # True: works on whitened embeddings, with or without --whiten
@@ -1349,9 +1333,9 @@ def make_tasks(
     """Cut training rows 0..N-1 with labels [N, C] into the tasks of a scenario; ValueError for what cannot be.
 
     data, class, label: the three protocols above, in `parts` (data: 5, else one per class; fewer make groups of
-    classes). joint: one task of everything; zero: none. Parts are disjoint and share no patient; `contiguous` is
-    the authors' cut, ceil(N / parts) rows in file order. `order` names the classes in the order of their arrival.
-    `positives_only`: task t has all positives of its new classes instead, so an image with two comes twice.
+    classes); joint: one task of everything; zero: none. Parts share no patient; `contiguous` is the authors' cut,
+    ceil(N / parts) rows in file order. `order`: the classes in the order of their arrival. `positives_only`: task t
+    has all positives of its new classes instead, so an image with two comes twice.
     """
     names = list(class_names)
     n = len(labels)
@@ -1522,14 +1506,15 @@ def fit(
     orders = (torch.randperm(len(rows), generator=generator) for _ in range(epochs))
     batches = (batch for order in orders for batch in order.split(batch_size))
     steps = epochs * math.ceil(len(rows) / batch_size)
-    for batch in progress(batches, total=steps, desc=f"training {task.name}", unit="step"):
+    batches = progress(batches, total=steps, desc=f"training {task.name}", unit="step")
+    for step, batch in enumerate(batches, 1):
         if targets[batch].isnan().all():
             continue  # momentum alone would move the weights
         images = model.whitening(gather(embeddings, rows[batch], bank.embeddings))
         logits = model.logits(images, bank)
         loss = prompt_contrastive_loss(logits[:, columns], targets[batch]) + model.penalty(images, logits)
         if not math.isfinite(loss.item()):
-            raise InputError(f"task {task.name!r}: the loss becomes {loss.item()}; lower --lr")
+            raise InputError(f"task {task.name!r}, step {step}: the loss is {loss.item()}; lower --lr")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -1788,8 +1773,8 @@ def load_checkpoint(folder: Path, model: Method, optimizer) -> tuple[int, object
 def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
     """Score images with a run's saved adaptors alone: [{"image", "findings": {name: {"score", "present"}}}].
 
-    InputError when the encoder is not the one that the adaptors were trained on. An unreadable image is an
-    InputError too, or with --skip-bad-images has "error" instead of findings.
+    InputError for another encoder than the adaptors were trained on, and for an unreadable image, which with
+    --skip-bad-images has "error" instead of findings.
     """
     path = folder / "adaptors.safetensors"
     device = pick_device(config.device)
@@ -2060,9 +2045,9 @@ def input_errors(subject: str | Path, trouble: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, FileNotFoundError) and error.filename:
-            raise InputError(f"{error.filename}: no such file") from None
-        raise InputError(f"{subject}: {trouble} ({one_line(error)})") from None
+        missing = isinstance(error, FileNotFoundError) and str(error.filename) == str(subject)
+        reason = "no such file" if missing else f"{trouble} ({one_line(error)})"
+        raise InputError(f"{subject}: {reason}") from None
 
 
 def one_line(error: BaseException) -> str:
