@@ -186,7 +186,7 @@ def test_unusable_tables_are_refused_by_file_row_and_column(tmp_path, name, cont
 def test_labels_follow_the_policies_and_are_counted(uncertain, minus_one, blank, empty):
     columns = {"A": ["1", "0", "-1", "", "nan"], "B": ["1.0", "0.00", "-1.0", "NaN", "1"]}
     table = pandas.DataFrame(columns | {"C": ["TRUE", "false", "yes", "No", "1"]})
-    labels, note = retune.parse_labels(table, ["B", "A", "C"], Path("x.csv"), uncertain, blank)
+    labels, note = retune.parse_labels(table, ["B", "A", "C"], uncertain, blank)
     wanted = [[1, 1, 1], [0, 0, 0], [minus_one, minus_one, 1], [empty, empty, 0], [1, empty, 1]]
     np.testing.assert_array_equal(labels, np.array(wanted, np.float32))
     assert labels.dtype == np.float32
@@ -195,10 +195,10 @@ def test_labels_follow_the_policies_and_are_counted(uncertain, minus_one, blank,
 
 @pytest.mark.parametrize("value", ["2", "maybe", "1.5", "1.0.0", "--1", "inf", "0.5", "٣"])
 def test_other_labels_are_refused_by_file_row_column_and_value(value):
-    table = pandas.DataFrame({"A": ["1", "0", "1"], "B": ["0", value, value]})
-    with pytest.raises(retune.InputError) as error:
-        retune.parse_labels(table, ["A", "B"], Path("labels.csv"), "ignore", "ignore")
-    assert all(text in str(error.value) for text in ("labels.csv", "row 3", "'B'", repr(value)))
+    rows = [f"labels.csv row {i}" for i in (2, 3, 4)]
+    table = pandas.DataFrame({"A": ["1", "0", "1"], "B": ["0", value, value]}, rows)
+    with pytest.raises(retune.InputError, match=f"labels.csv row 3: B {re.escape(repr(value))}"):
+        retune.parse_labels(table, ["A", "B"], "ignore", "ignore")
 
 
 def test_radiographs_refuse_columns_of_other_lengths_and_other_labels():
@@ -445,9 +445,6 @@ def test_the_loss_masks_unknown_labels_and_is_zero_when_all_are_unknown():
     unknown = retune.prompt_contrastive_loss(logits, torch.full((2, 2), NAN))
     unknown.backward()
     assert unknown.item() == 0 and torch.equal(logits.grad, torch.zeros(2, 2))
-    half = retune.prompt_contrastive_loss(logits[:1], labels[:1], count=3)
-    rest = retune.prompt_contrastive_loss(logits[1:], labels[1:], count=3)
-    assert (half + rest).item() == pytest.approx(loss.item(), abs=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -470,7 +467,7 @@ def test_a_bank_cast_to_another_dtype_keeps_its_groups():
 
 @pytest.mark.parametrize("group", [[0, 1, 2], [0, 2, 3], [1, 2, 3]])
 def test_a_bank_with_an_odd_or_a_missing_group_is_refused(group):
-    with pytest.raises(ValueError, match=re.escape(str(group)) + ".*none missing, two a class"):
+    with pytest.raises(ValueError, match=re.escape(str(group)) + ".*0 to 2C - 1, all used"):
         retune.PromptBank(torch.randn(3, 4), torch.tensor(group))
 
 
@@ -556,7 +553,7 @@ def assert_parts(tasks, n, owners):
 def test_data_incremental_parts_share_no_patient(data, parts, seed):
     labels, names, owners, patients = data
     if parts > patients:
-        with pytest.raises(ValueError, match=rf"--parts {parts} .*\({patients}\)"):
+        with pytest.raises(ValueError, match=f"--parts {parts}.* 1 to {patients} parts"):
             retune.make_tasks("data", labels, names, parts, seed, owners)
         return
     tasks = retune.make_tasks("data", labels, names, parts, seed, owners)
@@ -599,16 +596,16 @@ def test_contiguous_parts_are_the_authors_cut_of_ceil_n_over_parts(n, parts):
         with pytest.raises(ValueError, match=f"--parts {parts}"):
             retune.make_tasks("data", labels, ["A"], parts, 0, contiguous=True)
         return
-    tasks = retune.make_tasks("data", labels, ["A"], parts, 0, ["p"] * n, contiguous=True)
+    tasks = retune.make_tasks("data", labels, ["A"], parts, 0, contiguous=True)
     assert [task.rows.tolist() for task in tasks] == wanted
 
 
 @quick
 @given(training_sets(), st.sampled_from(["class", "label"]))
 def test_positives_only_tasks_hold_all_positives_of_their_new_class(data, scenario):
-    labels, names, owners, patients = data
+    labels, names, owners, _ = data
     empty = [name for name, column in zip(names, labels.T) if not (column == 1).any()]
-    if empty or len(names) > patients:
+    if empty:
         with pytest.raises(ValueError, match="--parts"):
             retune.make_tasks(scenario, labels, names, None, 0, owners, positives_only=True)
         return
@@ -621,7 +618,7 @@ def test_positives_only_tasks_hold_all_positives_of_their_new_class(data, scenar
 @pytest.mark.parametrize("scenario, options, named", [
     ("sideways", {}, "'sideways' is not data, class, label"), ("data", {"parts": 0}, "0"), ("class", {"parts": 0}, "0"),
     ("data", {"positives_only": True}, "--positives-only"), ("joint", {"positives_only": True}, "--positives-only"),
-    ("class", {"parts": 3}, r"--parts 3.*\(2\)"), ("class", {"order": ["A", "C"]}, "'C'.*A, B"),
+    ("class", {"parts": 3}, "--parts 3.* 1 to 2 parts"), ("class", {"order": ["A", "C"]}, "A C .*: A, B"),
     ("class", {"order": ["A"]}, "A, B"),
 ])  # fmt: skip
 def test_unusable_scenarios_are_refused(scenario, options, named):
@@ -1108,7 +1105,7 @@ def test_table_and_heatmap_hold_the_numbers_of_metrics_json(finished, tmp_path, 
         return draw(self, x, y, text, **options)
 
     monkeypatch.setattr(Axes, "text", remember)
-    retune.heatmap(tmp_path / "a.png", metrics, "auroc", "test AUROC")
+    retune.heatmap(tmp_path / "a.png", metrics, "auroc", "test AUROC", 0.5)
     for t, stage in enumerate((metrics["zero_shot"], *metrics["after_task"])):
         row = [f"{value:.3f}" for value in stage["test"]["auroc"].values()]
         assert " | ".join([*row, f"{stage['test']['auroc_macro']:.3f}"]) in " ".join(table.split()), row
@@ -1139,7 +1136,7 @@ def test_several_seeds_give_mean_and_deviation_of_their_runs(demo_arguments, tmp
 @pytest.mark.parametrize("options, named", [
     ("--data-dir nowhere", "--data-dir nowhere"), ("--labels-csv none.csv", "none.csv"), ("--data demo", "--data-dir"),
     ("--classes Edema Mas", "'Mas': did you mean 'Mass'"), ("--classes Edema Edema", "--classes"),
-    ("--class-order Mass", "--class-order"), ("--class-order Mass Edemaa", "--class-order 'Edemaa'"),
+    ("--class-order Mass", "--class-order"), ("--class-order Mass Edemaa", "--class-order Mass Edemaa"),
     ("--scenario data --parts 7", "--parts 7"), ("--parts 0", "--parts 0"), ("--scenario data --positives-only", "only"),
     ("--lr -1", "--lr"), ("--lr nan", "--lr nan"), ("--epochs 0", "--epochs 0"), ("--batch-size 0", "--batch-size 0"),
     ("--seed -1", "--seed -1"), ("--workers -1", "--workers -1"), ("--device abacus", "--device abacus"),
@@ -1171,7 +1168,8 @@ def test_warnings_are_one_line_without_source_code(csv_set, capsys):
         warnings.simplefilter("default")
         assert retune.main(arguments) == 0
     lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "warn" in line]
-    assert lines and all(line.startswith("warning: Mass") for line in lines), lines
+    (line,) = lines
+    assert line.startswith("warning: Mass") and ".py" not in line
 
 
 @pytest.mark.parametrize("options, tasks", [
@@ -1193,11 +1191,17 @@ def test_every_switch_runs_end_to_end(demo_arguments, tmp_path, options, tasks):
 
 
 def test_bf16_without_the_instructions_is_said_in_one_line(csv_set, capsys, monkeypatch):
-    monkeypatch.setattr(retune, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(
+        Path,
+        "read_text",
+        lambda self, *_, read=Path.read_text, **o: (
+            "flags: fpu" if str(self) == "/proc/cpuinfo" else read(self, **o)
+        ),
+    )
     assert retune.main([*csv_set[2], "--precision", "bf16", "--scenario", "zero"]) == 0
     said = capsys.readouterr()
     (line,) = [line for line in (said.out + said.err).splitlines() if "bf16" in line and "fp32" in line]
-    assert "slow" in line
+    assert "several times" in line
 
 
 # ------------------------------------------------------------------------------------------------ 12. Helpers

@@ -230,7 +230,7 @@ def test_published_folder_and_its_conversion_are_the_same_encoder(small_biovil, 
         assert torch.equal(encoder.encode_images(pixels), source.encode_images(pixels))
         assert torch.equal(encoder.encode_texts(PROMPTS), source.encode_texts(PROMPTS))
     assert retune.DualEncoder.load("biovil", tmp_path / "converted").fingerprint() == source.fingerprint()
-    with pytest.raises(retune.InputError, match="holds the encoder biovil, not biomedclip"):
+    with pytest.raises(retune.InputError, match="it is the encoder biovil, not biomedclip"):
         retune.DualEncoder.load("biomedclip", tmp_path / "converted")
 
 
@@ -260,9 +260,9 @@ def test_missing_unknown_and_misshaped_keys_are_listed(small_biovil):
     with pytest.raises(retune.InputError) as caught:
         retune.DualEncoder.load("biovil", folder)
     message = str(caught.value)
-    assert "1 missing: text.tower.encoder.layer.1.output.dense.bias" in message
-    assert "1 unknown: text.tower.encoder.layer.2.output.dense.bias" in message
-    assert "1 mis-shaped: text.head.3.weight (128, 127) for (128, 128)" in message
+    assert "Missing key" in message and "text.tower.encoder.layer.1.output.dense.bias" in message
+    assert "Unexpected key" in message and "text.tower.encoder.layer.2.output.dense.bias" in message
+    assert "size mismatch for text.head.3.weight" in message and "\n" not in message
 
 
 def test_pickled_code_is_refused_and_not_run(small_biovil, tmp_path):
@@ -389,16 +389,6 @@ def test_a_wrong_setting_of_a_published_config_is_one_line(tmp_path, kind):
     with pytest.raises(retune.InputError, match="'num_attention_heads' expected int, got str") as error:
         retune.DualEncoder.load(str(tmp_path))
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_tokenizer_that_panics_is_refused(tmp_path):
-    """A post-processor that names a special token it does not describe: no Exception, a panic of Rust."""
-    published_clip(tmp_path, "clip")
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    content["post_processor"]["special_tokens"] = {}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(retune.InputError, match="PanicException"):
-        retune.DualEncoder.load(str(tmp_path))
 
 
 def test_siglips_own_sentencepiece_tokenizer(tmp_path):

@@ -167,7 +167,7 @@ def test_columns_that_are_no_findings_are_left_out_and_named(csv_set):
     rows[3]["Mass"] = "unclear"
     write_rows(root / "labels.csv", rows)
     assert tuple(load_csv(root, classes=("Edema",)).class_names) == ("Edema",)
-    with pytest.raises(retune.InputError, match=r"row 5.*'Mass'.*'unclear'"):
+    with pytest.raises(retune.InputError, match=r"row 5: Mass 'unclear'"):
         load_csv(root, classes=("Edema", "Mass"))
 
 
@@ -188,8 +188,8 @@ def drop(split):
     ({"split": "validation"}, ["labels.csv row 7", "'validation'"]),
     ({"patient": "Patient-013-Kowalski"}, ["row", "'Patient-013-Kowalski'", "train", "test"]),
     (lambda rows: [row.update(Edema="", Mass="") for row in rows], ["known label", "Edema, Mass"]),
-    (lambda rows: [row.update(Edema="x", Mass="y") for row in rows], ["labels.csv", "no finding columns"]),
-    (one_patient, ["split has no", "1 patient", "add patients or a split column"]),
+    (lambda rows: [row.update(Edema="x", Mass="y") for row in rows], ["labels.csv", "no column holds labels", "--classes"]),
+    (one_patient, ["split has no", "patients: 1", "add some, or a split"]),
     (drop("val"), ["val split"]), (drop("test"), ["test split"]), (drop("train"), ["train split"]),
 ])  # fmt: skip
 def test_bad_rows_of_a_csv_set_exit_2_naming_file_row_and_value(csv_set, capsys, change, named):
@@ -278,11 +278,11 @@ def test_nih_reads_both_layouts_and_keeps_the_official_lists(tmp_path, layout):
 
 def test_nih_errors_name_what_is_wrong(tmp_path):
     config = Config(data="nih", data_dir=str(nih_tree(tmp_path, "images", ("Hernya", "No Finding"))))
-    with pytest.raises(InputError, match=r"row 2: unknown finding 'Hernya'; did you mean 'Hernia'"):
+    with pytest.raises(InputError, match=r"row 2: Finding Labels 'Hernya' is not made of Atelectasis"):
         load_radiographs(config)
     nih_tree(tmp_path, "images")
     (tmp_path / "test_list.txt").write_text("00000030_000.png")
-    with pytest.raises(InputError, match="row 63: 00000030_001.png is in neither"):
+    with pytest.raises(InputError, match="row 63: name '00000030_001.png' is in neither"):
         load_radiographs(config)
     (tmp_path / "test_list.txt").unlink()
     with pytest.raises(InputError, match="test_list.txt: no such file"):
@@ -339,7 +339,7 @@ def test_chexpert_layouts_give_the_same_data(tmp_path, prefix, test):
     assert data.patients[0] == "patient00001" and data.rows[-1].endswith(
         "row " + ("4" if "ground" in test else "7")
     )
-    assert "train.csv labels: 200 uncertain (-1) -> ignore, 200 blank -> zero" in data.note
+    assert "200 uncertain (-1) -> ignore, 200 blank -> zero" in data.note
 
 
 @pytest.mark.parametrize("view", ["frontal", "lateral"])
@@ -396,11 +396,11 @@ def test_chexpert_finds_images_in_unpacked_archives(tmp_path):
 
 @pytest.mark.parametrize(("file", "header", "rows", "message"), [
     ("train.csv", None, None, "train.csv: no such file"), ("valid.csv", None, None, "valid.csv: no such file"),
-    ("train.csv", ["Path", "Edema"], [["a", 1]], "no finding 'Atelectasis'"),
-    ("train.csv", ["X", *HEADER[1:]], [["a"] * 19], "not 1, 0, -1"),
+    ("train.csv", ["Path", "Edema"], [["a", 1]], "no column 'Atelectasis'"),
+    ("train.csv", HEADER, [["train/patient1/study1/view1_frontal.jpg", *["a"] * 18]], "'a' is not 1, 0, -1"),
     ("train.csv", ["X", *HEADER[1:]], [[1] * 19], "no column 'Path' or 'Study'"),
-    ("train.csv", HEADER, [["b.jpg", *[1] * 18]], "row 2: 'b.jpg' is not <train"),
-    ("train.csv", HEADER, [1, 1, 2], "row 4: image 'train/patient00001/study1/view1_frontal.jpg' is duplicated"),
+    ("train.csv", HEADER, [["b.jpg", *[1] * 18]], "row 2: Path 'b.jpg' is not <train"),
+    ("train.csv", HEADER, [1, 1, 2], "row 4: image 'train/patient00001/study1/view1_frontal.jpg' is also in .*row 2"),
     ("test_labels.csv", HEADER, [1], "patient 'patient00001' is in"),
 ])  # fmt: skip
 def test_chexpert_errors(tmp_path, file, header, rows, message):
@@ -422,7 +422,7 @@ def test_chexpert_refuses_to_guess_between_archives_and_studies_without_images(t
     shutil.rmtree(tmp_path / "one/test/patient00072")
     with pytest.raises(InputError, match="groundtruth.csv row 3: no .jpg in .*patient00072"):
         load_radiographs(config)
-    with pytest.raises(InputError, match="no finding 'Edma'; did you mean 'Edema'"):
+    with pytest.raises(InputError, match="no column 'Edma'"):
         load_radiographs(Config(data="chexpert", data_dir=config.data_dir, classes=("Edma",)))
 
 
@@ -431,7 +431,7 @@ def test_chexpert_refuses_to_guess_between_archives_and_studies_without_images(t
 VIEWS = ("PA", "AP", "LATERAL", "LL", "", "SWIMMERS")
 
 
-def mimic_tree(root: Path, end=".csv", reports=False) -> Config:
+def mimic_tree(root: Path, end=".csv") -> Config:
     """30 patients, a study each of six images, one a view; the study of the last patient has no labels."""
     images, views, studies = [], [], []
     for p in range(30):
@@ -442,14 +442,6 @@ def mimic_tree(root: Path, end=".csv", reports=False) -> Config:
             views.append((f"{p:02d}-{v}", subject, study, view))
         if p < 29:
             studies.append((subject, study, *[("1.0", "0.0", "-1.0", "")[p % 4]] * 14))
-        if reports:
-            path = root / f"files/p10/p{subject}/s{study}.txt"
-            path.parent.mkdir(parents=True)
-            path.write_text(
-                "     FINAL REPORT\n INDICATION:  Cough.\n\n FINDINGS: \n \n Clear  lungs.\n\n IMPRESSION:\n Normal: fine.\n"
-                if p
-                else "No sections here."
-            )
     write_csv(root / f"mimic-cxr-2.0.0-split{end}", ["dicom_id", "study_id", "subject_id", "split"], images)
     header = ["dicom_id", "subject_id", "study_id", "ViewPosition"]
     write_csv(root / f"mimic-cxr-2.0.0-metadata{end}", header, views)
@@ -486,23 +478,17 @@ def test_mimic_views(tmp_path, view, kept):
     assert len(data.images) == 58 and {image[-5] for image in data.images} == set(kept)
 
 
-def test_mimic_reports_are_their_findings_and_impression(tmp_path):
-    reports = load_radiographs(mimic_tree(tmp_path, reports=True)).reports
-    assert len(reports) == 174 and reports[0] == "No sections here."
-    assert reports[6] == reports[11] == "Clear lungs. Normal: fine." and len(list(reports)) == 174
-
-
 def test_mimic_errors(tmp_path):
     config = mimic_tree(tmp_path)
     labels, split = tmp_path / "mimic-cxr-2.0.0-chexpert.csv", tmp_path / "mimic-cxr-2.0.0-split.csv"
     text = labels.read_text()
     labels.write_text(text + text.splitlines()[1] + "\n")
-    with pytest.raises(InputError, match="chexpert.csv row 31: study 50414267 is duplicated"):
+    with pytest.raises(InputError, match="chexpert.csv row 31: study_id '50414267' is duplicated"):
         load_radiographs(config)
     labels.write_text(text)
     whole = split.read_text()
     split.write_text(whole.replace("validate", "valid", 1))
-    with pytest.raises(InputError, match="split.csv row 8: split 'valid' is not train, validate or test"):
+    with pytest.raises(InputError, match="split.csv row 8: split 'valid' is not train, validate"):
         load_radiographs(config)
     split.write_text(whole)
     (tmp_path / "mimic-cxr-2.0.0-metadata.csv").unlink()
@@ -560,7 +546,7 @@ def test_chestmnist_is_downloaded_with_its_checksum(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.utils.download_url", download_url)
     for _ in range(2):
         check_chestmnist(load_radiographs(chestmnist(tmp_path)))
-    assert asked == [(f"{retune.ZENODO}/chestmnist_64.npz?download=1", retune.CHESTMNIST_MD5[64])]
+    assert asked == [(retune.CHESTMNIST.format("chestmnist_64.npz"), retune.CHESTMNIST_MD5[64])]
     monkeypatch.setattr(
         "torchvision.datasets.utils.download_url", lambda *_: (_ for _ in ()).throw(OSError("offline"))
     )
