@@ -167,7 +167,7 @@ def test_read_table_reads_quotes_byte_order_marks_and_gzip(tmp_path):
     ("t.csv", b"", ["empty"]), ("t.csv", b"path,Mass\n", ["no rows"]), ("t.csv", None, ["no such file"]),
     ("t.csv", b"Path,Mass\na.png,1\n", ["'path'", "Path, Mass"]),
     ("t.csv", b"path,Mass,Mass\na.png,1,0\n", ["'Mass'", "duplicated"]),
-    ("t.csv", b"path,Mass\na.png,1,0\n", ["row 2"]), ("t.csv", b"path,Mass\na.png,1\nb.png,1,0\n", ["row 3"]),
+    ("t.csv", b"path,Mass\na.png,1,0\n", ["row 2"]), ("t.csv", b"path,Mass\na.png,1\nb.png,1,0\n", ["line 3"]),
     ("t.csv", b"path,Mass\na.png,1\nb.png\n", ["row 3"]), ("t.csv", b"path,Mass\na.png,1\n\nb.png,1\n", ["row 3"]),
     ("t.csv", b"path;Mass\na.png;1\n", ["';'"]), ("t.csv", b"path\tMass\na.png\t1\n", ["'\\t'"]),
     ("t.csv", b"path,Mass\n\xff\xfe.png,1\n", ["CSV"]), ("t.csv.gz", b"path,Mass\na.png,1\n", ["CSV"]),
