@@ -1,7 +1,6 @@
 """Tests of retune.py, in its order: every formula against plain float64 code, every promise by keeping it.
 
-They need no network and no data. With RETUNE_NIH_DIR set to a folder in the layout of NIH ChestX-ray14, the
-command line also runs on real radiographs; with pydicom installed, DICOM files are read.
+They need no network and no data. More in tests/: data sets and image files, encoders, trust, copies, the README.
 """
 
 from __future__ import annotations
@@ -29,13 +28,11 @@ from sklearn import metrics as sklearn_metrics
 
 import retune
 from tests.fixtures import (
-    COMPETITION,
     ROOT,
     load_csv,
     metrics_of,
     model_bytes,
     noise_images,
-    partial_files,
     read_failure,
     read_metrics,
     save_random_encoder,
@@ -54,26 +51,15 @@ quick = settings(max_examples=50, deadline=None)
 # ------------------------------------------------------------------------------------------------ 1. Settings
 
 
-def parse(*words: str) -> retune.Config:
-    return retune.parse_config(retune.Config, retune.build_parser(retune.Config, "").parse_args(words))
+def parse(words: str) -> retune.Config:
+    return retune.parse_config(
+        retune.Config, retune.build_parser(retune.Config, "").parse_args(words.split())
+    )
 
 
 def test_the_command_line_is_made_from_config():
-    assert parse() == retune.Config()
-    changed = parse(
-        *[
-            "--scenario",
-            "class",
-            "--parts",
-            "3",
-            "--classes",
-            "Mass",
-            "Edema",
-            "--lr",
-            "0.5",
-            "--no-negatives",
-        ]
-    )
+    assert parse("") == retune.Config()
+    changed = parse("--scenario class --parts 3 --classes Mass Edema --lr 0.5 --no-negatives")
     assert (changed.scenario, changed.parts, changed.classes) == ("class", 3, ("Mass", "Edema"))
     assert changed.lr == 0.5 and not changed.negatives
     text = retune.build_parser(retune.Config, "").format_help()
@@ -83,9 +69,8 @@ def test_the_command_line_is_made_from_config():
 
 def test_defaults_follow_the_size_of_the_training_set():
     def resolved(n: int) -> tuple:
-        images, labels = np.zeros((n + 2, 1, 1), np.uint8), np.zeros((n + 2, 1))
         split = ["train"] * n + ["val", "test"]
-        data = retune.Radiographs(images, labels, ["A"], [f"p{i}" for i in range(n + 2)], split)
+        data = retune.Radiographs(np.zeros((n + 2, 1, 1)), np.zeros((n + 2, 1)), "A", split, split)
         config = retune.resolve_defaults(retune.Config(epochs=3), data)
         return config.epochs, config.lr, config.batch_size
 
@@ -189,8 +174,7 @@ def test_labels_follow_the_policies_and_are_counted(uncertain, minus_one, blank,
     labels, note = retune.parse_labels(table, ["B", "A", "C"], uncertain, blank)
     wanted = [[1, 1, 1], [0, 0, 0], [minus_one, minus_one, 1], [empty, empty, 0], [1, empty, 1]]
     np.testing.assert_array_equal(labels, np.array(wanted, np.float32))
-    assert labels.dtype == np.float32
-    assert "2 uncertain" in note and "3 blank" in note
+    assert labels.dtype == np.float32 and "2 uncertain" in note and "3 blank" in note
 
 
 @pytest.mark.parametrize("value", ["2", "maybe", "1.5", "1.0.0", "--1", "inf", "0.5", "٣"])
@@ -201,16 +185,14 @@ def test_other_labels_are_refused_by_file_row_column_and_value(value):
         retune.parse_labels(table, ["A", "B"], "ignore", "ignore")
 
 
-def test_radiographs_refuse_columns_of_other_lengths_and_other_labels():
-    images = np.zeros((2, 4, 4), np.uint8)
-    good = {"labels": [[0.0], [1.0]], "class_names": "A", "patients": ["p", "q"], "split": ["train", "test"]}
-    assert len(retune.Radiographs(images, **good).images) == 2
-    for name, value in (
-        ("labels", [[0.0]]), ("labels", [[0.5], [1]]), ("labels", [[0, 1], [1, 0]]), ("patients", ["p"]),
-        ("split", ["train"] * 3),
-    ):  # fmt: skip
-        with pytest.raises(retune.InputError):
-            retune.Radiographs(images, **good | {name: value})
+@pytest.mark.parametrize("change", [
+    {"labels": [[0.0]]}, {"labels": [[0.5], [1]]}, {"labels": [[0, 1], [1, 0]]}, {"patients": ["p"]}, {"split": ["val"] * 3},
+])  # fmt: skip
+def test_radiographs_refuse_columns_of_other_lengths_and_other_labels(change):
+    good = {"labels": [[0], [1]], "class_names": "A", "patients": ["p", "q"], "split": ["train", "test"]}
+    assert len(retune.Radiographs(np.zeros((2, 4, 4)), **good).images) == 2
+    with pytest.raises(retune.InputError):
+        retune.Radiographs(np.zeros((2, 4, 4)), **good | change)
 
 
 # ----------------------------------------------------------------------------------------- 5. Embedding cache
@@ -233,8 +215,11 @@ def test_embeddings_are_the_encoders_of_the_transformed_images(encoder, tmp_path
     monkeypatch.setattr(retune, "CHUNK", 32)
     data = noise_images()
     embeddings = retune.embed(encoder, data, tmp_path, batch_size=8)
-    assert isinstance(embeddings, np.memmap) and not embeddings.flags.writeable
-    assert embeddings.dtype == np.float32
+    assert (
+        isinstance(embeddings, np.memmap)
+        and not embeddings.flags.writeable
+        and embeddings.dtype == np.float32
+    )
     for image, found in zip(data.images, embeddings):
         pixels = torch.from_numpy(image)[None].float()
         resized = torch.nn.functional.interpolate(pixels[None], (35, 32), mode="bilinear", antialias=True)[0]
@@ -286,20 +271,14 @@ def test_only_the_same_file_of_the_same_time_shares_a_cache(encoder, encoded, cs
 def test_embedding_goes_on_with_the_chunks_that_a_failure_left(encoder, encoded, tmp_path, monkeypatch):
     monkeypatch.setattr(retune, "CHUNK", 16)
     encode = retune.DualEncoder.encode_images
-
-    def failing(self, pixels):
-        if len(encoded) == 7:
-            raise KeyboardInterrupt
-        return encode(self, pixels)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    failing = lambda self, pixels: encode(self, pixels) if len(encoded) < 7 else 1 / 0
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(retune.DualEncoder, "encode_images", failing)
         retune.embed(encoder, noise_images(), tmp_path, batch_size=8)
     encoded.clear()
     again = retune.embed(encoder, noise_images(), tmp_path, batch_size=8)
     assert sum(encoded) == 70 - 48
     np.testing.assert_array_equal(again, retune.embed(encoder, noise_images(), tmp_path / "b", batch_size=8))
-    assert not partial_files(tmp_path)
 
 
 # --------------------------------------------------------------- 6. Model and loss, against loops in float64
@@ -424,14 +403,6 @@ def test_prompts_are_averaged_after_the_adaptor_and_before_normalisation():
         assert positive.item() == pytest.approx(wanted, abs=1e-6) and negative.item() == 0
     scores, decisions = retune.RETune(2, adapt="none").scores(image, bank)
     assert scores.item() == pytest.approx((1.5 / math.sqrt(2.5) + 2) / 4, abs=1e-6) and decisions.item() == 1
-
-
-def test_an_image_of_zeros_gives_finite_cosines_and_gradients():
-    model = random_weights(retune.RETune(6, adapt="text"))
-    logits = model.logits(torch.zeros(2, 6), small_bank())
-    retune.prompt_contrastive_loss(logits, torch.ones(2, 3)).backward()
-    assert torch.equal(logits, torch.zeros(2, 3))
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def test_the_loss_masks_unknown_labels_and_is_zero_when_all_are_unknown():
@@ -1043,7 +1014,6 @@ def test_predict_refuses_what_does_not_fit_and_skips_bad_images_if_asked(csv_set
     assert retune.main(["--predict", str(bad), good, "--run", str(run), "--json", "--skip-bad-images"]) == 0
     unread, read = json.loads(capsys.readouterr().out)
     assert unread["image"] == str(bad) and "bad.png" in unread["error"] and read["image"] == good
-    assert list(read["findings"]) == ["Edema", "Mass"]
     path = run / "adaptors.safetensors"
     path.write_bytes(path.read_bytes()[:-30])
     assert "adaptors.safetensors" in read_failure(capsys, ["--predict", good, "--run", run])
@@ -1058,7 +1028,9 @@ def test_metrics_json_follows_from_the_saved_adaptors(demo_arguments, finished, 
     cache = Path(demo_arguments[demo_arguments.index("--cache-dir") + 1])
     data = retune.load_radiographs(retune.Config(demo_images=240))
     embeddings = retune.embed(encoder, data, cache)
-    bank = retune.embed_prompts(encoder, retune.load_prompts(ROOT / "prompts.json", COMPETITION))
+    bank = retune.embed_prompts(
+        encoder, retune.load_prompts(ROOT / "prompts.json", retune.COMPETITION_FINDINGS)
+    )
     rows = data.where("test")
     for weights, stage in (
         ((None, None), metrics["zero_shot"]), (saved_weights(finished, "mlp", 5), metrics["after_task"][-1]),
@@ -1068,14 +1040,16 @@ def test_metrics_json_follows_from_the_saved_adaptors(demo_arguments, finished, 
         assert stage["test"]["n"] == len(rows)
         low, high = stage["test"]["auroc_macro_ci"]
         assert low < stage["test"]["auroc_macro"] < high
-        for c, name in enumerate(COMPETITION):
+        for c, name in enumerate(retune.COMPETITION_FINDINGS):
             auroc = sklearn_metrics.roc_auc_score(data.labels[rows, c], scores[:, c])
             assert stage["test"]["auroc"][name] == pytest.approx(auroc, abs=2e-3), name
             f1 = sklearn_metrics.f1_score(data.labels[rows, c], scores[:, c] > 0, zero_division=0)
             assert stage["test"]["f1"][name] == pytest.approx(f1, abs=2e-2), name
     stages = [metrics["zero_shot"], *metrics["after_task"]]
     grid = np.array([list(stage["test"]["auroc"].values()) for stage in stages])
-    tasks = tasks_of(*(tuple(COMPETITION.index(c) for c in task["classes"]) for task in metrics["tasks"]))
+    tasks = tasks_of(
+        *(tuple(retune.COMPETITION_FINDINGS.index(c) for c in task["classes"]) for task in metrics["tasks"])
+    )
     wanted = retune.continual_metrics(grid[1:], tasks, grid[0])
     assert metrics["continual"] == pytest.approx(wanted, abs=1e-12) and len(tasks) == 3
     assert metrics["cost"]["trainable_parameters"] == 2 * (16 * 32 + 32 + 32 * 16 + 16)
@@ -1233,13 +1207,3 @@ def test_a_second_process_on_one_output_folder_is_refused(demo_arguments, tmp_pa
     (tmp_path / "run").mkdir()
     with retune.locked(tmp_path / "run", wait=False):
         assert "another process" in read_failure(capsys, arguments)
-
-
-def test_rows_are_gathered_in_the_dtype_of_the_model(tmp_path):
-    values = np.random.default_rng(0).standard_normal((2000, 5)).astype(np.float32)
-    np.save(tmp_path / "x.npy", values)
-    rows = torch.randint(0, 2000, (901,), generator=torch.Generator().manual_seed(0))
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        read = retune.gather(np.load(tmp_path / "x.npy", mmap_mode="r"), rows, torch.empty(0, dtype=dtype))
-        assert torch.equal(read, torch.from_numpy(values[rows.numpy()]).to(dtype))
-    assert retune.gather(values, rows[:0], torch.empty(0)).shape == (0, 5)

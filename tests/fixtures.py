@@ -28,7 +28,6 @@ import retune
 torch.set_num_threads(1)
 
 ROOT = Path(retune.__file__).resolve().parent
-COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 with warnings.catch_warnings():  # a file that runs without tests/conftest.py meets the mark before its name
     warnings.simplefilter("ignore")
     slow = pytest.mark.slow
