@@ -52,9 +52,8 @@ quick = settings(max_examples=50, deadline=None)
 
 
 def parse(words: str) -> retune.Config:
-    return retune.parse_config(
-        retune.Config, retune.build_parser(retune.Config, "").parse_args(words.split())
-    )
+    parser = retune.build_parser(retune.Config, "")
+    return retune.parse_config(retune.Config, parser.parse_args(words.split()))
 
 
 def test_the_command_line_is_made_from_config():
@@ -215,11 +214,7 @@ def test_embeddings_are_the_encoders_of_the_transformed_images(encoder, tmp_path
     monkeypatch.setattr(retune, "CHUNK", 32)
     data = noise_images()
     embeddings = retune.embed(encoder, data, tmp_path, batch_size=8)
-    assert (
-        isinstance(embeddings, np.memmap)
-        and not embeddings.flags.writeable
-        and embeddings.dtype == np.float32
-    )
+    assert not embeddings.flags.writeable and embeddings.dtype == np.float32
     for image, found in zip(data.images, embeddings):
         pixels = torch.from_numpy(image)[None].float()
         resized = torch.nn.functional.interpolate(pixels[None], (35, 32), mode="bilinear", antialias=True)[0]
@@ -429,22 +424,19 @@ def test_the_loss_takes_labels_of_every_kind(kind):
     assert found.dtype == torch.float64 and found.item() == pytest.approx(wanted.item(), abs=1e-12)
 
 
-def test_a_bank_cast_to_another_dtype_keeps_its_groups():
+def test_a_bank_cast_to_another_dtype_keeps_its_groups_and_needs_such_a_model():
     bank = retune.PromptBank(torch.randn(400, 3), torch.arange(400))
     cast = bank.to(torch.bfloat16)
     assert cast.embeddings.dtype == torch.bfloat16 and cast.group.dtype == torch.int64
     assert torch.equal(cast.group, bank.group)
+    with pytest.raises(ValueError, match="bfloat16.*float32"):
+        retune.RETune(3).logits(torch.randn(2, 3), cast)
 
 
 @pytest.mark.parametrize("group", [[0, 1, 2], [0, 2, 3], [1, 2, 3]])
 def test_a_bank_with_an_odd_or_a_missing_group_is_refused(group):
     with pytest.raises(ValueError, match=re.escape(str(group)) + ".*0 to 2C - 1, all used"):
         retune.PromptBank(torch.randn(3, 4), torch.tensor(group))
-
-
-def test_a_bank_of_another_dtype_than_the_model_is_refused():
-    with pytest.raises(ValueError, match="float64.*float32|float32.*float64"):
-        retune.RETune(6).logits(torch.randn(2, 6), small_bank(dtype=torch.float64))
 
 
 def test_the_residual_adaptor_starts_at_zero_shot_of_normalised_embeddings():
@@ -611,7 +603,6 @@ def test_the_bounds_and_the_default_cut():
 
 
 def random_results(seed, n=60, c=4, unknown=0.0):
-    """Scores with ties, decisions and labels of which some are unknown."""
     generator = np.random.default_rng(seed)
     labels = (generator.random((n, c)) < generator.uniform(0.2, 0.7, c)).astype(np.float32)
     scores = np.round(generator.random((n, c)) + 0.3 * labels, 1 if seed % 2 else 6)
