@@ -1,7 +1,6 @@
 """Tests of retune.py, in its order: every formula against plain float64 code, every promise by keeping it.
 
-They need no network and no data. With RETUNE_NIH_DIR set to a folder in the layout of NIH ChestX-ray14, the
-command line also runs on real radiographs; with pydicom installed, DICOM files are read.
+They need no network and no data. More in tests/: data sets and image files, encoders, trust, copies, the README.
 """
 
 from __future__ import annotations
@@ -29,13 +28,11 @@ from sklearn import metrics as sklearn_metrics
 
 import retune
 from tests.fixtures import (
-    COMPETITION,
     ROOT,
     load_csv,
     metrics_of,
     model_bytes,
     noise_images,
-    partial_files,
     read_failure,
     read_metrics,
     save_random_encoder,
@@ -54,26 +51,14 @@ quick = settings(max_examples=50, deadline=None)
 # ------------------------------------------------------------------------------------------------ 1. Settings
 
 
-def parse(*words: str) -> retune.Config:
-    return retune.parse_config(retune.Config, retune.build_parser(retune.Config, "").parse_args(words))
+def parse(words: str) -> retune.Config:
+    parser = retune.build_parser(retune.Config, "")
+    return retune.parse_config(retune.Config, parser.parse_args(words.split()))
 
 
 def test_the_command_line_is_made_from_config():
-    assert parse() == retune.Config()
-    changed = parse(
-        *[
-            "--scenario",
-            "class",
-            "--parts",
-            "3",
-            "--classes",
-            "Mass",
-            "Edema",
-            "--lr",
-            "0.5",
-            "--no-negatives",
-        ]
-    )
+    assert parse("") == retune.Config()
+    changed = parse("--scenario class --parts 3 --classes Mass Edema --lr 0.5 --no-negatives")
     assert (changed.scenario, changed.parts, changed.classes) == ("class", 3, ("Mass", "Edema"))
     assert changed.lr == 0.5 and not changed.negatives
     text = retune.build_parser(retune.Config, "").format_help()
@@ -83,9 +68,8 @@ def test_the_command_line_is_made_from_config():
 
 def test_defaults_follow_the_size_of_the_training_set():
     def resolved(n: int) -> tuple:
-        images, labels = np.zeros((n + 2, 1, 1), np.uint8), np.zeros((n + 2, 1))
         split = ["train"] * n + ["val", "test"]
-        data = retune.Radiographs(images, labels, ["A"], [f"p{i}" for i in range(n + 2)], split)
+        data = retune.Radiographs(np.zeros((n + 2, 1, 1)), np.zeros((n + 2, 1)), "A", split, split)
         config = retune.resolve_defaults(retune.Config(epochs=3), data)
         return config.epochs, config.lr, config.batch_size
 
@@ -167,7 +151,7 @@ def test_read_table_reads_quotes_byte_order_marks_and_gzip(tmp_path):
     ("t.csv", b"", ["empty"]), ("t.csv", b"path,Mass\n", ["no rows"]), ("t.csv", None, ["no such file"]),
     ("t.csv", b"Path,Mass\na.png,1\n", ["'path'", "Path, Mass"]),
     ("t.csv", b"path,Mass,Mass\na.png,1,0\n", ["'Mass'", "duplicated"]),
-    ("t.csv", b"path,Mass\na.png,1,0\n", ["row 2"]), ("t.csv", b"path,Mass\na.png,1\nb.png,1,0\n", ["row 3"]),
+    ("t.csv", b"path,Mass\na.png,1,0\n", ["row 2"]), ("t.csv", b"path,Mass\na.png,1\nb.png,1,0\n", ["line 3"]),
     ("t.csv", b"path,Mass\na.png,1\nb.png\n", ["row 3"]), ("t.csv", b"path,Mass\na.png,1\n\nb.png,1\n", ["row 3"]),
     ("t.csv", b"path;Mass\na.png;1\n", ["';'"]), ("t.csv", b"path\tMass\na.png\t1\n", ["'\\t'"]),
     ("t.csv", b"path,Mass\n\xff\xfe.png,1\n", ["CSV"]), ("t.csv.gz", b"path,Mass\na.png,1\n", ["CSV"]),
@@ -186,31 +170,28 @@ def test_unusable_tables_are_refused_by_file_row_and_column(tmp_path, name, cont
 def test_labels_follow_the_policies_and_are_counted(uncertain, minus_one, blank, empty):
     columns = {"A": ["1", "0", "-1", "", "nan"], "B": ["1.0", "0.00", "-1.0", "NaN", "1"]}
     table = pandas.DataFrame(columns | {"C": ["TRUE", "false", "yes", "No", "1"]})
-    labels, note = retune.parse_labels(table, ["B", "A", "C"], Path("x.csv"), uncertain, blank)
+    labels, note = retune.parse_labels(table, ["B", "A", "C"], uncertain, blank)
     wanted = [[1, 1, 1], [0, 0, 0], [minus_one, minus_one, 1], [empty, empty, 0], [1, empty, 1]]
     np.testing.assert_array_equal(labels, np.array(wanted, np.float32))
-    assert labels.dtype == np.float32
-    assert "2 uncertain" in note and "3 blank" in note
+    assert labels.dtype == np.float32 and "2 uncertain" in note and "3 blank" in note
 
 
 @pytest.mark.parametrize("value", ["2", "maybe", "1.5", "1.0.0", "--1", "inf", "0.5", "٣"])
 def test_other_labels_are_refused_by_file_row_column_and_value(value):
-    table = pandas.DataFrame({"A": ["1", "0", "1"], "B": ["0", value, value]})
-    with pytest.raises(retune.InputError) as error:
-        retune.parse_labels(table, ["A", "B"], Path("labels.csv"), "ignore", "ignore")
-    assert all(text in str(error.value) for text in ("labels.csv", "row 3", "'B'", repr(value)))
+    rows = [f"labels.csv row {i}" for i in (2, 3, 4)]
+    table = pandas.DataFrame({"A": ["1", "0", "1"], "B": ["0", value, value]}, rows)
+    with pytest.raises(retune.InputError, match=f"labels.csv row 3: B {re.escape(repr(value))}"):
+        retune.parse_labels(table, ["A", "B"], "ignore", "ignore")
 
 
-def test_radiographs_refuse_columns_of_other_lengths_and_other_labels():
-    images = np.zeros((2, 4, 4), np.uint8)
-    good = {"labels": [[0.0], [1.0]], "class_names": "A", "patients": ["p", "q"], "split": ["train", "test"]}
-    assert len(retune.Radiographs(images, **good).images) == 2
-    for name, value in (
-        ("labels", [[0.0]]), ("labels", [[0.5], [1]]), ("labels", [[0, 1], [1, 0]]), ("patients", ["p"]),
-        ("split", ["train"] * 3),
-    ):  # fmt: skip
-        with pytest.raises(retune.InputError):
-            retune.Radiographs(images, **good | {name: value})
+@pytest.mark.parametrize("change", [
+    {"labels": [[0.0]]}, {"labels": [[0.5], [1]]}, {"labels": [[0, 1], [1, 0]]}, {"patients": ["p"]}, {"split": ["val"] * 3},
+])  # fmt: skip
+def test_radiographs_refuse_columns_of_other_lengths_and_other_labels(change):
+    good = {"labels": [[0], [1]], "class_names": "A", "patients": ["p", "q"], "split": ["train", "test"]}
+    assert len(retune.Radiographs(np.zeros((2, 4, 4)), **good).images) == 2
+    with pytest.raises(retune.InputError):
+        retune.Radiographs(np.zeros((2, 4, 4)), **good | change)
 
 
 # ----------------------------------------------------------------------------------------- 5. Embedding cache
@@ -233,8 +214,7 @@ def test_embeddings_are_the_encoders_of_the_transformed_images(encoder, tmp_path
     monkeypatch.setattr(retune, "CHUNK", 32)
     data = noise_images()
     embeddings = retune.embed(encoder, data, tmp_path, batch_size=8)
-    assert isinstance(embeddings, np.memmap) and not embeddings.flags.writeable
-    assert embeddings.dtype == np.float32
+    assert not embeddings.flags.writeable and embeddings.dtype == np.float32
     for image, found in zip(data.images, embeddings):
         pixels = torch.from_numpy(image)[None].float()
         resized = torch.nn.functional.interpolate(pixels[None], (35, 32), mode="bilinear", antialias=True)[0]
@@ -286,20 +266,14 @@ def test_only_the_same_file_of_the_same_time_shares_a_cache(encoder, encoded, cs
 def test_embedding_goes_on_with_the_chunks_that_a_failure_left(encoder, encoded, tmp_path, monkeypatch):
     monkeypatch.setattr(retune, "CHUNK", 16)
     encode = retune.DualEncoder.encode_images
-
-    def failing(self, pixels):
-        if len(encoded) == 7:
-            raise KeyboardInterrupt
-        return encode(self, pixels)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    failing = lambda self, pixels: encode(self, pixels) if len(encoded) < 7 else 1 / 0
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(retune.DualEncoder, "encode_images", failing)
         retune.embed(encoder, noise_images(), tmp_path, batch_size=8)
     encoded.clear()
     again = retune.embed(encoder, noise_images(), tmp_path, batch_size=8)
     assert sum(encoded) == 70 - 48
     np.testing.assert_array_equal(again, retune.embed(encoder, noise_images(), tmp_path / "b", batch_size=8))
-    assert not partial_files(tmp_path)
 
 
 # --------------------------------------------------------------- 6. Model and loss, against loops in float64
@@ -426,14 +400,6 @@ def test_prompts_are_averaged_after_the_adaptor_and_before_normalisation():
     assert scores.item() == pytest.approx((1.5 / math.sqrt(2.5) + 2) / 4, abs=1e-6) and decisions.item() == 1
 
 
-def test_an_image_of_zeros_gives_finite_cosines_and_gradients():
-    model = random_weights(retune.RETune(6, adapt="text"))
-    logits = model.logits(torch.zeros(2, 6), small_bank())
-    retune.prompt_contrastive_loss(logits, torch.ones(2, 3)).backward()
-    assert torch.equal(logits, torch.zeros(2, 3))
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-
-
 def test_the_loss_masks_unknown_labels_and_is_zero_when_all_are_unknown():
     logits = torch.tensor([[0.0, 3.0], [50.0, -50.0]], requires_grad=True)
     labels = torch.tensor([[1, NAN], [1, 0]])
@@ -445,9 +411,6 @@ def test_the_loss_masks_unknown_labels_and_is_zero_when_all_are_unknown():
     unknown = retune.prompt_contrastive_loss(logits, torch.full((2, 2), NAN))
     unknown.backward()
     assert unknown.item() == 0 and torch.equal(logits.grad, torch.zeros(2, 2))
-    half = retune.prompt_contrastive_loss(logits[:1], labels[:1], count=3)
-    rest = retune.prompt_contrastive_loss(logits[1:], labels[1:], count=3)
-    assert (half + rest).item() == pytest.approx(loss.item(), abs=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -461,22 +424,19 @@ def test_the_loss_takes_labels_of_every_kind(kind):
     assert found.dtype == torch.float64 and found.item() == pytest.approx(wanted.item(), abs=1e-12)
 
 
-def test_a_bank_cast_to_another_dtype_keeps_its_groups():
+def test_a_bank_cast_to_another_dtype_keeps_its_groups_and_needs_such_a_model():
     bank = retune.PromptBank(torch.randn(400, 3), torch.arange(400))
     cast = bank.to(torch.bfloat16)
     assert cast.embeddings.dtype == torch.bfloat16 and cast.group.dtype == torch.int64
     assert torch.equal(cast.group, bank.group)
+    with pytest.raises(ValueError, match="bfloat16.*float32"):
+        retune.RETune(3).logits(torch.randn(2, 3), cast)
 
 
 @pytest.mark.parametrize("group", [[0, 1, 2], [0, 2, 3], [1, 2, 3]])
 def test_a_bank_with_an_odd_or_a_missing_group_is_refused(group):
-    with pytest.raises(ValueError, match=re.escape(str(group)) + ".*none missing, two a class"):
+    with pytest.raises(ValueError, match=re.escape(str(group)) + ".*0 to 2C - 1, all used"):
         retune.PromptBank(torch.randn(3, 4), torch.tensor(group))
-
-
-def test_a_bank_of_another_dtype_than_the_model_is_refused():
-    with pytest.raises(ValueError, match="float64.*float32|float32.*float64"):
-        retune.RETune(6).logits(torch.randn(2, 6), small_bank(dtype=torch.float64))
 
 
 def test_the_residual_adaptor_starts_at_zero_shot_of_normalised_embeddings():
@@ -556,7 +516,7 @@ def assert_parts(tasks, n, owners):
 def test_data_incremental_parts_share_no_patient(data, parts, seed):
     labels, names, owners, patients = data
     if parts > patients:
-        with pytest.raises(ValueError, match=rf"--parts {parts} .*\({patients}\)"):
+        with pytest.raises(ValueError, match=f"--parts {parts}.* 1 to {patients} parts"):
             retune.make_tasks("data", labels, names, parts, seed, owners)
         return
     tasks = retune.make_tasks("data", labels, names, parts, seed, owners)
@@ -599,16 +559,16 @@ def test_contiguous_parts_are_the_authors_cut_of_ceil_n_over_parts(n, parts):
         with pytest.raises(ValueError, match=f"--parts {parts}"):
             retune.make_tasks("data", labels, ["A"], parts, 0, contiguous=True)
         return
-    tasks = retune.make_tasks("data", labels, ["A"], parts, 0, ["p"] * n, contiguous=True)
+    tasks = retune.make_tasks("data", labels, ["A"], parts, 0, contiguous=True)
     assert [task.rows.tolist() for task in tasks] == wanted
 
 
 @quick
 @given(training_sets(), st.sampled_from(["class", "label"]))
 def test_positives_only_tasks_hold_all_positives_of_their_new_class(data, scenario):
-    labels, names, owners, patients = data
+    labels, names, owners, _ = data
     empty = [name for name, column in zip(names, labels.T) if not (column == 1).any()]
-    if empty or len(names) > patients:
+    if empty:
         with pytest.raises(ValueError, match="--parts"):
             retune.make_tasks(scenario, labels, names, None, 0, owners, positives_only=True)
         return
@@ -621,7 +581,7 @@ def test_positives_only_tasks_hold_all_positives_of_their_new_class(data, scenar
 @pytest.mark.parametrize("scenario, options, named", [
     ("sideways", {}, "'sideways' is not data, class, label"), ("data", {"parts": 0}, "0"), ("class", {"parts": 0}, "0"),
     ("data", {"positives_only": True}, "--positives-only"), ("joint", {"positives_only": True}, "--positives-only"),
-    ("class", {"parts": 3}, r"--parts 3.*\(2\)"), ("class", {"order": ["A", "C"]}, "'C'.*A, B"),
+    ("class", {"parts": 3}, "--parts 3.* 1 to 2 parts"), ("class", {"order": ["A", "C"]}, "A C .*: A, B"),
     ("class", {"order": ["A"]}, "A, B"),
 ])  # fmt: skip
 def test_unusable_scenarios_are_refused(scenario, options, named):
@@ -643,7 +603,6 @@ def test_the_bounds_and_the_default_cut():
 
 
 def random_results(seed, n=60, c=4, unknown=0.0):
-    """Scores with ties, decisions and labels of which some are unknown."""
     generator = np.random.default_rng(seed)
     labels = (generator.random((n, c)) < generator.uniform(0.2, 0.7, c)).astype(np.float32)
     scores = np.round(generator.random((n, c)) + 0.3 * labels, 1 if seed % 2 else 6)
@@ -1046,7 +1005,6 @@ def test_predict_refuses_what_does_not_fit_and_skips_bad_images_if_asked(csv_set
     assert retune.main(["--predict", str(bad), good, "--run", str(run), "--json", "--skip-bad-images"]) == 0
     unread, read = json.loads(capsys.readouterr().out)
     assert unread["image"] == str(bad) and "bad.png" in unread["error"] and read["image"] == good
-    assert list(read["findings"]) == ["Edema", "Mass"]
     path = run / "adaptors.safetensors"
     path.write_bytes(path.read_bytes()[:-30])
     assert "adaptors.safetensors" in read_failure(capsys, ["--predict", good, "--run", run])
@@ -1061,7 +1019,9 @@ def test_metrics_json_follows_from_the_saved_adaptors(demo_arguments, finished, 
     cache = Path(demo_arguments[demo_arguments.index("--cache-dir") + 1])
     data = retune.load_radiographs(retune.Config(demo_images=240))
     embeddings = retune.embed(encoder, data, cache)
-    bank = retune.embed_prompts(encoder, retune.load_prompts(ROOT / "prompts.json", COMPETITION))
+    bank = retune.embed_prompts(
+        encoder, retune.load_prompts(ROOT / "prompts.json", retune.COMPETITION_FINDINGS)
+    )
     rows = data.where("test")
     for weights, stage in (
         ((None, None), metrics["zero_shot"]), (saved_weights(finished, "mlp", 5), metrics["after_task"][-1]),
@@ -1071,14 +1031,16 @@ def test_metrics_json_follows_from_the_saved_adaptors(demo_arguments, finished, 
         assert stage["test"]["n"] == len(rows)
         low, high = stage["test"]["auroc_macro_ci"]
         assert low < stage["test"]["auroc_macro"] < high
-        for c, name in enumerate(COMPETITION):
+        for c, name in enumerate(retune.COMPETITION_FINDINGS):
             auroc = sklearn_metrics.roc_auc_score(data.labels[rows, c], scores[:, c])
             assert stage["test"]["auroc"][name] == pytest.approx(auroc, abs=2e-3), name
             f1 = sklearn_metrics.f1_score(data.labels[rows, c], scores[:, c] > 0, zero_division=0)
             assert stage["test"]["f1"][name] == pytest.approx(f1, abs=2e-2), name
     stages = [metrics["zero_shot"], *metrics["after_task"]]
     grid = np.array([list(stage["test"]["auroc"].values()) for stage in stages])
-    tasks = tasks_of(*(tuple(COMPETITION.index(c) for c in task["classes"]) for task in metrics["tasks"]))
+    tasks = tasks_of(
+        *(tuple(retune.COMPETITION_FINDINGS.index(c) for c in task["classes"]) for task in metrics["tasks"])
+    )
     wanted = retune.continual_metrics(grid[1:], tasks, grid[0])
     assert metrics["continual"] == pytest.approx(wanted, abs=1e-12) and len(tasks) == 3
     assert metrics["cost"]["trainable_parameters"] == 2 * (16 * 32 + 32 + 32 * 16 + 16)
@@ -1108,7 +1070,7 @@ def test_table_and_heatmap_hold_the_numbers_of_metrics_json(finished, tmp_path, 
         return draw(self, x, y, text, **options)
 
     monkeypatch.setattr(Axes, "text", remember)
-    retune.heatmap(tmp_path / "a.png", metrics, "auroc", "test AUROC")
+    retune.heatmap(tmp_path / "a.png", metrics, "auroc", "test AUROC", 0.5)
     for t, stage in enumerate((metrics["zero_shot"], *metrics["after_task"])):
         row = [f"{value:.3f}" for value in stage["test"]["auroc"].values()]
         assert " | ".join([*row, f"{stage['test']['auroc_macro']:.3f}"]) in " ".join(table.split()), row
@@ -1139,7 +1101,7 @@ def test_several_seeds_give_mean_and_deviation_of_their_runs(demo_arguments, tmp
 @pytest.mark.parametrize("options, named", [
     ("--data-dir nowhere", "--data-dir nowhere"), ("--labels-csv none.csv", "none.csv"), ("--data demo", "--data-dir"),
     ("--classes Edema Mas", "'Mas': did you mean 'Mass'"), ("--classes Edema Edema", "--classes"),
-    ("--class-order Mass", "--class-order"), ("--class-order Mass Edemaa", "--class-order 'Edemaa'"),
+    ("--class-order Mass", "--class-order"), ("--class-order Mass Edemaa", "--class-order Mass Edemaa"),
     ("--scenario data --parts 7", "--parts 7"), ("--parts 0", "--parts 0"), ("--scenario data --positives-only", "only"),
     ("--lr -1", "--lr"), ("--lr nan", "--lr nan"), ("--epochs 0", "--epochs 0"), ("--batch-size 0", "--batch-size 0"),
     ("--seed -1", "--seed -1"), ("--workers -1", "--workers -1"), ("--device abacus", "--device abacus"),
@@ -1171,7 +1133,8 @@ def test_warnings_are_one_line_without_source_code(csv_set, capsys):
         warnings.simplefilter("default")
         assert retune.main(arguments) == 0
     lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "warn" in line]
-    assert lines and all(line.startswith("warning: Mass") for line in lines), lines
+    (line,) = lines
+    assert line.startswith("warning: Mass") and ".py" not in line
 
 
 @pytest.mark.parametrize("options, tasks", [
@@ -1193,11 +1156,17 @@ def test_every_switch_runs_end_to_end(demo_arguments, tmp_path, options, tasks):
 
 
 def test_bf16_without_the_instructions_is_said_in_one_line(csv_set, capsys, monkeypatch):
-    monkeypatch.setattr(retune, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(
+        Path,
+        "read_text",
+        lambda self, *_, read=Path.read_text, **o: (
+            "flags: fpu" if str(self) == "/proc/cpuinfo" else read(self, **o)
+        ),
+    )
     assert retune.main([*csv_set[2], "--precision", "bf16", "--scenario", "zero"]) == 0
     said = capsys.readouterr()
     (line,) = [line for line in (said.out + said.err).splitlines() if "bf16" in line and "fp32" in line]
-    assert "slow" in line
+    assert "several times" in line
 
 
 # ------------------------------------------------------------------------------------------------ 12. Helpers
@@ -1229,13 +1198,3 @@ def test_a_second_process_on_one_output_folder_is_refused(demo_arguments, tmp_pa
     (tmp_path / "run").mkdir()
     with retune.locked(tmp_path / "run", wait=False):
         assert "another process" in read_failure(capsys, arguments)
-
-
-def test_rows_are_gathered_in_the_dtype_of_the_model(tmp_path):
-    values = np.random.default_rng(0).standard_normal((2000, 5)).astype(np.float32)
-    np.save(tmp_path / "x.npy", values)
-    rows = torch.randint(0, 2000, (901,), generator=torch.Generator().manual_seed(0))
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        read = retune.gather(np.load(tmp_path / "x.npy", mmap_mode="r"), rows, torch.empty(0, dtype=dtype))
-        assert torch.equal(read, torch.from_numpy(values[rows.numpy()]).to(dtype))
-    assert retune.gather(values, rows[:0], torch.empty(0)).shape == (0, 5)

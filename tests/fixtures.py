@@ -28,7 +28,6 @@ import retune
 torch.set_num_threads(1)
 
 ROOT = Path(retune.__file__).resolve().parent
-COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 with warnings.catch_warnings():  # a file that runs without tests/conftest.py meets the mark before its name
     warnings.simplefilter("ignore")
     slow = pytest.mark.slow
@@ -55,23 +54,14 @@ def save_random_encoder(folder: Path, seed: int) -> Path:
     resnet = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
     gpt2 = {"model_type": "gpt2", "vocab_size": len(vocabulary), "n_embd": 16, "n_layer": 1, "n_head": 2}
     ends = {"bos_token_id": None, "eos_token_id": None, "n_positions": 64}
+    head = [["Linear", {"in_features": 16, "out_features": 16}]]
+    transform = {"resize": 32, "crop": 32, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.25] * 3}
     config = {
         "name": folder.name,
         "dim": 16,
-        "image": {
-            "library": "transformers",
-            "model": resnet | {"layer_type": "basic"},
-            "pool": "mean",
-            "head": [["Linear", {"in_features": 16, "out_features": 16}]],
-        },
+        "image": {"model": resnet | {"layer_type": "basic"}, "pool": "mean", "head": head},
         "text": {"model": gpt2 | ends, "pool": "last", "head": [], "context_length": 64},
-        "transform": {
-            "resize": 32,
-            "crop": 32,
-            "interpolation": "bilinear",
-            "mean": [0.5] * 3,
-            "std": [0.25] * 3,
-        },
+        "transform": transform,
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import os
-import pickle
 import socket
 import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -81,28 +81,21 @@ OPEN_CLIP_CONFIG = {
     },
     "preprocess_cfg": {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]},
 }  # fmt: skip
-FULL = pytest.param(
-    "full", marks=pytest.mark.skipif("RETUNE_FULL_SIZE" not in os.environ, reason="half a minute")
-)
 
 
-@pytest.mark.parametrize("size", ["small", FULL])
-def test_biomedclip_equals_open_clip(tmp_path, monkeypatch, size):
+def test_biomedclip_equals_open_clip(tmp_path, monkeypatch):
     """open_clip's own class, its state dict in the published layout, read by us: the same embeddings."""
     open_clip = pytest.importorskip("open_clip")
     config, ours = copy.deepcopy(OPEN_CLIP_CONFIG["model_cfg"]), copy.deepcopy(retune.BIOMEDCLIP)
     config["text_cfg"]["hf_model_pretrained"] = False
-    bert = transformers.BertConfig(
-        **(SMALL_BERT if size == "small" else {})
-    )  # BiomedBERT's sizes are BERT-base's
-    if size == "small":
-        config["vision_cfg"]["timm_model_name"] = "vit_tiny_patch16_224"
-        ours["image"]["model"] |= {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3}
-        ours["image"]["head"][0][1]["in_features"] = 192
-        ours["text"]["model"] |= SMALL_BERT
-        ours["text"]["head"][0][1] |= {"in_features": 48, "out_features": 280}
-        ours["text"]["head"][2][1]["in_features"] = 280
-        monkeypatch.setattr(retune, "BIOMEDCLIP", ours)
+    config["vision_cfg"]["timm_model_name"] = "vit_tiny_patch16_224"
+    ours["image"]["model"] |= {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3}
+    ours["image"]["head"][0][1]["in_features"] = 192
+    ours["text"]["model"] |= SMALL_BERT
+    ours["text"]["head"][0][1] |= {"in_features": 48, "out_features": 280}
+    ours["text"]["head"][2][1]["in_features"] = 280
+    monkeypatch.setattr(retune, "BIOMEDCLIP", ours)
+    bert = transformers.BertConfig(**SMALL_BERT)
     monkeypatch.setattr("open_clip.hf_model.AutoConfig.from_pretrained", lambda *_, **__: bert)
     peer = open_clip.model.CustomTextCLIP(**config)
     torch.save(randomise(peer).state_dict(), tmp_path / "open_clip_pytorch_model.bin")
@@ -114,9 +107,7 @@ def test_biomedclip_equals_open_clip(tmp_path, monkeypatch, size):
     with torch.inference_mode():  # the peer's padding is masked, so its length does not matter
         image_error = difference(encoder.encode_images(pixels), peer.encode_image(pixels))
         text_error = difference(encoder.encode_texts(PROMPTS), peer.encode_text(tokens))
-    print(
-        f"BiomedCLIP ({size}) against open_clip {open_clip.__version__}: {image_error:.1e}, {text_error:.1e}"
-    )
+    print(f"BiomedCLIP against open_clip {open_clip.__version__}: {image_error:.1e}, {text_error:.1e}")
     assert image_error <= 1e-4 and text_error <= 1e-4
 
 
@@ -124,11 +115,10 @@ def test_biomedclip_equals_open_clip(tmp_path, monkeypatch, size):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("size", ["small", FULL])
-def test_biovil_equals_hi_ml(tmp_path, monkeypatch, size):
+def test_biovil_equals_hi_ml(tmp_path, monkeypatch):
     """hi-ml-multimodal's own classes; the readers of DICOM and NIfTI that it imports are not needed for them.
 
-    Small only shrinks the BERT; the image tower is the ResNet-50 itself.
+    The BERT is shrunk; the image tower is the ResNet-50 itself.
     """
     for name in ("pydicom", "SimpleITK", "skimage", "skimage.io"):
         module = types.ModuleType(name)
@@ -138,13 +128,12 @@ def test_biovil_equals_hi_ml(tmp_path, monkeypatch, size):
     from health_multimodal.image.model.model import ImageModel
     from health_multimodal.text.model import CXRBertConfig, CXRBertModel
 
-    if size == "small":
-        config = copy.deepcopy(retune.BIOVIL)
-        config["text"]["model"] |= SMALL_BERT
-        config["text"]["head"][0] = retune.linear(48, 128)
-        monkeypatch.setattr(retune, "BIOVIL", config)
+    config = copy.deepcopy(retune.BIOVIL)
+    config["text"]["model"] |= SMALL_BERT
+    config["text"]["head"][0] = retune.linear(48, 128)
+    monkeypatch.setattr(retune, "BIOVIL", config)
     image = ImageModel("resnet50", 128)
-    text = CXRBertModel(CXRBertConfig(**(SMALL_BERT if size == "small" else {})))
+    text = CXRBertModel(CXRBertConfig(**SMALL_BERT))
     torch.save(randomise(image).state_dict(), tmp_path / "biovil_image_resnet50_proj_size_128.pt")
     torch.save(randomise(text).state_dict(), tmp_path / "pytorch_model.bin")
     write_biovil_configs(tmp_path)
@@ -152,23 +141,17 @@ def test_biovil_equals_hi_ml(tmp_path, monkeypatch, size):
     tokens = encoder.tokenizer(PROMPTS, padding="longest", return_tensors="pt")
     with torch.inference_mode():  # hi-ml's engine cuts the full stops off
         image_error = difference(encoder.encode_images(pixels), image(pixels).projected_global_embedding)
-        expected = text.get_projected_text_embeddings(
-            tokens["input_ids"], tokens["attention_mask"], normalize_embeddings=False
-        )
+        tokens = tokens["input_ids"], tokens["attention_mask"]
+        expected = text.get_projected_text_embeddings(*tokens, normalize_embeddings=False)
         text_error = difference(encoder.encode_texts([prompt + "." for prompt in PROMPTS]), expected)
-    print(f"BioViL ({size}) against hi-ml-multimodal: images {image_error:.1e}, texts {text_error:.1e}")
+    print(f"BioViL against hi-ml-multimodal: images {image_error:.1e}, texts {text_error:.1e}")
     assert image_error <= 1e-4 and text_error <= 1e-4
 
 
 def write_biovil_configs(folder, vocabulary=30522):
     """As on the hub: a model type unknown to transformers and references to code that must not be run."""
     code = {"AutoConfig": "configuration_cxrbert.CXRBertConfig", "AutoModel": "modeling_cxrbert.CXRBertModel"}
-    config = {
-        "model_type": "cxr-bert",
-        "auto_map": code,
-        "architectures": ["CXRBertModel"],
-        "projection_size": 128,
-    }
+    config = {"model_type": "cxr-bert", "auto_map": code, "projection_size": 128}
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = {"tokenizer_class": "CXRBertTokenizer", "do_lower_case": True}
     tokenizer["auto_map"] = {"AutoTokenizer": ["configuration_cxrbert.CXRBertTokenizer", None]}
@@ -190,9 +173,8 @@ def small_biovil(tmp_path, monkeypatch):
     folder = tmp_path / "published"
     folder.mkdir()
     write_biovil_configs(folder, vocabulary=64)
-    encoder = randomise(
-        retune.DualEncoder(config, transformers.BertTokenizer(vocab=str(folder / "vocab.txt")))
-    )
+    tokenizer = transformers.BertTokenizer(vocab=str(folder / "vocab.txt"))
+    encoder = randomise(retune.DualEncoder(config, tokenizer))
     names = {"text.head.0": "dense_to_hidden", "text.head.2": "LayerNorm", "text.head.3": "dense_to_output"}
     image = {}
     text = {"cls.predictions.bias": torch.zeros(64), "bert.pooler.dense.weight": torch.zeros(48, 48)}
@@ -230,7 +212,7 @@ def test_published_folder_and_its_conversion_are_the_same_encoder(small_biovil, 
         assert torch.equal(encoder.encode_images(pixels), source.encode_images(pixels))
         assert torch.equal(encoder.encode_texts(PROMPTS), source.encode_texts(PROMPTS))
     assert retune.DualEncoder.load("biovil", tmp_path / "converted").fingerprint() == source.fingerprint()
-    with pytest.raises(retune.InputError, match="holds the encoder biovil, not biomedclip"):
+    with pytest.raises(retune.InputError, match="it is the encoder biovil, not biomedclip"):
         retune.DualEncoder.load("biomedclip", tmp_path / "converted")
 
 
@@ -260,24 +242,9 @@ def test_missing_unknown_and_misshaped_keys_are_listed(small_biovil):
     with pytest.raises(retune.InputError) as caught:
         retune.DualEncoder.load("biovil", folder)
     message = str(caught.value)
-    assert "1 missing: text.tower.encoder.layer.1.output.dense.bias" in message
-    assert "1 unknown: text.tower.encoder.layer.2.output.dense.bias" in message
-    assert "1 mis-shaped: text.head.3.weight (128, 127) for (128, 128)" in message
-
-
-def test_pickled_code_is_refused_and_not_run(small_biovil, tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "attacked",))
-
-    folder, _ = small_biovil
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"bert.x": Attack()}))
-    with pytest.raises(retune.InputError, match=r"pytorch_model\.bin"):
-        retune.DualEncoder.load("biovil", folder)
-    torch.save({"bert.x": Attack()}, folder / "pytorch_model.bin")
-    with pytest.raises(retune.InputError, match=r"pytorch_model\.bin"):
-        retune.DualEncoder.load("biovil", folder)
-    assert not (tmp_path / "attacked").exists()
+    assert "Missing key" in message and "text.tower.encoder.layer.1.output.dense.bias" in message
+    assert "Unexpected key" in message and "text.tower.encoder.layer.2.output.dense.bias" in message
+    assert "size mismatch for text.head.3.weight" in message and "\n" not in message
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "biovil_image_resnet50_proj_size_128.pt", "vocab.txt"])
@@ -391,39 +358,6 @@ def test_a_wrong_setting_of_a_published_config_is_one_line(tmp_path, kind):
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_tokenizer_that_panics_is_refused(tmp_path):
-    """A post-processor that names a special token it does not describe: no Exception, a panic of Rust."""
-    published_clip(tmp_path, "clip")
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    content["post_processor"]["special_tokens"] = {}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(retune.InputError, match="PanicException"):
-        retune.DualEncoder.load(str(tmp_path))
-
-
-def test_siglips_own_sentencepiece_tokenizer(tmp_path):
-    sentencepiece = pytest.importorskip("sentencepiece")
-    pytest.importorskip("google.protobuf")
-    peer = published_clip(tmp_path, "siglip", eos_token_id=1)
-    (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS).lower())
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "prompts.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=60,
-        minloglevel=2,
-        unk_id=2, eos_id=1, pad_id=0, bos_id=-1, hard_vocab_limit=False,
-    )  # fmt: skip
-    tokenizer = {"tokenizer_class": "SiglipTokenizer", "pad_token": "</s>", "eos_token": "</s>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    ours, texts = retune.DualEncoder.load(str(tmp_path)), ["no edema", "The heart."]
-    tokens = ours.tokenizer(texts, padding="max_length", max_length=20, return_tensors="pt")
-    with torch.inference_mode():
-        expected = features(peer.get_text_features(tokens["input_ids"]))
-    assert difference(ours.encode_texts(texts), expected) <= 1e-5
-    ours.save(tmp_path / "converted")
-    converted = retune.DualEncoder.load(str(tmp_path / "converted"))
-    assert torch.equal(converted.encode_texts(texts), ours.encode_texts(texts))
-
-
 # ---------------------------------------------------------------------- transforms
 
 
@@ -433,10 +367,8 @@ def xrays(count=12):
         pytest.skip("RETUNE_NIH_DIR is not set: no real X-rays to compare the transforms on")
     paths = sorted(Path(folder).rglob("*.png"))
     grey = [Image.open(path).convert("L") for path in paths[:: max(1, len(paths) // count)][:count]]
-    return [
-        image.crop((0, 0, image.width - 7 * (i % 5), image.height - 31 * (i % 3)))
-        for i, image in enumerate(grey)
-    ]
+    sizes = [(image.width - 7 * (i % 5), image.height - 31 * (i % 3)) for i, image in enumerate(grey)]
+    return [image.crop((0, 0, *size)) for image, size in zip(grey, sizes)]
 
 
 def peer_transform(name: str, tmp_path):
@@ -468,15 +400,11 @@ def test_transforms_are_the_peers(tmp_path, name):
     std, differences = torch.tensor(config["std"]).view(3, 1, 1), []
     for image in images:
         image = image.crop((0, 0, min(image.size), min(image.size))) if name == "clip" else image
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(
-            1, image.height, image.width
-        )
+        pixels = torch.from_numpy(np.array(image))[None]
         differences.append(((retune.transform_image(pixels, **config) - peer(image)) * std).abs() * 255)
     largest = max(d.max().item() for d in differences)
     mean = sum(d.mean().item() for d in differences) / len(differences)
-    print(
-        f"{name}'s transform on {len(differences)} X-rays: largest {largest:.2f}, mean {mean:.4f} grey levels"
-    )
+    print(f"{name} on {len(differences)} X-rays: largest {largest:.2f}, mean {mean:.4f} grey levels")
     assert largest <= 2.01 and mean <= 0.1
 
 
@@ -533,14 +461,14 @@ def test_pools():
     assert difference(embeddings, expected) < 1e-6
     alone = torch.cat([encoder.encode_texts([prompt]) for prompt in PROMPTS])
     assert difference(encoder.encode_texts(PROMPTS), alone) < 1e-5
-    assert difference(encoder.encode_texts(PROMPTS, batch_size=3), alone) < 1e-5
+    assert difference(encoder.encode_texts(PROMPTS * 9), alone.repeat(9, 1)) < 1e-5  # more than a batch
     bert = {"model": {"model_type": "bert", **SMALL_BERT, "vocab_size": 64}, "pool": "mean"}
     encoder = small_encoder(text=bert)
     alone = torch.cat([encoder.encode_texts([prompt]) for prompt in PROMPTS])
     assert difference(encoder.encode_texts(PROMPTS), alone) < 1e-5
     resnet = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [16, 48], "depths": [1, 1]}
-    convolutional = {"model": resnet}
-    assert small_encoder(image=convolutional | {"pool": "mean"}).encode_images(pixels).shape == (8, 16)
+    encoder = small_encoder(image={"model": resnet, "pool": "mean"})
+    assert encoder.encode_images(pixels).shape == (8, 16)
     with pytest.raises(retune.InputError, match="'average'"):
         small_encoder(image={"pool": "average"})
     with pytest.raises(retune.InputError, match="'Module'"):
@@ -549,23 +477,9 @@ def test_pools():
 
 def test_a_text_longer_than_the_context_is_refused_unless_truncation_is_asked_for():
     encoder, text = small_encoder(), "edema " * 20
-    with pytest.raises(
-        retune.InputError, match="21 tokens, the encoder reads 20; shorten the text 'edema edema"
-    ):
+    with pytest.raises(retune.InputError, match="21 tokens, the encoder reads 20; .*'edema edema"):
         encoder.encode_texts(["edema", text])
     assert encoder.encode_texts(["edema", text], truncate=True).shape == (2, 16)
-
-
-def test_autocast_attention_and_devices_of_the_towers():
-    encoder, pixels = small_encoder(), images(28)
-    assert encoder.image.tower.config._attn_implementation == "sdpa"
-    assert encoder.text.tower.config._attn_implementation == "sdpa"
-    for dtype, tolerance in ((torch.bfloat16, 0.1), (torch.float16, 0.02)):
-        with torch.autocast("cpu", dtype=dtype):
-            image, text = encoder.encode_images(pixels), encoder.encode_texts(PROMPTS)
-        assert image.dtype == text.dtype == torch.float32
-        assert difference(image, encoder.encode_images(pixels)) < tolerance
-        assert difference(text, encoder.encode_texts(PROMPTS)) < tolerance * text.abs().max()
 
 
 def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -594,10 +508,11 @@ def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     with pytest.raises(retune.InputError, match="unknown encoder 'biomedclp': use tiny, biomedclip, biovil"):
         retune.DualEncoder.load("biomedclp")
-    with pytest.raises(retune.InputError, match="holds no encoder"):
-        retune.DualEncoder.load("biovil", tmp_path)
-    with pytest.raises(retune.InputError, match="holds no encoder"):
-        retune.DualEncoder.load("anything", tmp_path / "absent")
+    for name, folder in (("biovil", tmp_path), ("anything", tmp_path / "absent")):
+        with pytest.raises(
+            retune.InputError, match=f"{folder}: does not hold the encoder {name}.*config.json"
+        ):
+            retune.DualEncoder.load(name, folder)
     with pytest.raises(retune.InputError, match="the image size of small is fixed"):
         small_encoder().save(tmp_path / "small")
         retune.DualEncoder.load(str(tmp_path / "small"), crop=20)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -32,13 +30,11 @@ def python_calls() -> list[tuple[str, list[str]]]:
     """(module, arguments) of every call of a program of ours."""
     calls = []
     for words in commands():
-        names = [word.removesuffix(".py") for word in words if not word.startswith("-")]
         for k, word in enumerate(words):
             name = word.removesuffix(".py")
             if name == "retune" or name.split(".")[0] in ("adaptor", "cleft", "experiments"):
                 calls.append((name, words[k + 1 :]))
                 break
-        assert names or not words
     return calls
 
 
@@ -63,19 +59,22 @@ def test_programs_take_the_readmes_options(program, arguments, monkeypatch):
 
 
 @slow
-def test_the_demo_commands_run_and_learn(tmp_path, monkeypatch):
-    """The calls of retune.py on the demo, with fewer phantoms: above zero-shot at the end."""
+def test_the_demo_command_gives_the_number_to_expect(tmp_path, monkeypatch):
+    """The calls of retune.py on the demo as they stand; what the text after one says it gives, if it does."""
     monkeypatch.chdir(tmp_path)
     needs = {"--data", "--predict", "--convert", "--encoder"}
     cheap = [words for program, words in python_calls() if program == "retune" and not needs & set(words)]
     assert cheap
-    for words in cheap[:2]:
-        assert retune.main([*words, "--demo-images", "1500"]) == 0
-    for file in Path("runs").glob("*/metrics.json"):
-        metrics = read_metrics(file.parent)
-        stages = [metrics["zero_shot"], *metrics["after_task"]]
-        first, last = stages[0]["test"]["auroc_macro"], stages[-1]["test"]["auroc_macro"]
-        assert len(stages) == 1 or last > first
+    for words in cheap:
+        assert retune.main([*words, "--output", "run"]) == 0
+        metrics = read_metrics(Path("run"))
+        stages = (metrics["zero_shot"], metrics["after_task"][-1])
+        zero, last = (stage["test"]["auroc_macro"] for stage in stages)
+        assert last > zero
+        after = README.split(" ".join(words))[1][:300]
+        if expected := re.search(r"AUROC of (0\.\d+) \(zero-shot: (0\.\d+)\)", after):
+            assert [last, zero] == pytest.approx([float(number) for number in expected.groups()], abs=0.01)
+        Path("run").rename("done")
 
 
 def test_shell_commands_name_files_that_are_there():
@@ -101,10 +100,3 @@ def test_the_python_example_prints_what_the_readme_shows(k, tmp_path):
     done = run_python(tmp_path, "-c", program, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() and re.findall(r"[\d.]+", done.stdout) == re.findall(r"[\d.]+", shown)
-
-
-def test_the_scripts_help_or_plan_needs_no_data():
-    done = subprocess.run(
-        ["bash", "-n", "run_experiments.sh"], cwd=ROOT, capture_output=True, env=os.environ, check=False
-    )
-    assert done.returncode == 0, done.stderr
