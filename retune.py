@@ -956,21 +956,17 @@ def read_transformers(folder: Path) -> dict:
 CHUNK = 4096  # images a chunk: the most that a killed process loses; batches never straddle chunks
 
 
-class Images(torch.utils.data.Dataset):
-    """(row, transformed pixels [3, h, w], "") of image `row`; (row, None, reason) of an unreadable one."""
-
-    def __init__(self, images: Sequence, transform: Callable):
-        self.images = images
-        self.transform = transform
-
-    def __getitem__(self, row: int) -> tuple[int, torch.Tensor | None, str]:
-        image = self.images[row]
+def read_batch(rows: Sequence[int], images: Sequence, transform: Callable) -> list[tuple]:
+    """(row, transformed pixels [3, h, w], "") of each image; (row, None, reason) of an unreadable one."""
+    batch = []
+    for row in rows:
         try:
-            is_file = isinstance(image, (str, Path))
-            pixels = read_image(image) if is_file else torch.from_numpy(np.array(image))[None]
-            return row, self.transform(pixels), ""
+            is_file = isinstance(images[row], (str, Path))
+            pixels = read_image(images[row]) if is_file else torch.from_numpy(np.array(images[row]))[None]
+            batch.append((row, transform(pixels), ""))
         except InputError as error:
-            return row, None, str(error)
+            batch.append((row, None, str(error)))
+    return batch
 
 
 def embedding_key(encoder: DualEncoder, data: Radiographs, precision: str) -> str:
@@ -1044,10 +1040,11 @@ def embed_rows(
     block = np.full((len(rows), encoder.dim), np.nan, np.float32)
     bad: dict[int, str] = {}
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    options = {"num_workers": min(workers, len(batches)), "collate_fn": list, "generator": torch.Generator()}
-    images = Images(data.images, encoder.transform)
+    options = {"num_workers": min(workers, len(batches)), "generator": torch.Generator()}
+    read = functools.partial(read_batch, images=data.images, transform=encoder.transform)
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    for batch in torch.utils.data.DataLoader(images, batch_sampler=batches, **options):
+    every_row = range(len(data.images))
+    for batch in torch.utils.data.DataLoader(every_row, batch_sampler=batches, collate_fn=read, **options):
         bad |= {row: f"{data.rows[row]}: {reason}" for row, pixels, reason in batch if pixels is None}
         if bad and not skip_bad_images:
             raise InputError(f"{next(iter(bad.values()))}; --skip-bad-images leaves such out")
@@ -1614,7 +1611,8 @@ def check_same_config(folder: Path, identity: dict) -> None:
                "encoder_fingerprint": "the encoder changed"}  # fmt: skip
     found = []
     for key, value in to_json(identity).items():
-        before, now = str(old.get(key)), str(value)
+        before = str(old.get(key))
+        now = str(value)
         if before != now and key not in MAY_DIFFER:
             start = max(0, len(os.path.commonprefix([before, now])) - 30)
             change = f"{key} {before[start : start + 60]}, now {now[start : start + 60]}"
@@ -1712,9 +1710,17 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
         optimizer = optimizer(parameters, lr=config.lr, fused=True)
     done, finished = load_checkpoint(folder, model, optimizer)
     seconds, after_task = finished or (0.0, [])
+    labels = torch.from_numpy(data.labels)
+    options = {"epochs": config.epochs, "batch_size": config.batch_size}
     for k, task in list(enumerate(tasks, 1))[done:]:
         start = time.perf_counter()
-        learn_task(config, model, bank, embeddings, data.labels, task, k, optimizer)
+        if k == 1 and isinstance(model.whitening, Whitening):
+            model.whitening.estimate(embeddings, task.rows)
+        trained, targets = model.before_task(task, labels, bank)
+        if optimizer:  # what has nothing to train by gradient learns in after_task alone
+            options["generator"] = torch.Generator().manual_seed(10_007 * config.seed + k)
+            fit(model, bank, embeddings, targets, trained, optimizer, **options)
+        model.after_task(embeddings, labels, task, bank)
         seconds += time.perf_counter() - start
         after_task.append(measure(model))
         save_tensors(folder / f"task_{k}.safetensors", model.state_dict(), known)
@@ -1733,19 +1739,6 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
                  "peak_memory_mb": peak_memory_mb(), "stored_bytes": model.stored_bytes(),
                  "train_patients": len(np.unique(data.patients[data.where("train")]))},
     })  # fmt: skip
-
-
-def learn_task(config: Config, model: Method, bank, embeddings, labels, task, k: int, optimizer) -> None:
-    """The k-th task: the method's hooks around its training by gradient, if it has anything to train."""
-    labels = torch.from_numpy(labels)
-    if k == 1 and isinstance(model.whitening, Whitening):
-        model.whitening.estimate(embeddings, task.rows)
-    seen, known = model.before_task(task, labels, bank)
-    if optimizer is not None:
-        generator = torch.Generator().manual_seed(10_007 * config.seed + k)
-        options = {"epochs": config.epochs, "batch_size": config.batch_size, "generator": generator}
-        fit(model, bank, embeddings, known, seen, optimizer, **options)
-    model.after_task(embeddings, labels, task, bank)
 
 
 def save_checkpoint(folder: Path, model: Method, optimizer, task: int, finished=None) -> None:
@@ -1866,16 +1859,6 @@ def summary(metrics: dict) -> str:
     return "\n\n".join(lines)
 
 
-def seeds_summary(runs: Sequence[dict]) -> str:
-    """Mean and standard deviation over the seeds of the last task's test measures."""
-    rows = []
-    for name in ("auroc_macro", "ap_macro", "f1_macro", "accuracy", *runs[0]["continual"]):
-        found = [(stages(run)[-1][1] | run["continual"])[name] for run in runs]
-        cell = "-" if None in found else f"{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f}"
-        rows.append([name.replace("_", " "), cell])
-    return markdown_table(["last task, test split", f"mean ± standard deviation of {len(runs)} seeds"], rows)
-
-
 def report(folder: Path, metrics: dict, data: Radiographs, tasks: Sequence[Task]) -> None:
     """Write splits.csv, figures, table.md and, last, metrics.json, which says that the run is whole."""
     seen = [[] for _ in data.names]
@@ -1951,7 +1934,7 @@ def parse_config(config_class: type, arguments: argparse.Namespace):
 
 
 def run_seeds(config: Config, seeds: Sequence[int]) -> None:
-    """Run every seed and print its table; of several, also the mean and deviation."""
+    """Run every seed and print its table; of several, also mean and deviation of the last task's test measures."""
     configs = [dataclasses.replace(config, seed=seed) for seed in dict.fromkeys(seeds)]
     if len({output_folder(chosen) for chosen in configs}) < len(configs):
         raise InputError(f"{len(configs)} runs need a folder each; --output must contain {{seed}}")
@@ -1960,8 +1943,14 @@ def run_seeds(config: Config, seeds: Sequence[int]) -> None:
         if metrics := run(chosen):
             runs.append(metrics)
             log(f"{summary(metrics)}\n\nwritten to {output_folder(chosen)}\n")
-    if len(runs) > 1:
-        log(seeds_summary(runs))
+    if len(runs) < 2:
+        return
+    rows = []
+    for name in ("auroc_macro", "ap_macro", "f1_macro", "accuracy", *runs[0]["continual"]):
+        found = [(stages(metrics)[-1][1] | metrics["continual"])[name] for metrics in runs]
+        cell = "-" if None in found else f"{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f}"
+        rows.append([name.replace("_", " "), cell])
+    log(markdown_table(["last task, test split", f"mean ± standard deviation of {len(runs)} seeds"], rows))
 
 
 def predictions_table(predictions: list[dict]) -> str:
