@@ -406,11 +406,9 @@ def load_nih(config: Config) -> Radiographs:
     refuse_row(table, listed.isna(), "is in neither train_val_list.txt nor test_list.txt", "name")
     held_out = patient_split(table["patient"], {"train": 7 / 8, "val": 1 / 8})
     table["split"] = np.where(listed == "train", held_out, "test")
-    folders = [
-        folder for folder in ("images", *sorted(root.glob("images_*/images"))) if (root / folder).is_dir()
-    ]
-    home = {name: folder for folder in folders for name in os.listdir(root / folder)}
-    table["path"] = [os.path.join(home.get(name, "images"), name) for name in table["name"].tolist()]
+    folders = [d for d in (root / "images", *sorted(root.glob("images_*/images"))) if d.is_dir()]
+    home = {name: str(folder.relative_to(root)) for folder in folders for name in os.listdir(folder)}
+    table["path"] = [f"{home.get(name, 'images')}/{name}" for name in table["name"].tolist()]
     note = "nih: labels mined from reports; every finding that is not named counts as absent"
     return from_table(table, labels, NIH_FINDINGS, config, note)
 
@@ -578,10 +576,8 @@ def load_radiographs(config: Config) -> Radiographs:
 def check_splits(data: Radiographs) -> None:
     """InputError that names a split without images, or training images without any label."""
     if empty := [split for split in SHARES if not (data.split == split).any()]:
-        count = len(np.unique(data.patients))
-        raise InputError(
-            f"the {empty[0]} split has no readable images; patients: {count:,}; add some, or a split"
-        )
+        count = f"patients: {len(np.unique(data.patients)):,}"
+        raise InputError(f"the {empty[0]} split has no readable images; {count}; add some, or a split")
     if np.isnan(data.labels[data.where("train")]).all():
         raise InputError(f"no training image has a known label of {', '.join(data.class_names)}")
 
@@ -914,10 +910,9 @@ def read_tokenizer(folder: Path, bert: bool = False):
         raise InputError(f"no tokenizer: one of {', '.join(VOCABULARIES)} is missing")
     if not bert:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    vocab = folder / "vocab.txt"
-    return BertTokenizer(
-        str(vocab) if vocab.is_file() else read_json(folder / "tokenizer.json")["model"]["vocab"]
-    )
+    if (folder / "vocab.txt").is_file():
+        return BertTokenizer(str(folder / "vocab.txt"))
+    return BertTokenizer(read_json(folder / "tokenizer.json")["model"]["vocab"])
 
 
 def read_transformers(folder: Path) -> dict:
@@ -1053,9 +1048,8 @@ def embed_rows(
             pixels = torch.stack(list(good.values())).to(device)
             with torch.autocast(device.split(":")[0], low, enabled=low is not None):
                 block[list(good)] = encoder.encode_images(pixels).cpu().numpy()
-            if not np.isfinite(
-                np.linalg.norm(block[list(good)], axis=1)
-            ).all():  # above 1e19 all cosines are 0
+            norms = np.linalg.norm(block[list(good)], axis=1)
+            if not np.isfinite(norms).all():  # of numbers above 1e19 all cosines would be 0
                 first = data.rows[batch[0][0]]
                 raise InputError(f"{first}: its batch embeds to nan or huge numbers; use --precision fp32")
         bar.update(len(batch))
@@ -1841,19 +1835,17 @@ def summary(metrics: dict) -> str:
     """The run in text: AUROC per task and class, continual-learning measures, a line for a paper."""
     config = metrics["config"]
     header = ["test AUROC after", *metrics["classes"], "macro AUROC", "macro AP", "macro F1", "exact match"]
-    measures = ("auroc_macro", "ap_macro", "f1_macro", "accuracy")
-    rows = [[name, *m["auroc"].values(), *(m[key] for key in measures)] for name, m in stages(metrics)]
+    keys = ("auroc_macro", "ap_macro", "f1_macro", "accuracy")
+    rows = [[name, *m["auroc"].values(), *(m[key] for key in keys)] for name, m in stages(metrics)]
     continual = {key: "-" if value is None else f"{value:.3f}" for key, value in metrics["continual"].items()}
     last = stages(metrics)[-1][1]
     numbers = (last["auroc_macro"], *last["auroc_macro_ci"])
     auroc, low, high = ("-" if value is None else f"{value:.3f}" for value in numbers)
     run = ", ".join(str(config[key]) for key in ("method", "data", "encoder", "scenario"))
     interval = f"95% CI {low} to {high}, 1,000 patient-level bootstrap resamples, n = {last['n']:,} images"
-    lines = [
-        markdown_table(header, rows),
-        ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in continual.items()),
-        f"{run}, seed {config['seed']}: macro AUROC {auroc} ({interval})",
-    ]
+    measures = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in continual.items())
+    line = f"{run}, seed {config['seed']}: macro AUROC {auroc} ({interval})"
+    lines = [markdown_table(header, rows), measures, line]
     if config["data"] == "demo":
         lines.append("Demo on synthetic phantoms: not clinical numbers.")
     return "\n\n".join(lines)
