@@ -1,0 +1,91 @@
+"""Captions from labels, and the prompt of a class in the same form.
+
+A caption says only what is known: an unknown label is neither named nor turned into "no finding". The wording
+is ours, in the form of the authors' captions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cleft.config import Config
+from retune import InputError, Radiographs
+
+NO_FINDING = "no finding"
+
+# fmt: off
+# The assessment letters of EMBED's clinical table, mildest first, and the densities of the ACR.
+BI_RADS = {"N": "BI-RADS 1, negative", "B": "BI-RADS 2, benign", "A": "BI-RADS 0, incomplete",
+           "P": "BI-RADS 3, probably benign", "S": "BI-RADS 4, suspicious",
+           "M": "BI-RADS 5, highly suggestive of malignancy", "K": "BI-RADS 6, known malignancy"}
+DENSITY = {"1": "almost entirely fatty", "2": "scattered fibroglandular densities", "3": "heterogeneously dense",
+           "4": "extremely dense"}
+# fmt: on
+# Class name: what is known of an image of that class
+MAMMOGRAM_CLASSES = {text.split(",")[0]: {"assessment": letter} for letter, text in BI_RADS.items()}
+MAMMOGRAM_CLASSES |= {f"Density {letter}": {"density": digit} for letter, digit in zip("ABCD", DENSITY)}
+
+
+def chest_caption(labels: Sequence[float], names: Sequence[str], config: Config) -> str:
+    """The caption of an image from its labels [C], or "" when nothing is known that it could say."""
+    names = [name.lower() for name in names]
+    present = [name for name, label in zip(names, labels, strict=True) if label == 1]
+    absent = [name for name, label in zip(names, labels, strict=True) if label == 0 and name != NO_FINDING]
+    said = list(present)
+    if not present and len(absent) == len(names) - (NO_FINDING in names):
+        said = [NO_FINDING]
+    if config.negative_captions:
+        said += [f"no {name}" for name in absent]
+    if not said:
+        return ""
+    return f"{config.base_caption} {', '.join(said)}"
+
+
+def mammogram_caption(facts: dict[str, str], style: str) -> str:
+    """A caption from what is known of a mammogram: side, view, age, race, density, mass, calcification, assessment.
+
+    simple: view, assessment and density. natural: sentences of all facts. structural: a labelled list of them.
+    """
+    side, view = {"L": "left", "R": "right"}.get(facts.get("side")), facts.get("view")
+    film = " ".join(filter(None, [side, view, "mammogram"]))
+    assessment, density = BI_RADS.get(facts.get("assessment")), DENSITY.get(facts.get("density"))
+    if style == "simple":
+        return (
+            f"a {film} with {', '.join(filter(None, [assessment, density and f'breast density {density}']))}"
+        )
+    patient = filter(None, [facts.get("age") and f"{facts['age']} years", facts.get("race")])
+    found = [name for name in ("mass", "calcification") if facts.get(name)]
+    said = {
+        "image": film,
+        "patient": ", ".join(patient),
+        "breast density": density,
+        "finding": " and ".join(found),
+    }
+    said = {label: text for label, text in (said | {"assessment": assessment}).items() if text}
+    if style == "structural":
+        return "; ".join(f"{label}: {text}" for label, text in said.items())
+    return ". ".join(f"the {label} is {text}" for label, text in said.items())
+
+
+def class_prompt(name: str, config: Config) -> str:
+    """The zero-shot prompt of a class, in the form of the training captions."""
+    if name in MAMMOGRAM_CLASSES:
+        return mammogram_caption(MAMMOGRAM_CLASSES[name], config.caption_style)
+    return f"{config.base_caption} {name.lower()}"
+
+
+def class_phrase(name: str) -> str:
+    """What stands after a learned context: the class as captions name it."""
+    facts = MAMMOGRAM_CLASSES.get(name)
+    if facts is None:
+        return name.lower()
+    return mammogram_caption(facts, "simple").split(" with ")[1]
+
+
+def pair_captions(data: Radiographs, config: Config) -> Sequence[str]:
+    """One text [N] per image: its report, or a caption of all its labels; "" where nothing is known."""
+    if config.captions == "reports" and data.reports is None:
+        raise InputError(f"--captions reports: the data set {config.data} has no reports; use labels")
+    if data.reports is not None and (config.captions != "labels" or config.data == "embed"):
+        return data.reports
+    return [chest_caption(row, data.class_names, config) for row in data.labels]

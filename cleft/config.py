@@ -1,0 +1,162 @@
+"""Every setting of CLEFT with the source of its default; the command line is made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import retune
+from retune import InputError, setting
+
+DATA_SETS = (
+    "demo",
+    "pretrain",
+    "embed",
+    "rsna",
+    "chexpert-5x200",
+    "csv",
+    "nih",
+    "chexpert",
+    "mimic",
+    "chestmnist",
+)
+STYLES = ("simple", "natural", "structural")
+PEFT = ("lora", "ia3", "prefix", "adalora", "frozen", "none")
+
+
+@dataclass(frozen=True)
+class Config:
+    """None is filled by `resolve_defaults`: the authors' value, or the demo's for the small towers."""
+
+    # fmt: off
+    data: str = setting("demo", "data set", choices=DATA_SETS, group="data")
+    data_dir: str | None = setting(None, "folder of the data set")
+    labels_csv: str | None = setting(None, "label file instead of the data set's own; chexpert-5x200: its list")
+    classes: tuple[str, ...] | None = setting(None, "findings that are evaluated (captions name all)", nargs="+")
+    view: str = setting("all", "views, for chexpert and mimic", choices=("all", "frontal", "lateral"))
+    uncertain: str = setting("ignore", "what a label of -1 becomes", choices=("ones", "zeros", "ignore"))
+    blank: str | None = setting(None, "what a blank label becomes (csv: ignore)", choices=("zero", "ignore"))
+    size: int = setting(224, "image side, for chestmnist", choices=(28, 64, 128, 224))
+    demo_images: int = setting(6000, "number of phantoms in the demo")
+
+    image: str = setting("tiny", "small, tiny, our or a transformers folder, an id", group="towers")
+    image_tower: str = setting("pretrained", "its weights: as published and trained, random and trained, frozen",
+                               choices=("pretrained", "random", "frozen"))
+    text: str = setting("tiny", "likewise; a causal language model")
+    dim: int | None = setting(None, "joint dimension (authors: 512; small and tiny: 128)", type=int)
+    projection_bias: bool = setting(True, "projections without bias", flag="--no-projection-bias")
+    context_length: int | None = setting(None, "tokens of a text at most (authors: 72, long captions 144)", type=int)
+    truncate: bool = setting(False, "cut longer texts instead of refusing them")
+    pad_token: str | None = setting(None, "padding token (default: the tokenizer's, else its end-of-text token)")
+    peft: str = setting("lora", "tuning of the text tower; none: all of it", choices=PEFT)
+    lora_rank: int = setting(8, "rank of LoRA, and what AdaLoRA ends with")
+    lora_alpha: int = setting(32, "scale of LoRA")
+    lora_dropout: float = setting(0.1, "dropout of LoRA")
+    prefix_tokens: int = setting(20, "virtual tokens of prefix tuning")
+
+    captions: str = setting("auto", "auto: reports if there are any", choices=("auto", "labels", "reports"),
+                            group="captions")
+    base_caption: str | None = setting(None, "beginning of captions from labels and of the class prompts")
+    negative_captions: bool = setting(False, "captions name the absent findings too")
+    caption_style: str = setting("simple", "wording of EMBED's captions and prompts", choices=STYLES)
+
+    foreground: str | None = setting(None, "crop to Otsu's foreground (authors: on; demo: off)", choices=("on", "off"),
+                                     group="images")
+    augment: str | None = setting(None, "augmentation in training (authors: on; demo: off)", choices=("on", "off"))
+
+    steps: int | None = setting(None, "steps (authors: 40,000; demo: 200)", type=int, group="stage 1")
+    lr: float | None = setting(None, "learning rate (authors: 4e-5; demo: 1e-3)", type=float)
+    batch_size: int | None = setting(None, "pairs a step over all ranks (authors: 4 x 72; demo: 128)", type=int)
+    local_negatives: bool = setting(False, "negatives of a rank's own pairs alone, the authors'; default (ours): all")
+    weight_decay: float = setting(0.1, "weight decay of AdamW")
+    decay_all: bool = setting(False, "weight decay on one-dimensional parameters too (authors: none)")
+    warmup: float = setting(0.1, "share of the steps in which the learning rate rises")
+    temperature: float = setting(0.07, "initial temperature of the contrastive loss")
+    accumulate: int = setting(1, "pieces of a rank's batch; the loss stays that of the whole")
+    checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
+    precision: str = setting("fp32", "arithmetic of the towers", choices=("fp32", "bf16"))
+    save_every: int | None = setting(None, "steps between checkpoints (500; demo: 50)", type=int)
+    select: str = setting("best", "model that is kept: lowest validation loss, or last", choices=("best", "last"))
+
+    context_tokens: int = setting(30, "learned context tokens", group="stage 2")
+    prompt_steps: int | None = setting(None, "steps (authors: 8,000; demo: 300)", type=int)
+    prompt_lr: float | None = setting(None, "learning rate (authors: 1e-4; demo: 0.1)", type=float)
+
+    model: str | None = setting(None, "evaluate, export: folder of a trained model (default: --output)",
+                                group="evaluation")
+    balanced: int = setting(200, "images a class in balanced tests at most (density: 2.5 times as many); 0: none")
+    fractions: tuple[float, ...] = setting((0.01, 0.1, 1.0), "shares of the training patients", nargs="+", type=float)
+    finetune_epochs: int = setting(0, "epochs of full fine-tuning; 0: none")
+
+    seed: int = setting(42, "seed", group="run")
+    output: str = setting("runs/cleft", "folder of the run; any setting in braces is filled in")
+    cache_dir: str = setting("runs/cache", "folder of the embedding cache")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    workers: int = setting(0, "processes that decode images")
+    # fmt: on
+
+    def __post_init__(self):
+        positive = (
+            "steps lr batch_size accumulate dim temperature save_every context_tokens prompt_steps prompt_lr"
+        )
+        positive, free = f"{positive} demo_images lora_rank lora_alpha context_length".split(), "workers seed"
+        free += " prefix_tokens weight_decay warmup lora_dropout balanced finetune_epochs"
+        retune.refuse_values(
+            self,
+            (" ".join(positive), lambda value: 0 < value < math.inf, "be positive"),
+            (free, lambda value: 0 <= value < 2**32, "be from 0 to 4294967295"),
+            ("fractions", lambda shares: all(0 < share <= 1 for share in shares), "be above 0 and at most 1"),
+        )
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return retune.fill_in(self)
+
+
+# fmt: off
+AUTHORS = {"steps": 40_000, "lr": 4e-5, "batch_size": 288, "dim": 512, "prompt_steps": 8000, "prompt_lr": 1e-4,
+           "save_every": 500, "foreground": "on", "augment": "on", "context_length": 72}  # the published setting
+SMALL = {"steps": 200, "lr": 1e-3, "batch_size": 128, "dim": 128, "prompt_steps": 300, "prompt_lr": 0.1,
+         "save_every": 50, "foreground": "off", "augment": "off", "context_length": 64}  # (ours)
+TINY = {"data": "pretrain", "image": "small", "text": "small", "peft": "none", "demo_images": 12_000, "steps": 900,
+        "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.03, "captions": "reports", "seed": 0, "save_every": 500,
+        "projection_bias": False, "decay_all": True, "select": "last"}  # how demo/tiny is made (ours)
+DATA_SETTINGS = ("data", "data_dir", "labels_csv", "classes", "view", "uncertain", "blank", "size", "demo_images")
+EVALUATION = ("model", "balanced", "fractions", "finetune_epochs")
+RUN_SETTINGS = ("output", "cache_dir", "device", "workers", "precision")
+# fmt: on
+
+
+def resolve_defaults(config: Config) -> Config:
+    """Fill what the user left open: the authors' values, or the demo's when its small towers are used."""
+    preset = dict(SMALL if config.image in ("small", "tiny") else AUTHORS)
+    preset["base_caption"] = f"a {'mammogram' if config.data == 'embed' else 'chest X-ray of a patient'} with"
+    if config.caption_style != "simple":
+        preset["context_length"] = 144
+    return dataclasses.replace(config, **{k: v for k, v in preset.items() if getattr(config, k) is None})
+
+
+def identity(config: Config, names: tuple[str, ...] = ()) -> dict:
+    """What a folder belongs to, as config.json holds it: the settings `names`, or all that a model depends on."""
+    chosen = dataclasses.asdict(config)
+    return {key: chosen[key] for key in names or chosen if names or key not in (*EVALUATION, "save_every")}
+
+
+def model_config(config: Config) -> Config:
+    """The settings of the model in --model, with the data, evaluation and run that `config` asks for.
+
+    InputError for another setting that was given and is not the model's.
+    """
+    saved = retune.read_json(Path(config.model) / "config.json")
+    free = (*DATA_SETTINGS, *EVALUATION, *RUN_SETTINGS, "save_every")
+    chosen = {name: getattr(config, name) for name in free}
+    for item in dataclasses.fields(Config):
+        if item.name not in chosen:
+            chosen[item.name], given = saved.get(item.name, item.default), getattr(config, item.name)
+            if given not in (item.default, chosen[item.name]):
+                flag, known = item.name.replace("_", "-"), chosen[item.name]
+                raise InputError(f"--{flag} {given}: the model in {config.model} has {known}; leave it out")
+    return resolve_defaults(Config(**chosen))

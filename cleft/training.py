@@ -1,0 +1,274 @@
+"""Both stages of the training: schedule, batches, the loop with its checkpoints."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import retune
+from cleft.captions import class_phrase
+from cleft.config import Config
+from cleft.images import Pixels, load_pixels, plain_transform, training_transform
+from cleft.model import Cleft, ImageFeatures, Prompt, contrastive_loss, contrastive_step
+from cleft.towers import build_encoder, trainable
+from retune import InputError, Radiographs, one_line
+
+VALIDATION = 1024  # pairs at most that choose the checkpoint
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float) -> float:
+    """Linear warm-up to `peak`, then a cosine to `floor`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return floor + (peak - floor) * (0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def batch_rows(rows: np.ndarray, size: int, first: int, steps: int, seed: int) -> Iterator[np.ndarray]:
+    """The rows of batches `first` to `steps`; an epoch is a permutation by (seed, epoch) without its rest."""
+    if len(rows) < size:
+        raise InputError(f"--batch-size {size} is more than the {len(rows)} training images; lower it")
+    per_epoch, order = len(rows) // size, None
+    for step in range(first, steps):
+        epoch, place = divmod(step, per_epoch)
+        if order is None or place == 0:
+            order = np.random.default_rng((seed, epoch)).permutation(rows)
+        yield order[place * size : (place + 1) * size]
+
+
+def make_adamw(module: nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW without weight decay on one-dimensional parameters, as published, unless --decay-all."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    plain = [p for p in trained if p.ndim <= 1 and not config.decay_all]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1 or config.decay_all]},
+        {"params": plain, "weight_decay": 0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], config.lr, weight_decay=config.weight_decay)
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, compute: Callable, batches: Callable, *, path: Path | None,
+    steps: int, rates: tuple, save_every: int, after_step: Callable | None = None, validate: Callable | None = None,
+) -> nn.Module:  # fmt: skip
+    """The loop of all training. Resumes from `path` exactly: all randomness depends on the step.
+
+    compute(step, batch) leaves gradients and returns the loss; batches(first) yields from step `first` on; rates:
+    learning_rate's peak, warmup, floor. `validate` measures a loss whenever a checkpoint is saved, and the weights
+    of the lowest are kept. Returns the model with them, frozen. InputError when the loss is not finite; the last
+    checkpoint stays.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    state = (
+        load_checkpoint(path, model, optimizer) if path and path.exists() else {"step": 0, "lowest": math.inf}
+    )
+    first, name = state["step"], path.stem if path else "fine-tuning"
+    bar = retune.progress(batches(first), desc=name, unit="step", total=steps, initial=first)
+    for step, batch in enumerate(bar, first):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, *rates)
+        optimizer.zero_grad(set_to_none=True)
+        loss = compute(step, batch).item()
+        if not math.isfinite(loss):
+            raise InputError(f"{name}, step {step + 1}: the loss is {loss}; lower the learning rate")
+        retune.sum_gradients([p for p in trained if p.grad is not None])
+        optimizer.step()
+        if after_step is not None:
+            after_step(step)
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        if path and ((step + 1) % save_every == 0 or step + 1 == steps):
+            loss = validate() if validate else -step  # without it the last weights are the best
+            if loss < state["lowest"]:
+                best = {key: tensor.detach().cpu().clone() for key, tensor in learned(model).items()}
+                state |= {"lowest": loss, "best": best}
+            state |= {"step": step + 1, "model": learned(model), "optimizer": optimizer.state_dict()}
+            if retune.ranks()[0] == 0:
+                buffer = io.BytesIO()
+                torch.save(state, buffer)
+                with retune.atomic(path) as partial:
+                    partial.write_bytes(
+                        buffer.getbuffer()
+                    )  # a full disk is an OSError here, not in torch.save
+    retune.barrier()
+    model.load_state_dict(state.get("best", {}), strict=False)
+    return model.eval().requires_grad_(False)
+
+
+def learned(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: trainable weights and buffers, not a frozen language model."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers())
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
+    """What `train` saved: with an optimiser, to go on from; else the best weights. InputError when damaged."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        weights = state["model" if optimizer else "best"]
+        if set(weights) != set(learned(model)):
+            raise KeyError("it belongs to another model")
+        model.load_state_dict(weights, strict=False)
+        if optimizer is not None:  # the settings of its groups are the configuration's, not the file's
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        return state
+    except Exception as error:  # noqa: BLE001
+        problem = f"damaged or of another configuration ({one_line(error)}); delete it"
+        raise InputError(f"{path}: {problem}") from None
+
+
+def captioned_rows(data: Radiographs, split: str) -> np.ndarray:
+    """Rows of a split that have a caption; reports that are read on demand count as captions."""
+    rows = data.where(split)
+    return rows[[bool(data.reports[row]) for row in rows]] if isinstance(data.reports, list) else rows
+
+
+def pretrain(config: Config, data: Radiographs) -> Cleft:
+    """Stage 1: both towers on image-text pairs; leaves a model in the run's folder, and resumes there."""
+    (rank, world), pieces, folder = retune.ranks(), config.accumulate, config.folder
+    if config.batch_size % (world * pieces):
+        raise InputError(
+            f"--batch-size {config.batch_size} does not divide by {world} ranks x {pieces} pieces"
+        )
+    rows, held_out = captioned_rows(data, "train"), captioned_rows(data, "val")
+    retune.say(
+        f"training images without anything known to say, left out: {len(data.where('train')) - len(rows):,}"
+    )
+    encoder = build_encoder(config, list(data.reports) if config.text == "small" else ())
+    model = Cleft(encoder, config).to(retune.pick_device(config.device))
+    Prompt(
+        model, [class_phrase(name) for name in data.class_names], config
+    )  # refused now rather than after stage 1
+    parts = {"image tower": encoder.image.tower, "text tower": encoder.text.tower}
+    parts |= {"projections": nn.ModuleList([encoder.image.head, encoder.text.head])}
+    counts = {name: trainable(part) for name, part in parts.items()}
+    retune.say("trainable parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    if rank == 0:
+        encoder.tokenizer.save_pretrained(folder / "tokenizer")
+        retune.write_json(folder / "parameters.json", counts)
+    images = Pixels(data, rows, training_transform(encoder, config), config)
+    validation = Pixels(data, held_out, plain_transform(encoder, config), config)
+
+    def share(first: int) -> Iterator[tuple[int, list[int]]]:  # this rank's pieces of each batch
+        for step, batch in enumerate(
+            batch_rows(rows, config.batch_size, first, config.steps, config.seed), first
+        ):
+            for part in np.split(np.split(batch, world)[rank], pieces):
+                yield config.seed * 1_000_003 + step, part.tolist()
+
+    def batches(first: int) -> Iterator[list[tuple[list[int], Tensor]]]:
+        keys = ([(row, draw) for row in part] for draw, part in share(first))
+        stream = zip(share(first), load_pixels(images, keys, config.workers), strict=True)
+        for _ in range(first, config.steps):
+            yield [(part, pixels) for (_, part), pixels in itertools.islice(stream, pieces)]
+
+    def compute(step: int, batch: list[tuple[list[int], Tensor]]) -> Tensor:
+        inputs = [to_inputs(model, data, part, pixels, config) for part, pixels in batch]
+        seed = config.seed * 1_000_003 + step
+        return contrastive_step(model, inputs, seed, lambda: autocast(model, config), config.local_negatives)
+
+    def allocate_ranks(step: int) -> None:  # its statistics start anew in a resumed run
+        encoder.text.tower.base_model.update_and_allocate(step + 1)
+
+    return train(
+        model, make_adamw(model, config), compute, batches, path=folder / "stage1.pt", steps=config.steps,
+        rates=(config.lr, round(config.warmup * config.steps), 1e-8), save_every=config.save_every,
+        after_step=allocate_ranks if config.peft == "adalora" else None,
+        validate=(lambda: validation_loss(model, data, validation, held_out, config)) if config.select == "best" else None,
+    )  # fmt: skip
+
+
+def autocast(model: Cleft, config: Config) -> torch.autocast:
+    return torch.autocast(model.log_scale.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def to_inputs(
+    model: Cleft, data: Radiographs, rows: list[int], pixels: Tensor, config: Config
+) -> list[Tensor]:
+    """(pixels [B, 3, H, W], input ids [B, T], their mask) of some rows, on the model's device."""
+    tokens = model.encoder.tokenize([data.reports[row] for row in rows], config.truncate)
+    return [tensor.to(model.log_scale.device) for tensor in (pixels, *tokens.values())]
+
+
+@torch.no_grad()
+def validation_loss(
+    model: Cleft, data: Radiographs, images: Pixels, rows: np.ndarray, config: Config
+) -> float:
+    """The mean contrastive loss of whole batches of validation pairs, without augmentation and dropout."""
+    if not len(rows):
+        raise InputError("no validation image has a caption; keep the last weights with --select last")
+    rows = np.random.default_rng(config.seed).permutation(rows)[:VALIDATION]
+    size, losses = min(len(rows), config.batch_size), []
+    batches = [rows[i : i + size].tolist() for i in range(0, len(rows) - size + 1, size)]
+    keys = [[(row, 0) for row in batch] for batch in batches]
+    model.eval()
+    for batch, pixels in zip(batches, load_pixels(images, keys, config.workers), strict=True):
+        with autocast(model, config):
+            vectors = model(*to_inputs(model, data, batch, pixels, config))
+        losses.append(contrastive_loss(*vectors, model.scale).item())
+    model.train()
+    return sum(losses) / len(losses)
+
+
+def load_model(folder: Path, config: Config) -> Cleft:
+    """The model that `pretrain` left in `folder`; InputError when it is not finished."""
+    from transformers import AutoTokenizer
+
+    path = folder / "stage1.pt"
+    unfinished = f"{path}: stage 1 is not finished; run pretrain with the same options"
+    if not path.exists():
+        raise InputError(unfinished)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    model = Cleft(build_encoder(config, tokenizer=tokenizer), config)
+    if load_checkpoint(path, model)["step"] < config.steps:
+        raise InputError(unfinished)
+    return model.to(retune.pick_device(config.device)).eval().requires_grad_(False)
+
+
+def embed_features(model: Cleft, data: Radiographs, config: Config) -> np.ndarray:
+    """Stored features [N, W] of the trained image tower, before its projection."""
+    features = ImageFeatures(model.encoder, plain_transform(model.encoder, config), config).eval()
+    options = {
+        "workers": config.workers,
+        "precision": config.precision,
+        "device": retune.pick_device(config.device),
+    }
+    return retune.embed(features, data, Path(config.cache_dir), batch_size=64, **options)
+
+
+def project(model: Cleft, features: np.ndarray, rows: np.ndarray) -> Tensor:
+    """Unit vectors [n, D] of rows [n] of the features [N, W]."""
+    head = model.encoder.image.head
+    return F.normalize(head(torch.from_numpy(np.array(features[rows])).to(head[0].weight)), dim=1)
+
+
+def tune_prompt(model: Cleft, data: Radiographs, features: np.ndarray, config: Config) -> Prompt:
+    """Stage 2: multi-label binary cross-entropy of the scaled cosines; only the context tokens change.
+
+    The image tower is frozen, so its stored features [N, W] serve; class texts are encoded once a step.
+    """
+    prompt, steps = (
+        Prompt(model, [class_phrase(name) for name in data.class_names], config),
+        config.prompt_steps,
+    )
+    labels, rows = torch.from_numpy(data.labels), data.where("train")
+    rows = rows[~np.isnan(data.labels[rows]).all(1)]
+
+    def compute(step: int, batch: np.ndarray) -> Tensor:
+        logits = prompt.scale * project(model, features, batch) @ prompt().T  # [B, C]
+        loss = retune.prompt_contrastive_loss(logits, labels[batch].to(logits))
+        (loss / retune.ranks()[1]).backward()  # every rank computes the whole batch: it is a few cosines
+        return loss.detach()
+
+    return train(
+        prompt, torch.optim.SGD([prompt.context], config.prompt_lr, momentum=0.9, weight_decay=1e-3), compute,
+        lambda first: batch_rows(rows, config.batch_size, first, steps, config.seed + 1),
+        path=config.folder / "stage2.pt", steps=steps, save_every=config.save_every,
+        rates=(config.prompt_lr, min(100, steps // 10), config.prompt_lr / 10),
+    )  # fmt: skip
