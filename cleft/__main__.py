@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     command, target = arguments.command, arguments.to
     try:
-        config = retune.build_configs(Config, arguments)[0]
+        config = retune.parse_config(Config, arguments)
         retune.join_ranks()
         if (command == "export" and not target) or (target and command not in ("export", "make-tiny")):
             raise InputError("export needs --to, a new folder; of the others only make-tiny takes one")

@@ -10,18 +10,8 @@ from pathlib import Path
 import retune
 from retune import InputError, setting
 
-DATA_SETS = (
-    "demo",
-    "pretrain",
-    "embed",
-    "rsna",
-    "chexpert-5x200",
-    "csv",
-    "nih",
-    "chexpert",
-    "mimic",
-    "chestmnist",
-)
+CHEXPERT = ("chexpert", "mimic", "chexpert-5x200")  # data sets with CheXpert's 14 findings
+DATA_SETS = ("demo", "pretrain", "embed", "rsna", *CHEXPERT, "csv", "nih", "chestmnist")
 STYLES = ("simple", "natural", "structural")
 PEFT = ("lora", "ia3", "prefix", "adalora", "frozen", "none")
 
@@ -35,7 +25,7 @@ class Config:
     data_dir: str | None = setting(None, "folder of the data set")
     labels_csv: str | None = setting(None, "label file instead of the data set's own; chexpert-5x200: its list")
     classes: tuple[str, ...] | None = setting(None, "findings that are evaluated (captions name all)", nargs="+")
-    view: str = setting("all", "views, for chexpert and mimic", choices=("all", "frontal", "lateral"))
+    view: str = setting("all", "views to use", choices=("all", "frontal", "lateral", "pa", "ap"))
     uncertain: str = setting("ignore", "what a label of -1 becomes", choices=("ones", "zeros", "ignore"))
     blank: str | None = setting(None, "what a blank label becomes (csv: ignore)", choices=("zero", "ignore"))
     size: int = setting(224, "image side, for chestmnist", choices=(28, 64, 128, 224))
@@ -101,19 +91,25 @@ class Config:
         positive = (
             "steps lr batch_size accumulate dim temperature save_every context_tokens prompt_steps prompt_lr"
         )
-        positive, free = f"{positive} demo_images lora_rank lora_alpha context_length".split(), "workers seed"
-        free += " prefix_tokens weight_decay warmup lora_dropout balanced finetune_epochs"
-        retune.refuse_values(
-            self,
-            (" ".join(positive), lambda value: 0 < value < math.inf, "be positive"),
-            (free, lambda value: 0 <= value < 2**32, "be from 0 to 4294967295"),
-            ("fractions", lambda shares: all(0 < share <= 1 for share in shares), "be above 0 and at most 1"),
-        )
+        positive += " demo_images lora_rank lora_alpha context_length"
+        others = "workers seed prefix_tokens weight_decay warmup lora_dropout balanced finetune_epochs"
+        retune.check_values(self, positive, lambda value: 0 < value < math.inf, "be positive")
+        retune.check_values(self, others, lambda value: 0 <= value < 2**32, "be from 0 to 4294967295")
+        for share in self.fractions:
+            if not 0 < share <= 1:
+                raise InputError(f"--fractions {share} must be above 0 and at most 1")
+
+    @property
+    def public(self) -> retune.Config:
+        """The data settings as retune's loaders take them, with all findings: captions name them all."""
+        settings = {name: getattr(self, name) for name in (*DATA_SETTINGS, "cache_dir")}
+        chexpert = self.data in CHEXPERT
+        return retune.Config(**settings | {"classes": retune.CHEXPERT_FINDINGS if chexpert else None})
 
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return retune.fill_in(self)
+        return retune.output_folder(self)
 
 
 # fmt: off

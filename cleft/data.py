@@ -13,10 +13,9 @@ import pandas as pd
 
 import retune
 from cleft.captions import BI_RADS, DENSITY, MAMMOGRAM_CLASSES, mammogram_caption, pair_captions
-from cleft.config import DATA_SETTINGS, Config
+from cleft.config import CHEXPERT, Config
 from retune import InputError, Radiographs
 
-SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # of the patients, where a data set has no splits
 SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg")
 
 
@@ -25,30 +24,16 @@ def load_pairs(config: Config) -> Radiographs:
 
     Captions name all findings of the data set, whatever --classes evaluates.
     """
-    data = LOADERS.get(config.data, load_public)(config)
-    retune.refuse_empty_splits(data)
-    chexpert = config.data in ("chexpert", "mimic", "chexpert-5x200")
-    wanted = tuple(config.classes or (retune.COMPETITION_FINDINGS if chexpert else data.class_names))
-    for name in wanted:
-        if name not in data.class_names:
-            raise InputError(f"--classes {name!r}: {retune.nearest(name, data.class_names)}")
+    data = LOADERS[config.data](config) if config.data in LOADERS else retune.load_radiographs(config.public)
+    if config.data in LOADERS:
+        data = retune.choose_view(data, config.public) if config.view != "all" else data
+        retune.check_patients(data)
+        retune.check_splits(data)
+    default = retune.COMPETITION_FINDINGS if config.data in CHEXPERT else data.class_names
+    wanted = tuple(retune.check_classes(config, data.class_names) or default)
     columns = [list(data.class_names).index(name) for name in wanted]
     captions = pair_captions(data, config)
     return dataclasses.replace(data, labels=data.labels[:, columns], class_names=wanted, reports=captions)
-
-
-def load_public(config: Config) -> Radiographs:
-    """A data set that `retune` reads, with all its findings."""
-    settings = {name: getattr(config, name) for name in (*DATA_SETTINGS, "cache_dir")}
-    settings["classes"] = retune.CHEXPERT_FINDINGS if config.data in ("chexpert", "mimic") else None
-    return retune.load_radiographs(retune.Config(**settings))
-
-
-def data_file(config: Config, kind: str) -> Path:
-    """The only table of this kind in --data-dir or its folder `tables`."""
-    if config.data_dir is None or not Path(config.data_dir).is_dir():
-        raise InputError(f"--data {config.data}: --data-dir {config.data_dir} is not a folder")
-    return retune.one_file(Path(config.data_dir), [f"*{kind}*.csv", f"tables/*{kind}*.csv"])
 
 
 def load_pretrain(config: Config) -> Radiographs:
@@ -69,22 +54,23 @@ def load_rsna(config: Config) -> Radiographs:
     A patient has a row per box (Target 1) or one row (Target 0) and one image, <patientId>.dcm, or PNG or JPEG.
     No official split: 70/10/20% of the patients by hash.
     """
-    path = Path(config.labels_csv or data_file(config, "train_labels"))
-    table = pd.DataFrame(retune.read_table(path, ["patientId", "Target"]))
-    found = sorted(Path(config.data_dir).rglob("*"))
+    root = config.public.root
+    path = Path(config.labels_csv or retune.one_file(root, ["*train_labels*.csv"]))
+    table = retune.read_table(path, ["patientId", "Target"])
+    found = sorted(root.rglob("*"))
     files = {file.stem: file for file in found if file.suffix.lower() in SUFFIXES}
     for i, (name, value) in enumerate(zip(table["patientId"], table["Target"], strict=True)):
         if value not in ("0", "1"):
             raise InputError(f"{path} row {i + 2}: Target {value!r} is not 0 or 1")
         if name not in files:
-            raise InputError(f"{path} row {i + 2}: no image {name!r} anywhere under {config.data_dir}")
+            raise InputError(f"{path} row {i + 2}: no image {name!r} anywhere under {root}")
     present = table.groupby("patientId", sort=False)["Target"].max() == "1"
     labels = np.stack([present, ~present], axis=1).astype(np.float32)
     names = list(present.index)
     rows = [f"{path} row {i + 2}" for i in table.index[~table["patientId"].duplicated()]]
     return Radiographs(
         [files[name] for name in names], labels, ("Pneumonia", "No Finding"), names,
-        retune.patient_split(names, SHARES), names, rows, note="rsna: no official split: 70/10/20% by hash",
+        retune.patient_split(names, retune.SHARES), names, rows, note="rsna: no official split: 70/10/20% by hash",
     )  # fmt: skip
 
 
@@ -97,7 +83,7 @@ def load_chexpert_5x200(config: Config) -> Radiographs:
     if config.labels_csv is None:
         problem = "needs the published list as --labels-csv; --data chexpert makes a balanced test by rule"
         raise InputError(f"--data chexpert-5x200 {problem}")
-    data = load_public(dataclasses.replace(config, data="chexpert", labels_csv=None))
+    data = retune.load_radiographs(dataclasses.replace(config.public, data="chexpert", labels_csv=None))
     path, findings = Path(config.labels_csv), retune.COMPETITION_FINDINGS
     table = retune.read_table(path, ["Path", *findings])
     values, _ = retune.parse_labels(table, findings, path, config.uncertain, "zero")
@@ -127,7 +113,10 @@ def load_embed(config: Config) -> Radiographs:
     Labels: seven BI-RADS categories, then four densities, one-hot; nan where the exam has none. Only 2D images.
     Jeong et al., Radiology: Artificial Intelligence 2023; access by agreement.
     """
-    images_csv, clinical_csv = data_file(config, "metadata"), data_file(config, "clinical")
+    root = config.public.root
+    images_csv, clinical_csv = (
+        retune.one_file(root, [f"*{kind}*.csv", f"tables/*{kind}*.csv"]) for kind in ("metadata", "clinical")
+    )
     columns = [
         "empi_anon",
         "acc_anon",
@@ -136,28 +125,26 @@ def load_embed(config: Config) -> Radiographs:
         "ViewPosition",
         "FinalImageType",
     ]
-    table = pd.DataFrame(retune.read_table(images_csv, columns))
+    table = retune.read_table(images_csv, columns)
     table["row"] = [f"{images_csv} row {i + 2}" for i in table.index]
     table = table.rename(columns={"ImageLateralityFinal": "side", "ViewPosition": "view"})
     table = table[table["FinalImageType"] == "2D"].merge(read_exams(clinical_csv), on=["acc_anon", "side"])
     if table.empty:
         raise InputError(f"{images_csv}: no 2D image belongs to an exam with an assessment in {clinical_csv}")
-    labels = []
-    for facts in (classes := {"assessment": BI_RADS, "density": DENSITY}):
-        known = np.stack([table[facts] == value for value in classes[facts]], axis=1)
-        labels.append(np.where((table[facts] == "").to_numpy()[:, None], np.nan, known))
+    labels = [
+        np.where(table["assessment"] == "", np.nan, table["assessment"] == letter) for letter in BI_RADS
+    ]
+    labels += [np.where(table["density"] == "", np.nan, table["density"] == digit) for digit in DENSITY]
     captions = [mammogram_caption(facts, config.caption_style) for facts in table.to_dict("records")]
     names = table["anon_dicom_path"].str.replace(r"^.*?(?=images/|cohort_)", "", regex=True).tolist()
     rows, patients = table["row"].tolist(), table["empi_anon"].tolist()
-    paths = [
-        retune.safe_path(Path(config.data_dir), name, row) for name, row in zip(names, rows, strict=True)
-    ]
+    paths = [retune.join_path(root, name, row) for name, row in zip(names, rows, strict=True)]
     note = (
         f"EMBED: {len(names)} 2D images; {config.caption_style} captions; 70/10/20% of the patients by hash"
     )
     return Radiographs(
-        paths, np.concatenate(labels, axis=1), tuple(MAMMOGRAM_CLASSES), patients,
-        retune.patient_split(patients, SHARES), names, rows, captions, note,
+        paths, np.stack(labels, axis=1), tuple(MAMMOGRAM_CLASSES), patients,
+        retune.patient_split(patients, retune.SHARES), names, rows, captions, note,
     )  # fmt: skip
 
 
@@ -167,7 +154,7 @@ def read_exams(path: Path) -> pd.DataFrame:
     A blank side or B is both. The columns from age on are optional. A mass or calcification that is described is
     present; that none is described says nothing. Unknown is "", and a row has an assessment or a density.
     """
-    table = pd.DataFrame(retune.read_table(path, ["acc_anon", "side", "asses", "tissueden"]))
+    table = retune.read_table(path, ["acc_anon", "side", "asses", "tissueden"])
     for name in ("age_at_study", "RACE_DESC", "massshape", "massdens", "calcfind", "calcdistri"):
         table[name] = table.get(name, "")
     table["mass"], table["calcification"] = (

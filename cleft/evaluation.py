@@ -15,12 +15,20 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 import retune
-from cleft.captions import class_phrase, class_prompt
+from cleft.captions import class_prompt
 from cleft.config import Config
 from cleft.images import Pixels, load_pixels, plain_transform, training_transform
-from cleft.model import Cleft, Prompt
+from cleft.model import Cleft
 from cleft.testsets import TestSet, make_test_sets, write_splits
-from cleft.training import batch_rows, embed_features, load_checkpoint, make_adamw, project, train
+from cleft.training import (
+    batch_rows,
+    class_prompts,
+    embed_features,
+    load_checkpoint,
+    make_adamw,
+    project,
+    train,
+)
 from retune import Radiographs
 
 
@@ -29,12 +37,12 @@ def evaluate(model: Cleft, source: Path, data: Radiographs, config: Config) -> d
     features = embed_features(model, data, config)  # by all ranks; the rest by one
     if retune.ranks()[0] > 0:
         return {}
-    texts = class_texts(model, source, data.class_names, config)
+    texts = class_texts(model, source, data, config)
     sets, results = make_test_sets(data, config), {}
     for test_set in sets:
         prefix = "" if test_set.name == "multi-label" else f"{test_set.name}, "
         for method, share, scores in score(model, texts, features, data, test_set, config):
-            name = f"{prefix}{method}" + ("" if share is None else f", {share:.3g} of the labels")
+            name = f"{prefix}{method}" + ("" if share is None else f", {share * 100:g}% of the labels")
             about = {"test": test_set.name, "method": method, "fraction": share}
             results[name] = about | measure(scores, data, test_set)
     write_splits(config, data, sets)
@@ -46,20 +54,20 @@ def evaluate(model: Cleft, source: Path, data: Radiographs, config: Config) -> d
         table.append([name, r["auroc_macro"], interval, r.get("accuracy"), r["n"]])
     table = retune.markdown_table(header, table)
     retune.write_text(config.folder / "evaluation.md", table + "\n")
-    retune.say(f"{table}\n\nwritten to {config.folder}")
+    retune.log(f"{table}\n\nwritten to {config.folder}")
     return results
 
 
-def class_texts(model: Cleft, source: Path, names: list[str], config: Config) -> dict[str, Tensor]:
+def class_texts(model: Cleft, source: Path, data: Radiographs, config: Config) -> dict[str, Tensor]:
     """Unit vectors [C, D] of the class prompts, and of the context that stage 2 learned if it is finished."""
-    texts = model.encoder.encode_texts([class_prompt(name, config) for name in names])
+    texts = model.encoder.encode_texts([class_prompt(name, config) for name in data.class_names])
     found = {"zero-shot": F.normalize(texts, dim=1).to(model.log_scale.device)}
-    prompt, path = Prompt(model, [class_phrase(name) for name in names], config), source / "stage2.pt"
-    if path.exists() and load_checkpoint(path, prompt)["step"] == config.prompt_steps:
+    prompt = class_prompts(model, data, config)
+    if load_checkpoint(source / "stage2.pt", prompt)["step"] == config.prompt_steps:
         with torch.inference_mode():
             found["zero-shot, learned context"] = prompt()
     else:
-        retune.say("stage 2 is not finished: no learned context is evaluated")
+        retune.log("stage 2 is not finished: no learned context is evaluated")
     return found
 
 
@@ -128,9 +136,7 @@ def finetune(
         classifier.head = nn.Linear(classifier.head[0].in_features, len(test_set.columns))
     classifier.to(device).train().requires_grad_(True)
     size = min(config.batch_size, len(learn))
-    steps = config.finetune_epochs * max(
-        1, len(test_set.learnable(data, data.where("train"))) // config.batch_size
-    )
+    steps = config.finetune_epochs * max(1, len(test_set.learn[max(test_set.learn)]) // config.batch_size)
     images = Pixels(data, learn, training_transform(model.encoder, config), config)
 
     def batches(first: int) -> Iterator[tuple[list[int], Tensor]]:

@@ -84,7 +84,7 @@ class Pixels(torch.utils.data.Dataset):
         try:
             pixels = (
                 retune.read_image(image)
-                if isinstance(image, Path)
+                if isinstance(image, (str, Path))
                 else torch.from_numpy(np.array(image))[None]
             )
         except InputError as error:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import retune
 from cleft.config import Config
 from cleft.towers import add_peft
-from retune import DualEncoder, InputError, Tower
+from retune import DualEncoder, InputError
 
 
 class Cleft(nn.Module):
@@ -143,20 +143,13 @@ def split_tokens(tokenizer, text: str, embedding: nn.Module) -> list[Tensor]:
     return [embedding(torch.tensor(ids, dtype=torch.long, device=device)).detach() for ids in parts]
 
 
-class ImageFeatures(nn.Module):
-    """The image tower without its projection, as `retune.embed` reads an encoder: what probes are trained on."""
-
-    def __init__(self, encoder: DualEncoder, transform: Callable[[Tensor], Tensor], config: Config):
-        super().__init__()
-        image = encoder.config["image"] | {"head": []}
-        self.config = {
-            "image": image,
-            "transform": encoder.config["transform"],
-            "foreground": config.foreground,
-        }
-        with torch.device("meta"):
-            self.image = Tower(image)
-        self.image.tower = encoder.image.tower
-        self.transform, self.dim = transform, encoder.image.head[0].in_features
-
-    encode_images, fingerprint = DualEncoder.encode_images, DualEncoder.fingerprint
+def image_features(
+    encoder: DualEncoder, transform: Callable[[Tensor], Tensor], config: Config
+) -> DualEncoder:
+    """The encoder without its image projection: what probes are trained on, [N, W] of `retune.embed`."""
+    width = encoder.image.head[0].in_features
+    settings = encoder.config | {"image": encoder.config["image"] | {"head": []}, "dim": width}
+    with torch.device("meta"):
+        features = DualEncoder(settings | {"foreground": config.foreground}, encoder.tokenizer)
+    features.image.tower, features.text, features.transform = encoder.image.tower, nn.Identity(), transform
+    return features.eval()

@@ -28,13 +28,15 @@ def run(command: str, config: Config) -> None:
         config = model_config(config)
     config = resolve_defaults(config)
     data = load_pairs(config)
-    retune.say(data.note)
+    retune.log(data.note)
     if command == "all":
         make_test_sets(data, config)  # what would stop the evaluation is refused before the training
     folder.mkdir(parents=True, exist_ok=True)
     with retune.locked(folder, wait=False) if retune.ranks()[0] == 0 else contextlib.nullcontext():
         if retune.ranks()[0] == 0:
-            retune.claim(folder, identity(config, (*DATA_SETTINGS, *EVALUATION) if elsewhere else ()))
+            retune.check_same_config(
+                folder, identity(config, (*DATA_SETTINGS, *EVALUATION) if elsewhere else ())
+            )
         retune.barrier()
         if command in ("pretrain", "all"):
             pretrain(config, data)
@@ -57,7 +59,7 @@ def export(config: Config, target: Path, dtype: torch.dtype = torch.float32) -> 
     encoder.config["name"] = target.name
     if retune.ranks()[0] == 0:
         encoder.cpu().save(target, dtype)
-    retune.say(f"written to {target}")
+    retune.log(f"written to {target}")
 
 
 def make_tiny(target: Path | None, output: str) -> None:

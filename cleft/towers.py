@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,17 +25,27 @@ SMALL_IMAGE = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16
 SMALL_TEXT = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64,
               "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None,
               "eos_token_id": None}
+VOCABULARY = 2048  # of the small text tower
+COMMON = 10  # texts that a word must be in for its tokenizer to learn it
+# The published architectures, from their configs
+REAL = {
+    "image": {"model_type": "dinov2_with_registers", "hidden_size": 768, "num_hidden_layers": 12,
+              "num_attention_heads": 12, "patch_size": 14, "image_size": 518},
+    "text": {"model_type": "gpt2", "n_embd": 2560, "n_layer": 32, "n_head": 20, "n_positions": 1024,
+             "vocab_size": 28896, "bos_token_id": None, "eos_token_id": None},
+    "BERT-base": {"model_type": "bert"},
+    "CLIP's text transformer": {"model_type": "clip_text_model"},
+}
 # fmt: on
-VOCABULARY = 2048
 
 
-def build_encoder(config: Config, texts: Sequence[str] = (), tokenizer=None) -> DualEncoder:
+def build_encoder(config: Config, texts: Sequence[str] = (), words: Path | None = None) -> DualEncoder:
     """An encoder of the two towers that `config` names.
 
-    A small text tower learns its words from `texts`, or has the `tokenizer` of an earlier run.
+    A small text tower learns its words from `texts`, or reads those of an earlier run.
     """
     image, transform, image_weights = image_part(config)
-    text, tokenizer, text_weights = text_part(config, texts, tokenizer)
+    text, tokenizer, text_weights = text_part(config, texts, words)
     parts = {"image": image, "text": text, "transform": transform}
     with retune.seeded(config.seed):
         encoder = DualEncoder({"name": "cleft", "dim": config.dim, **parts}, tokenizer)
@@ -50,7 +62,7 @@ def build_encoder(config: Config, texts: Sequence[str] = (), tokenizer=None) -> 
 
 def projection(width: int, config: Config) -> list:
     """A tower's head: one linear layer to the joint dimension."""
-    return [["Linear", {"in_features": width, "out_features": config.dim, "bias": config.projection_bias}]]
+    return [retune.linear(width, config.dim, config.projection_bias)]
 
 
 def image_part(config: Config) -> tuple[dict, dict, dict]:
@@ -59,107 +71,87 @@ def image_part(config: Config) -> tuple[dict, dict, dict]:
     if config.image == "small":
         transform = {"resize": 64, "crop": 64, "interpolation": "bilinear", "mean": half, "std": [0.25] * 3}
         return {"model": SMALL_IMAGE, "pool": "mean", "head": projection(128, config)}, transform, {}
-    own = read_own_part(config.image, "image", config)
-    if own is not None:
-        part, whole, weights, _ = own
-        return part, whole["transform"], weights
-    tower, model = read_published_tower(config.image)
-    side = getattr(tower.config, "image_size", 224)
-    side = side if side % getattr(tower.config, "patch_size", 1) == 0 and side < 512 else 224
-    larger = round(side * 256 / 224)
-    transform = {
-        "resize": [larger, larger],
-        "crop": side,
-        "interpolation": "bilinear",
-        "mean": half,
-        "std": half,
-    }
+    if own := read_own_part(config.image, "image", config):
+        return own[0], own[1]["transform"], own[2]
+    tower, model, weights = read_published_tower(config.image)
+    side = getattr(tower, "image_size", 224)
+    side = side if side % getattr(tower, "patch_size", 1) == 0 and side < 512 else 224
+    larger = [round(side * 256 / 224)] * 2
+    transform = {"resize": larger, "crop": side, "interpolation": "bilinear", "mean": half, "std": half}
     # The mean before the last norm; a convolutional tower has no such tokens
-    pool = "pre_norm_mean" if hasattr(tower.config, "num_hidden_layers") else "mean"
-    width = getattr(tower.config, "hidden_size", None) or tower.config.hidden_sizes[-1]
-    return {"model": model, "pool": pool, "head": projection(width, config)}, transform, tower_weights(tower)
+    pool = "pre_norm_mean" if hasattr(tower, "num_hidden_layers") else "mean"
+    width = getattr(tower, "hidden_size", None) or tower.hidden_sizes[-1]
+    return {"model": model, "pool": pool, "head": projection(width, config)}, transform, weights
 
 
-def text_part(config: Config, texts: Sequence[str], tokenizer=None) -> tuple[dict, object, dict]:
+def text_part(config: Config, texts: Sequence[str], words: Path | None = None) -> tuple[dict, object, dict]:
     """config.json's "text", its tokenizer, and the tower's published weights."""
     reading = {"pool": "last", "context_length": config.context_length, "padding": "longest"}
     if config.text == "small":
-        tokenizer = tokenizer or train_tokenizer(common_words(texts))
+        tokenizer = train_tokenizer(common_words(texts), words)
         model = SMALL_TEXT | {"vocab_size": len(tokenizer), "n_positions": config.context_length}
         return {"model": model, "head": projection(64, config), **reading}, tokenizer, {}
-    own = read_own_part(config.text, "text", config)
-    if own is not None:
-        part, _, weights, tokenizer = own
-        return part, tokenizer, weights
-    tower, model = read_published_tower(config.text)
+    if own := read_own_part(config.text, "text", config):
+        return own[0], own[3], own[2]
+    tower, model, weights = read_published_tower(config.text)
     tokenizer = read_tokenizer(config)
-    if len(tokenizer) > tower.config.vocab_size:
-        sizes = f"{len(tokenizer)} tokens for {tower.config.vocab_size} embeddings"
-        raise InputError(
-            f"--text {config.text}: {sizes}; use its own tokenizer and a --pad-token that it knows"
-        )
-    part = {"model": model, "head": projection(tower.config.hidden_size, config), **reading}
-    return part, tokenizer, tower_weights(tower)
+    if len(tokenizer) > tower.vocab_size:
+        sizes = f"{len(tokenizer)} tokens for {tower.vocab_size} embeddings"
+        raise InputError(f"--text {config.text}: {sizes}; use its own tokenizer and a --pad-token it knows")
+    return {"model": model, "head": projection(tower.hidden_size, config), **reading}, tokenizer, weights
 
 
 def read_own_part(name: str, part: str, config: Config) -> tuple[dict, dict, dict, object] | None:
     """(tower's config with a head for `dim`, whole config, weights, tokenizer) of our folder `name`, or None."""
     folder = HERE / "demo" / "tiny" if name == "tiny" else Path(name)
-    if not retune.is_ours(folder):
+    path = folder / "config.json"
+    if not path.is_file() or "dim" not in retune.read_json(path):
         return None
-    whole, state, tokenizer = retune.read_folder(folder)
-    own, prefix = whole[part], f"{part}."
+    whole, state, tokenizer = retune.read_encoder(folder)
+    own = whole[part]
     if config.dim != whole["dim"]:
-        own = own | {"head": projection(next(iter(own["head"]))[1]["in_features"], config)}
-    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    return own, whole, state, tokenizer
+        own = own | {"head": projection(own["head"][0][1]["in_features"], config)}
+    start = len(part) + 1
+    return own, whole, {k[start:]: value for k, value in state.items() if k.startswith(f"{part}.")}, tokenizer
 
 
-def read_published_tower(source: str) -> tuple[nn.Module, dict]:
-    """A transformers model and what its config needs to be built again, from a hub id or a folder."""
+def read_published_tower(source: str):
+    """A transformers model's config, what of it builds the model again, and its weights; from a hub id or folder."""
     from transformers import AutoModel
 
     try:
         tower = AutoModel.from_pretrained(source, dtype=torch.float32)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise InputError(f"{source}: no transformers model ({one_line(error)})") from None
     dropped = ("transformers_version", "architectures", "dtype", "_name_or_path")
-    return tower, {key: value for key, value in tower.config.to_diff_dict().items() if key not in dropped}
-
-
-def tower_weights(tower: nn.Module) -> dict[str, torch.Tensor]:
-    return {f"tower.{key}": value for key, value in tower.state_dict().items()}
+    model = {key: value for key, value in tower.config.to_diff_dict().items() if key not in dropped}
+    return tower.config, model, {f"tower.{key}": value for key, value in tower.state_dict().items()}
 
 
 def read_tokenizer(config: Config):
-    """The tokenizer of --text, padding included, with an end-of-text token after every text.
+    """The tokenizer of --text with padding, and an end-of-text token after every text.
 
     A causal model's text feature is read at that token, which alone has seen the whole text.
     """
     from tokenizers import processors
     from transformers import AutoTokenizer
 
-    option = f"--text {config.text}"
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.text)
-    except Exception as error:  # noqa: BLE001
-        raise InputError(f"{option}: no tokenizer ({one_line(error)})") from None
+    except Exception as error:
+        raise InputError(f"--text {config.text}: no tokenizer ({one_line(error)})") from None
     end = tokenizer.eos_token
     tokenizer.pad_token = config.pad_token or tokenizer.pad_token or end
     if tokenizer.pad_token_id is None:
-        raise InputError(f"{option}: its tokenizer has no padding token; name one with --pad-token")
-    if tokenizer("a")["input_ids"][-1] in tokenizer.all_special_ids:
-        return tokenizer
-    if end is None or not tokenizer.is_fast:
-        raise InputError(f"{option}: its tokenizer cannot end a text with an end-of-text token; use another")
-    template = processors.TemplateProcessing(
-        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
-    )
-    tokenizer.backend_tokenizer.post_processor = template
+        raise InputError(
+            f"--text {config.text}: its tokenizer has no padding token; name one with --pad-token"
+        )
+    if tokenizer("a")["input_ids"][-1] not in tokenizer.all_special_ids:
+        if end is None or not tokenizer.is_fast:
+            raise InputError(f"--text {config.text}: its tokenizer has no end-of-text token; use another")
+        template = processors.TemplateProcessing(f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = template
     return tokenizer
-
-
-COMMON = 10  # texts that a word must be in for the tokenizer to learn it
 
 
 def common_words(texts: Sequence[str]) -> list[str]:
@@ -172,15 +164,19 @@ def common_words(texts: Sequence[str]) -> list[str]:
     return [" ".join(word for word in text.split() if count[plain(word)] >= COMMON) for text in texts]
 
 
-def train_tokenizer(texts: Sequence[str]):
+def train_tokenizer(texts: Sequence[str], trained: Path | None = None):
     """Byte-level BPE in lower case: any text has tokens; words of `texts` and prompts.json have one each.
 
     The final full stop goes and an end token comes: the last token, which is pooled, is the same everywhere.
+    `trained` is read instead.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, processors, trainers
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import PreTrainedTokenizerFast
 
+    wrapped = {"pad_token": "<pad>", "eos_token": "<end>"}
+    if trained is not None:
+        return PreTrainedTokenizerFast(tokenizer_file=str(trained), **wrapped)
     tokenizer = Tokenizer(models.BPE())
     endings = normalizers.Replace(Regex(r"[.\s]+$"), "")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), endings])
@@ -190,20 +186,11 @@ def train_tokenizer(texts: Sequence[str]):
         vocab_size=VOCABULARY, special_tokens=["<pad>", "<end>"], show_progress=False,
         initial_alphabet=sorted(ByteLevel.alphabet()),
     )  # fmt: skip
-    words = set(texts) | set(strings(retune.read_json(HERE / "prompts.json")))
+    words = set(texts) | set(re.findall(r'"([^"]+)"', (HERE / "prompts.json").read_text(encoding="utf-8")))
     tokenizer.train_from_iterator(sorted(words), trainer)
     end = ("<end>", tokenizer.token_to_id("<end>"))
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[end])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
-
-
-def strings(value) -> Iterator[str]:
-    """Every string of a JSON value, keys included."""
-    if isinstance(value, str):
-        yield value
-        return
-    for item in [*value, *value.values()] if isinstance(value, dict) else value:
-        yield from strings(item)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **wrapped)
 
 
 def add_peft(tower: nn.Module, config: Config) -> nn.Module:
@@ -226,44 +213,26 @@ def add_peft(tower: nn.Module, config: Config) -> nn.Module:
         "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=config.prefix_tokens, **task),
     }
     try:
-        return get_peft_model(tower, kinds[config.peft]())
-    except Exception as error:  # noqa: BLE001
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # what libraries deprecate in each other is not the user's concern
+            return get_peft_model(tower, kinds[config.peft]())
+    except Exception as error:
         problem = f"the text tower ({type(tower).__name__}) does not support it ({one_line(error)})"
         raise InputError(f"--peft {config.peft}: {problem}") from None
 
 
-def recompute_activations(tower: nn.Module) -> None:
-    """Save memory: activations are computed again in the backward pass. InputError if unfit."""
-    if not getattr(tower, "supports_gradient_checkpointing", True):
-        raise InputError(f"--checkpointing: {type(tower).__name__} does not support it; leave it out")
-    tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-REAL = {  # the published architectures, from their configs
-    "image": {"model_type": "dinov2_with_registers", "hidden_size": 768, "num_hidden_layers": 12,
-              "num_attention_heads": 12, "patch_size": 14, "image_size": 518},
-    "text": {"model_type": "gpt2", "n_embd": 2560, "n_layer": 32, "n_head": 20, "n_positions": 1024,
-             "vocab_size": 28896, "bos_token_id": None, "eos_token_id": None},
-    "bert": {"model_type": "bert"},
-    "clip": {"model_type": "clip_text_model"},
-}  # fmt: skip
-
-
-def parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def trainable(module: nn.Module) -> int:
+    """How many parameters of a module are trained."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def count_trainable(encoder: DualEncoder) -> dict[str, int]:
     """Trainable parameters of each part of an encoder."""
-    return {
-        "image tower": trainable(encoder.image.tower),
-        "text tower": trainable(encoder.text.tower),
-        "projections": trainable(encoder.image.head) + trainable(encoder.text.head),
-    }
+    heads = trainable(encoder.image.head) + trainable(encoder.text.head)
+    towers = {"image tower": trainable(encoder.image.tower), "text tower": trainable(encoder.text.tower)}
+    return towers | {"projections": heads}
 
 
 def count_published(config: Config) -> str:
@@ -271,25 +240,24 @@ def count_published(config: Config) -> str:
     from transformers import AutoConfig, AutoModel
 
     dim = 512
-    kinds: dict[str, tuple[int, int]] = {}  # the text tower's trainable parameters and width
+    kinds = {}  # the text tower's trainable parameters and width
     with torch.device("meta"):
         built = {name: AutoModel.from_config(AutoConfig.for_model(**model)) for name, model in REAL.items()}
-        size = f"{parameters(built['text']) / 1e9:.2f} B"
+        size = f"{trainable(built['text']) / 1e9:.2f} B"
         for peft in dict.fromkeys((config.peft, *PEFT)):
             tower = AutoModel.from_config(AutoConfig.for_model(**REAL["text"])).requires_grad_(False)
             tuned = add_peft(tower, dataclasses.replace(config, peft=peft))
             kinds[f"CLEFT: GPT-2 architecture of {size}, {peft}"] = trainable(tuned), 2560
-    bert = trainable(built["bert"])
-    kinds["BERT-base, all of it"] = bert, 768
-    kinds["CLIP's text transformer, all of it"] = trainable(built["clip"]), 512
-    image = trainable(built["image"]) + 768 * dim + dim
-    rows: list[list] = []
-    first = None
+    for name, width in (("BERT-base", 768), ("CLIP's text transformer", 512)):
+        kinds[f"{name}, all of it"] = trainable(built[name]), width
+    image, bert = trainable(built["image"]) + 768 * dim + dim, trainable(built["BERT-base"])
+    rows, first = [], None
     for name, (text, width) in kinds.items():
         head = width * dim + dim
-        whole = image + text + head
-        first = first or whole
-        counts = [f"{number:,}" for number in (image, text, head, whole)]
-        rows.append([name, *counts, f"{(text + head) / bert:.1%}", f"{1 - first / whole:.1%}"])
+        first = first or image + text + head
+        counts = [f"{number:,}" for number in (image, text, head, image + text + head)]
+        rows.append(
+            [name, *counts, f"{(text + head) / bert:.1%}", f"{1 - first / (image + text + head):.1%}"]
+        )
     header = ["text tower", "image and head", "text", "text head", "total", "text and head / BERT"]
     return retune.markdown_table([*header, f"{config.peft} trains fewer by"], rows)

@@ -17,8 +17,8 @@ import retune
 from cleft.captions import class_phrase
 from cleft.config import Config
 from cleft.images import Pixels, load_pixels, plain_transform, training_transform
-from cleft.model import Cleft, ImageFeatures, Prompt, contrastive_loss, contrastive_step
-from cleft.towers import build_encoder, trainable
+from cleft.model import Cleft, Prompt, contrastive_loss, contrastive_step, image_features
+from cleft.towers import build_encoder, count_trainable
 from retune import InputError, Radiographs, one_line
 
 VALIDATION = 1024  # pairs at most that choose the checkpoint
@@ -35,7 +35,8 @@ def batch_rows(rows: np.ndarray, size: int, first: int, steps: int, seed: int) -
     """The rows of batches `first` to `steps`; an epoch is a permutation by (seed, epoch) without its rest."""
     if len(rows) < size:
         raise InputError(f"--batch-size {size} is more than the {len(rows)} training images; lower it")
-    per_epoch, order = len(rows) // size, None
+    per_epoch = len(rows) // size
+    order = None
     for step in range(first, steps):
         epoch, place = divmod(step, per_epoch)
         if order is None or place == 0:
@@ -46,12 +47,10 @@ def batch_rows(rows: np.ndarray, size: int, first: int, steps: int, seed: int) -
 def make_adamw(module: nn.Module, config: Config) -> torch.optim.AdamW:
     """AdamW without weight decay on one-dimensional parameters, as published, unless --decay-all."""
     trained = [p for p in module.parameters() if p.requires_grad]
-    plain = [p for p in trained if p.ndim <= 1 and not config.decay_all]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1 or config.decay_all]},
-        {"params": plain, "weight_decay": 0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], config.lr, weight_decay=config.weight_decay)
+    decayed = {"params": [p for p in trained if p.ndim > 1 or config.decay_all]}
+    plain = {"params": [p for p in trained if p.ndim <= 1 and not config.decay_all], "weight_decay": 0.0}
+    groups = [group for group in (decayed, plain) if group["params"]]
+    return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay)
 
 
 def train(
@@ -61,14 +60,11 @@ def train(
     """The loop of all training. Resumes from `path` exactly: all randomness depends on the step.
 
     compute(step, batch) leaves gradients and returns the loss; batches(first) yields from step `first` on; rates:
-    learning_rate's peak, warmup, floor. `validate` measures a loss whenever a checkpoint is saved, and the weights
-    of the lowest are kept. Returns the model with them, frozen. InputError when the loss is not finite; the last
-    checkpoint stays.
+    learning_rate's peak, warmup, floor. Returns the model, frozen, with the last weights, or those of the lowest
+    `validate`, measured at every checkpoint. InputError when the loss is not finite; the last checkpoint stays.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    state = (
-        load_checkpoint(path, model, optimizer) if path and path.exists() else {"step": 0, "lowest": math.inf}
-    )
+    state = load_checkpoint(path, model, optimizer) if path else {"step": 0, "lowest": math.inf}
     first, name = state["step"], path.stem if path else "fine-tuning"
     bar = retune.progress(batches(first), desc=name, unit="step", total=steps, initial=first)
     for step, batch in enumerate(bar, first):
@@ -84,18 +80,8 @@ def train(
             after_step(step)
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if path and ((step + 1) % save_every == 0 or step + 1 == steps):
-            loss = validate() if validate else -step  # without it the last weights are the best
-            if loss < state["lowest"]:
-                best = {key: tensor.detach().cpu().clone() for key, tensor in learned(model).items()}
-                state |= {"lowest": loss, "best": best}
-            state |= {"step": step + 1, "model": learned(model), "optimizer": optimizer.state_dict()}
-            if retune.ranks()[0] == 0:
-                buffer = io.BytesIO()
-                torch.save(state, buffer)
-                with retune.atomic(path) as partial:
-                    partial.write_bytes(
-                        buffer.getbuffer()
-                    )  # a full disk is an OSError here, not in torch.save
+            state["step"] = step + 1
+            save_checkpoint(path, model, optimizer, state, validate() if validate else -step)
     retune.barrier()
     model.load_state_dict(state.get("best", {}), strict=False)
     return model.eval().requires_grad_(False)
@@ -106,8 +92,28 @@ def learned(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers())
 
 
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, loss: float
+) -> None:
+    """Write all that going on takes, and the weights of the lowest loss so far; `state` is updated."""
+    if loss < state["lowest"]:
+        best = {name: tensor.detach().cpu().clone() for name, tensor in learned(model).items()}
+        state |= {"lowest": loss, "best": best}
+    state |= {"model": learned(model), "optimizer": optimizer.state_dict()}
+    if retune.ranks()[0] == 0:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        with retune.atomic(path) as partial:  # a full disk is an OSError here, not in torch.save
+            partial.write_bytes(buffer.getbuffer())
+
+
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """What `train` saved: with an optimiser, to go on from; else the best weights. InputError when damaged."""
+    """What `save_checkpoint` wrote, at step 0 without a file: with an optimiser, to go on from; else the best weights.
+
+    InputError for a damaged file or another model's.
+    """
+    if not path.exists():
+        return {"step": 0, "lowest": math.inf}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         weights = state["model" if optimizer else "best"]
@@ -118,7 +124,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         return state
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         problem = f"damaged or of another configuration ({one_line(error)}); delete it"
         raise InputError(f"{path}: {problem}") from None
 
@@ -131,34 +137,28 @@ def captioned_rows(data: Radiographs, split: str) -> np.ndarray:
 
 def pretrain(config: Config, data: Radiographs) -> Cleft:
     """Stage 1: both towers on image-text pairs; leaves a model in the run's folder, and resumes there."""
-    (rank, world), pieces, folder = retune.ranks(), config.accumulate, config.folder
-    if config.batch_size % (world * pieces):
-        raise InputError(
-            f"--batch-size {config.batch_size} does not divide by {world} ranks x {pieces} pieces"
-        )
+    (rank, world), size, pieces = retune.ranks(), config.batch_size, config.accumulate
+    if size % (world * pieces):
+        raise InputError(f"--batch-size {size} does not divide by {world} ranks x {pieces} pieces")
     rows, held_out = captioned_rows(data, "train"), captioned_rows(data, "val")
-    retune.say(
-        f"training images without anything known to say, left out: {len(data.where('train')) - len(rows):,}"
+    retune.log(
+        f"left out, as nothing is known to say: {len(data.where('train')) - len(rows):,} training images"
     )
     encoder = build_encoder(config, list(data.reports) if config.text == "small" else ())
     model = Cleft(encoder, config).to(retune.pick_device(config.device))
-    Prompt(
-        model, [class_phrase(name) for name in data.class_names], config
-    )  # refused now rather than after stage 1
-    parts = {"image tower": encoder.image.tower, "text tower": encoder.text.tower}
-    parts |= {"projections": nn.ModuleList([encoder.image.head, encoder.text.head])}
-    counts = {name: trainable(part) for name, part in parts.items()}
-    retune.say("trainable parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    class_prompts(model, data, config)  # what it refuses is refused before the training
+    counts = count_trainable(encoder)
+    retune.log("trainable parameters: " + ", ".join(f"{name} {number:,}" for name, number in counts.items()))
     if rank == 0:
-        encoder.tokenizer.save_pretrained(folder / "tokenizer")
-        retune.write_json(folder / "parameters.json", counts)
+        encoder.tokenizer.backend_tokenizer.save(str(config.folder / "tokenizer.json"))
+        retune.write_json(config.folder / "parameters.json", counts)
     images = Pixels(data, rows, training_transform(encoder, config), config)
     validation = Pixels(data, held_out, plain_transform(encoder, config), config)
 
-    def share(first: int) -> Iterator[tuple[int, list[int]]]:  # this rank's pieces of each batch
-        for step, batch in enumerate(
-            batch_rows(rows, config.batch_size, first, config.steps, config.seed), first
-        ):
+    def share(
+        first: int,
+    ) -> Iterator[tuple[int, list[int]]]:  # seed and rows of this rank's pieces of each batch
+        for step, batch in enumerate(batch_rows(rows, size, first, config.steps, config.seed), first):
             for part in np.split(np.split(batch, world)[rank], pieces):
                 yield config.seed * 1_000_003 + step, part.tolist()
 
@@ -176,11 +176,14 @@ def pretrain(config: Config, data: Radiographs) -> Cleft:
     def allocate_ranks(step: int) -> None:  # its statistics start anew in a resumed run
         encoder.text.tower.base_model.update_and_allocate(step + 1)
 
+    def validate() -> float:
+        return validation_loss(model, data, validation, held_out, config)
+
     return train(
-        model, make_adamw(model, config), compute, batches, path=folder / "stage1.pt", steps=config.steps,
+        model, make_adamw(model, config), compute, batches, path=config.folder / "stage1.pt", steps=config.steps,
         rates=(config.lr, round(config.warmup * config.steps), 1e-8), save_every=config.save_every,
         after_step=allocate_ranks if config.peft == "adalora" else None,
-        validate=(lambda: validation_loss(model, data, validation, held_out, config)) if config.select == "best" else None,
+        validate=validate if config.select == "best" else None,
     )  # fmt: skip
 
 
@@ -204,11 +207,12 @@ def validation_loss(
     if not len(rows):
         raise InputError("no validation image has a caption; keep the last weights with --select last")
     rows = np.random.default_rng(config.seed).permutation(rows)[:VALIDATION]
-    size, losses = min(len(rows), config.batch_size), []
+    size = min(len(rows), config.batch_size)
     batches = [rows[i : i + size].tolist() for i in range(0, len(rows) - size + 1, size)]
-    keys = [[(row, 0) for row in batch] for batch in batches]
+    stream = load_pixels(images, [[(row, 0) for row in batch] for batch in batches], config.workers)
+    losses = []
     model.eval()
-    for batch, pixels in zip(batches, load_pixels(images, keys, config.workers), strict=True):
+    for batch, pixels in zip(batches, stream, strict=True):
         with autocast(model, config):
             vectors = model(*to_inputs(model, data, batch, pixels, config))
         losses.append(contrastive_loss(*vectors, model.scale).item())
@@ -218,26 +222,21 @@ def validation_loss(
 
 def load_model(folder: Path, config: Config) -> Cleft:
     """The model that `pretrain` left in `folder`; InputError when it is not finished."""
-    from transformers import AutoTokenizer
-
     path = folder / "stage1.pt"
-    unfinished = f"{path}: stage 1 is not finished; run pretrain with the same options"
-    if not path.exists():
-        raise InputError(unfinished)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    model = Cleft(build_encoder(config, tokenizer=tokenizer), config)
-    if load_checkpoint(path, model)["step"] < config.steps:
-        raise InputError(unfinished)
-    return model.to(retune.pick_device(config.device)).eval().requires_grad_(False)
+    if path.exists():
+        model = Cleft(build_encoder(config, words=folder / "tokenizer.json"), config)
+        if load_checkpoint(path, model)["step"] == config.steps:
+            return model.to(retune.pick_device(config.device)).eval().requires_grad_(False)
+    raise InputError(f"{path}: stage 1 is not finished; run pretrain with the same options")
 
 
 def embed_features(model: Cleft, data: Radiographs, config: Config) -> np.ndarray:
     """Stored features [N, W] of the trained image tower, before its projection."""
-    features = ImageFeatures(model.encoder, plain_transform(model.encoder, config), config).eval()
+    features = image_features(model.encoder, plain_transform(model.encoder, config), config)
     options = {
         "workers": config.workers,
         "precision": config.precision,
-        "device": retune.pick_device(config.device),
+        "device": str(model.log_scale.device),
     }
     return retune.embed(features, data, Path(config.cache_dir), batch_size=64, **options)
 
@@ -245,7 +244,12 @@ def embed_features(model: Cleft, data: Radiographs, config: Config) -> np.ndarra
 def project(model: Cleft, features: np.ndarray, rows: np.ndarray) -> Tensor:
     """Unit vectors [n, D] of rows [n] of the features [N, W]."""
     head = model.encoder.image.head
-    return F.normalize(head(torch.from_numpy(np.array(features[rows])).to(head[0].weight)), dim=1)
+    return F.normalize(head(retune.gather(features, torch.from_numpy(rows), head[0].weight)), dim=1)
+
+
+def class_prompts(model: Cleft, data: Radiographs, config: Config) -> Prompt:
+    """Stage 2's module for the classes of a data set."""
+    return Prompt(model, [class_phrase(name) for name in data.class_names], config)
 
 
 def tune_prompt(model: Cleft, data: Radiographs, features: np.ndarray, config: Config) -> Prompt:
@@ -253,16 +257,13 @@ def tune_prompt(model: Cleft, data: Radiographs, features: np.ndarray, config: C
 
     The image tower is frozen, so its stored features [N, W] serve; class texts are encoded once a step.
     """
-    prompt, steps = (
-        Prompt(model, [class_phrase(name) for name in data.class_names], config),
-        config.prompt_steps,
-    )
+    prompt, steps = class_prompts(model, data, config), config.prompt_steps
     labels, rows = torch.from_numpy(data.labels), data.where("train")
     rows = rows[~np.isnan(data.labels[rows]).all(1)]
 
     def compute(step: int, batch: np.ndarray) -> Tensor:
         logits = prompt.scale * project(model, features, batch) @ prompt().T  # [B, C]
-        loss = retune.prompt_contrastive_loss(logits, labels[batch].to(logits))
+        loss = retune.prompt_contrastive_loss(logits, labels[batch])
         (loss / retune.ranks()[1]).backward()  # every rank computes the whole batch: it is a few cosines
         return loss.detach()
 
