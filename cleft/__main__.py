@@ -14,15 +14,13 @@ Reference: Du, Chang & Dvornek, "CLEFT: Language-Image Contrastive Learning with
 Model and Prompt Fine-Tuning", arXiv 2407.21011. What is ours and not the paper's says "(ours)".
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import retune
 from cleft.config import Config, resolve_defaults
-from cleft.pipeline import export, make_tiny, run
+from cleft.stages import export, make_tiny, run
 from cleft.tables import make_tables
 from cleft.towers import count_published
 from retune import InputError

@@ -4,8 +4,6 @@ A caption says only what is known: an unknown label is neither named nor turned 
 is ours, in the form of the authors' captions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from cleft.config import Config

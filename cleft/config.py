@@ -1,7 +1,5 @@
 """Every setting of CLEFT with the source of its default; the command line is made from it."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The method's equations: the model of stage 1, its contrastive loss, the learned prompt of stage 2."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 
@@ -16,14 +14,13 @@ from retune import DualEncoder, InputError
 
 
 class Cleft(nn.Module):
-    """An encoder in training and its learnable temperature; both projections train whole, the text tower by --peft."""
+    """An encoder in training and its learnable temperature; projections train whole, the text tower by --peft."""
 
     def __init__(self, encoder: DualEncoder, config: Config):
         super().__init__()
         self.encoder, self.frozen_image = encoder, config.image_tower == "frozen"
-        encoder.image.requires_grad_(True)
+        encoder.requires_grad_(True)
         encoder.image.tower.requires_grad_(not self.frozen_image)
-        encoder.text.head.requires_grad_(True)
         with retune.seeded(config.seed):
             encoder.text.tower = add_peft(encoder.text.tower, config)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
@@ -33,7 +30,7 @@ class Cleft(nn.Module):
             tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.train()
 
-    def train(self, mode: bool = True) -> Cleft:
+    def train(self, mode: bool = True):
         """Training mode, but for a frozen image tower: its normalisation keeps its statistics."""
         super().train(mode)
         self.encoder.image.tower.train(mode and not self.frozen_image)
@@ -49,6 +46,7 @@ class Cleft(nn.Module):
 
     @property
     def scale(self) -> Tensor:
+        """The factor on the cosines."""
         return self.log_scale.exp().clamp(max=100)
 
 
@@ -73,9 +71,8 @@ def contrastive_step(
 
     Negatives (ours): all other pairs of the global batch; local, the authors': those of this rank, and the loss is
     the mean over ranks. The loss needs all embeddings at once, a tower's backward pass only one piece (ours): embed
-    all pieces without a graph, differentiate the loss by the embeddings, then embed each piece again, with the same
-    dropout, and go on backwards from its part. So neither pieces nor ranks change the loss, except that batch
-    normalisation sees one piece at a time.
+    all without a graph, differentiate the loss by the embeddings, embed each piece again, with the same dropout, and
+    go on backwards. Neither pieces nor ranks change the loss; batch normalisation alone sees one piece at a time.
     """
     rank, world = retune.ranks()
 
@@ -87,22 +84,18 @@ def contrastive_step(
     with torch.set_grad_enabled(len(pieces) == 1):  # a single piece keeps its graph and is not embedded again
         parts = [embed(number) for number in range(len(pieces))]
     batch = [torch.cat(part).detach() for part in zip(*parts, strict=True)]  # [B, D] of images and of texts
-    sizes, start = [len(part[0]) for part in parts], 0
-    share = world  # of the loss and of the temperature's gradient that this rank counts for
-    if world > 1 and not local_negatives:
-        start = rank * sum(sizes)
-        batch = [gather_ranks(part) for part in batch]
+    sizes, first, factor = [len(part[0]) for part in parts], 0, 1
+    if world > 1 and not local_negatives:  # every rank holds the whole gradient of the global batch's loss
+        batch, first, factor = [gather_ranks(part) for part in batch], rank * sum(sizes), world
     leaves = [part.requires_grad_() for part in batch]
-    loss = contrastive_loss(*leaves, model.scale) / share
+    loss = contrastive_loss(*leaves, model.scale) / world
     loss.backward()
-    weight = 1 if local_negatives else share  # every rank holds the whole gradient of the global batch's loss
-    gradients = [weight * leaf.grad[start : start + sum(sizes)] for leaf in leaves]
-    for number, gradient in enumerate(zip(*(part.split(sizes) for part in gradients), strict=True)):
+    gradients = [(factor * leaf.grad[first : first + sum(sizes)]).split(sizes) for leaf in leaves]
+    for number, gradient in enumerate(zip(*gradients, strict=True)):
         torch.autograd.backward(parts[number] if len(pieces) == 1 else embed(number), gradient)
-    loss = loss.detach()
     if world > 1:
-        torch.distributed.all_reduce(loss)
-    return loss
+        torch.distributed.all_reduce(loss := loss.detach())
+    return loss.detach()
 
 
 class Prompt(nn.Module):
@@ -134,13 +127,12 @@ class Prompt(nn.Module):
 
 def split_tokens(tokenizer, text: str, embedding: nn.Module) -> list[Tensor]:
     """Token embeddings [t, H] of a text: what the tokenizer puts before it, the text, what comes after."""
-    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    plain, whole = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer(text)["input_ids"]
     if not plain:
         raise InputError(f"the class name or caption {text!r} has no tokens; rename it")
-    whole, device = tokenizer(text)["input_ids"], embedding.weight.device
     start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
     parts = whole[:start], plain, whole[start + len(plain) :]
-    return [embedding(torch.tensor(ids, dtype=torch.long, device=device)).detach() for ids in parts]
+    return [embedding(torch.tensor(ids).long().to(embedding.weight.device)).detach() for ids in parts]
 
 
 def image_features(

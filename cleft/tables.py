@@ -1,6 +1,4 @@
-"""CLEFT's tables and figures from many runs; finished runs are skipped, interrupted ones resume."""
-
-from __future__ import annotations
+"""CLEFT's tables and figure from many runs; finished runs are skipped, interrupted ones resume."""
 
 import dataclasses
 import shlex
@@ -9,20 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch.nn.functional as F
 
 import retune
 from cleft.config import PEFT, STYLES, Config, resolve_defaults
 from cleft.data import load_pairs
-from cleft.pipeline import run
-from cleft.testsets import make_test_sets
+from cleft.evaluation import make_test_sets
+from cleft.stages import run
 from cleft.training import embed_features, load_model, project
 
 FINETUNE_EPOCHS = 3  # of the main runs, where --finetune-epochs says none
+MEASURES = ["auroc_macro", "low", "high", "accuracy"]
 
 
 def make_tables(config: Config, seeds: Sequence[int]) -> None:
-    """Main runs for every seed, ablations for the first one, then tables and figures in --output."""
+    """Main runs for every seed, ablations for the first one, then tables and figure in --output."""
     folder = config.folder
     whole = dataclasses.replace(config, finetune_epochs=config.finetune_epochs or FINETUNE_EPOCHS)
     runs = [("main", dataclasses.replace(whole, seed=s, output=f"{folder}/main-seed{s}")) for s in seeds]
@@ -34,19 +32,24 @@ def make_tables(config: Config, seeds: Sequence[int]) -> None:
         if not (chosen.folder / "evaluation.json").exists():
             retune.log(f"\n{describe(chosen)}")
             run("all", chosen)
-    if retune.ranks()[0] > 0:
-        return
-    retune.write_text(folder / "commands.txt", "\n".join(dict.fromkeys(describe(c) for _, c in runs)) + "\n")
-    results = collect(runs)
-    retune.write_text(folder / "results.csv", results.to_csv(index=False))
-    main = results[results["run"] == "main"]
-    write_table(folder / "main", main_table(main))
-    write_table(folder / "ablations", ablation_table(results[results["run"] != "main"]))
-    try:
-        draw_fractions(folder / "fractions.png", main)
+    if retune.ranks()[0] == 0:
+        retune.write_text(
+            folder / "commands.txt", "\n".join(dict.fromkeys(describe(c) for _, c in runs)) + "\n"
+        )
+        results = pd.DataFrame([row for name, chosen in runs for row in read_results(name, chosen)])
+        retune.write_text(folder / "results.csv", results.to_csv(index=False))
+        main, ablations = results[results["run"] == "main"], results[results["run"] != "main"]
+        write_table(folder / "main", pivot(main, "method", "test"))
+        best = ablations[~ablations["method"].str.contains(f"fine-tuning|{'|'.join(shares(config))}")]
+        best = best[best["test"] == best["test"].iloc[0]]
+        trained = best.groupby("run", sort=False)["trained parameters"].first()
+        write_table(folder / "ablations", pivot(best, "run", "method").merge(trained, on="run"))
         draw_towers(folder / "towers.png", resolve_defaults(runs[0][1]))
-    except ImportError:
-        retune.log("no figures: they need matplotlib (pip install matplotlib)")
+
+
+def shares(config: Config) -> list[str]:
+    """The names of all shares of the labels but the largest."""
+    return [f", {share * 100:g}%" for share in sorted(config.fractions)[:-1]] or ["^$"]
 
 
 def list_ablations(config: Config) -> dict[str, dict]:
@@ -59,10 +62,7 @@ def list_ablations(config: Config) -> dict[str, dict]:
         found |= {"captions: reports": {"captions": "auto"}} if config.data in ("demo", "mimic") else {}
         found["captions: labels"] = {"captions": "labels"}
         found["captions: labels and absent"] = {"captions": "labels", "negative_captions": True}
-    return {
-        name: {key: value for key, value in change.items() if getattr(config, key) != value}
-        for name, change in found.items()
-    }
+    return {n: {k: v for k, v in change.items() if getattr(config, k) != v} for n, change in found.items()}
 
 
 def describe(config: Config) -> str:
@@ -78,103 +78,72 @@ def describe(config: Config) -> str:
     return shlex.join(words)
 
 
-def collect(runs: Sequence[tuple[str, Config]]) -> pd.DataFrame:
-    """A row for each measure of each run, with the parameters that its model trained."""
+def read_results(name: str, config: Config) -> list[dict]:
+    """A row for each measure of a run, with the parameters that its model trained."""
+    trained = retune.read_json(config.folder / "parameters.json")
     rows = []
-    for name, config in runs:
-        trained = retune.read_json(config.folder / "parameters.json")
-        for result in retune.read_json(config.folder / "evaluation.json").values():
-            low, high = result.pop("auroc_macro_ci")
-            del result["auroc"]  # of each class
-            rows.append({"run": name, "seed": config.seed, **result, "low": low, "high": high, **trained})
-    return pd.DataFrame(rows)
+    for method, result in retune.read_json(config.folder / "evaluation.json").items():
+        low, high = result["auroc_macro_ci"]
+        row = {"run": name, "seed": config.seed, "test": result["test"]}
+        row |= {"method": method.removeprefix(f"{result['test']}, "), "auroc_macro": result["auroc_macro"]}
+        row |= {
+            "low": low,
+            "high": high,
+            "accuracy": result.get("accuracy"),
+            "images": result["n"],
+            **trained,
+        }
+        rows.append(row | {"trained parameters": " + ".join(f"{n:,} {part}" for part, n in trained.items())})
+    return rows
 
 
-def main_table(results: pd.DataFrame) -> pd.DataFrame:
-    """Methods x tests: mean AUROC ± deviation over seeds, the mean of the 95% intervals' ends, accuracy."""
-    rows: dict[str, dict] = {}
-    for (test, method, share), found in results.groupby(
-        ["test", "method", "fraction"], dropna=False, sort=False
-    ):
-        row = rows.setdefault(method if pd.isna(share) else f"{method}, {share * 100:g}% of the labels", {})
-        mean = found[["auroc_macro", "low", "high"]].mean()
-        row[f"{test} AUROC"] = f"{mean['auroc_macro']:.3f} ± {found['auroc_macro'].std(ddof=0):.3f}"
-        row["95%" if test == "multi-label" else f"{test} 95%"] = f"{mean['low']:.3f}-{mean['high']:.3f}"
-        if test != "multi-label":
-            row[f"{test} accuracy"] = f"{found['accuracy'].mean():.3f} ± {found['accuracy'].std(ddof=0):.3f}"
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method").reset_index()
+def pivot(results: pd.DataFrame, row: str, column: str) -> pd.DataFrame:
+    """Means over seeds: AUROC ± deviation, the 95% interval's ends, and accuracy where there is one."""
 
+    def describe_cell(found: pd.DataFrame) -> str:
+        mean, deviation = found[MEASURES].astype(float).mean(), found[MEASURES].astype(float).std(ddof=0)
+        text = f"{mean['auroc_macro']:.3f}" + (f" ± {deviation['auroc_macro']:.3f}" if len(found) > 1 else "")
+        accuracy = "" if np.isnan(mean["accuracy"]) else f"; accuracy {mean['accuracy']:.3f}"
+        return f"{text} ({mean['low']:.3f}-{mean['high']:.3f}){accuracy}"
 
-def ablation_table(results: pd.DataFrame) -> pd.DataFrame:
-    """What each ablation trains and reaches on the first test set, with the 95% interval."""
-    rows: dict[str, dict] = {}
-    results = results[results["test"] == results["test"].iloc[0]]
-    results = results[results["fraction"].isna() | (results["fraction"] == results["fraction"].max())]
-    for _, result in results[results["method"] != "full fine-tuning"].iterrows():
-        parts = {part: f"{result[part]:,}" for part in ("image tower", "text tower", "projections")}
-        row = rows.setdefault(result["run"], {f"{part}, trained": count for part, count in parts.items()})
-        row[result["method"]] = f"{result['auroc_macro']:.3f} ({result['low']:.3f}-{result['high']:.3f})"
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("ablation").reset_index()
+    cells = {key: describe_cell(found) for key, found in results.groupby([row, column], sort=False)}
+    table = pd.Series(cells).unstack().rename_axis(row)
+    return table.loc[results[row].unique(), results[column].unique()].reset_index()
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    """A table as Markdown, CSV and LaTeX; the first is printed."""
+    """A table as Markdown and LaTeX; the first is printed."""
     text = retune.markdown_table(table.columns, table.to_numpy().tolist())
     retune.write_text(path.with_suffix(".md"), text + "\n")
-    retune.write_text(path.with_suffix(".csv"), table.to_csv(index=False))
     retune.write_text(path.with_suffix(".tex"), table.to_latex(index=False, escape=True))
     retune.log(f"\n{text}")
 
 
-def draw_fractions(path: Path, results: pd.DataFrame) -> None:
-    """AUROC against the share of the labels: mean and deviation over seeds; zero-shot as horizontal lines."""
-    from matplotlib.figure import Figure
-
-    tests = list(dict.fromkeys(results["test"]))
-    figure = Figure(figsize=(4.6 * len(tests), 3.6), layout="constrained")
-    panels = np.ravel(figure.subplots(1, len(tests), sharey=True))
-    for axes, test in zip(panels, tests, strict=True):
-        for number, (method, found) in enumerate(
-            results[results["test"] == test].groupby("method", sort=False)
-        ):
-            style = {"color": f"C{number}", "label": method}
-            if found["fraction"].isna().all():
-                axes.axhline(found["auroc_macro"].mean(), linestyle="--", **style)
-                continue
-            grouped = found.groupby("fraction")["auroc_macro"]
-            mean = grouped.mean()
-            axes.errorbar(mean.index * 100, mean, grouped.std(ddof=0), marker="o", capsize=3, **style)
-        axes.set(xscale="log", xlabel="% of the training patients", title=test)
-    panels[0].set_ylabel("test AUROC")
-    panels[0].legend(fontsize=8)
-    save_figure(path, figure)
-
-
 def draw_towers(path: Path, config: Config) -> None:
     """t-SNE of what both towers make of the same exclusive test pairs, coloured by class."""
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return retune.log(f"{path.name} is not drawn: it needs matplotlib (pip install matplotlib)")
     from sklearn.manifold import TSNE
 
     data = load_pairs(config)
     chosen = make_test_sets(data, config)[-1]
-    if not chosen.exclusive:
-        return retune.log(f"{path.name} is not drawn: no test set has exactly one finding an image")
     model = load_model(config.folder, config)
-    images = project(model, embed_features(model, data, config), chosen.rows)
-    texts = model.encoder.encode_texts([data.reports[row] for row in chosen.rows], config.truncate)
+    images = project(model, embed_features(model, data, config), chosen.rows).cpu().numpy()
+    texts = (
+        model.encoder.encode_texts([data.reports[row] for row in chosen.rows], config.truncate).cpu().numpy()
+    )
+    texts = texts / np.linalg.norm(texts, axis=1, keepdims=True)
     label = data.labels[np.ix_(chosen.rows, chosen.columns)].argmax(1)
     figure = Figure(figsize=(9, 4.2), layout="constrained")
-    panels = {"image tower: test images": images, "text tower: their captions": F.normalize(texts, dim=1)}
+    panels = {"image tower: test images": images, "text tower: their captions": texts}
     for axes, (title, vectors) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         tsne = TSNE(init="pca", random_state=0, perplexity=min(30, len(vectors) - 1))
-        points = tsne.fit_transform(vectors.cpu().numpy())
+        points = tsne.fit_transform(vectors)
         for c, column in enumerate(chosen.columns):
             axes.scatter(*points[label == c].T, s=8, label=data.class_names[column])
         axes.set(title=title, xticks=[], yticks=[])
     figure.axes[0].legend(fontsize=8, markerscale=2)
-    save_figure(path, figure)
-
-
-def save_figure(path: Path, figure) -> None:
     with retune.atomic(path) as partial:
         figure.savefig(partial, dpi=130, format="png", metadata={"Software": None})

@@ -3,8 +3,6 @@
 `retune` defines the format of encoders; a trained one is exported in it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import warnings

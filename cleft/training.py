@@ -1,7 +1,5 @@
 """Both stages of the training: schedule, batches, the loop with its checkpoints."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import math
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 import retune
 from cleft.captions import class_phrase
 from cleft.config import Config
-from cleft.images import Pixels, load_pixels, plain_transform, training_transform
+from cleft.data import load_batches, make_transform
 from cleft.model import Cleft, Prompt, contrastive_loss, contrastive_step, image_features
 from cleft.towers import build_encoder, count_trainable
 from retune import InputError, Radiographs, one_line
@@ -152,21 +150,17 @@ def pretrain(config: Config, data: Radiographs) -> Cleft:
     if rank == 0:
         encoder.tokenizer.backend_tokenizer.save(str(config.folder / "tokenizer.json"))
         retune.write_json(config.folder / "parameters.json", counts)
-    images = Pixels(data, rows, training_transform(encoder, config), config)
-    validation = Pixels(data, held_out, plain_transform(encoder, config), config)
-
-    def share(
-        first: int,
-    ) -> Iterator[tuple[int, list[int]]]:  # seed and rows of this rank's pieces of each batch
-        for step, batch in enumerate(batch_rows(rows, size, first, config.steps, config.seed), first):
-            for part in np.split(np.split(batch, world)[rank], pieces):
-                yield config.seed * 1_000_003 + step, part.tolist()
+    transform = make_transform(encoder, config, training=True)
 
     def batches(first: int) -> Iterator[list[tuple[list[int], Tensor]]]:
-        keys = ([(row, draw) for row in part] for draw, part in share(first))
-        stream = zip(share(first), load_pixels(images, keys, config.workers), strict=True)
+        whole = enumerate(batch_rows(rows, size, first, config.steps, config.seed), first)
+        own = (
+            (step, part) for step, batch in whole for part in np.split(np.split(batch, world)[rank], pieces)
+        )
+        draws = ((config.seed * 1_000_003 + step, part.tolist()) for step, part in own)
+        stream = load_batches(data, transform, draws, config.workers)
         for _ in range(first, config.steps):
-            yield [(part, pixels) for (_, part), pixels in itertools.islice(stream, pieces)]
+            yield list(itertools.islice(stream, pieces))
 
     def compute(step: int, batch: list[tuple[list[int], Tensor]]) -> Tensor:
         inputs = [to_inputs(model, data, part, pixels, config) for part, pixels in batch]
@@ -177,7 +171,7 @@ def pretrain(config: Config, data: Radiographs) -> Cleft:
         encoder.text.tower.base_model.update_and_allocate(step + 1)
 
     def validate() -> float:
-        return validation_loss(model, data, validation, held_out, config)
+        return validation_loss(model, data, held_out, config)
 
     return train(
         model, make_adamw(model, config), compute, batches, path=config.folder / "stage1.pt", steps=config.steps,
@@ -200,19 +194,16 @@ def to_inputs(
 
 
 @torch.no_grad()
-def validation_loss(
-    model: Cleft, data: Radiographs, images: Pixels, rows: np.ndarray, config: Config
-) -> float:
+def validation_loss(model: Cleft, data: Radiographs, rows: np.ndarray, config: Config) -> float:
     """The mean contrastive loss of whole batches of validation pairs, without augmentation and dropout."""
     if not len(rows):
         raise InputError("no validation image has a caption; keep the last weights with --select last")
     rows = np.random.default_rng(config.seed).permutation(rows)[:VALIDATION]
-    size = min(len(rows), config.batch_size)
-    batches = [rows[i : i + size].tolist() for i in range(0, len(rows) - size + 1, size)]
-    stream = load_pixels(images, [[(row, 0) for row in batch] for batch in batches], config.workers)
-    losses = []
+    size, losses = min(len(rows), config.batch_size), []
+    batches = [(0, rows[i : i + size].tolist()) for i in range(0, len(rows) - size + 1, size)]
+    transform = make_transform(model.encoder, config, training=False)
     model.eval()
-    for batch, pixels in zip(batches, stream, strict=True):
+    for batch, pixels in load_batches(data, transform, batches, config.workers):
         with autocast(model, config):
             vectors = model(*to_inputs(model, data, batch, pixels, config))
         losses.append(contrastive_loss(*vectors, model.scale).item())
@@ -232,7 +223,7 @@ def load_model(folder: Path, config: Config) -> Cleft:
 
 def embed_features(model: Cleft, data: Radiographs, config: Config) -> np.ndarray:
     """Stored features [N, W] of the trained image tower, before its projection."""
-    features = image_features(model.encoder, plain_transform(model.encoder, config), config)
+    features = image_features(model.encoder, make_transform(model.encoder, config, training=False), config)
     options = {
         "workers": config.workers,
         "precision": config.precision,

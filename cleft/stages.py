@@ -1,7 +1,5 @@
 """The stages in order, each of which finds in a folder what the one before left, and the export."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from pathlib import Path
@@ -11,8 +9,7 @@ import torch
 import retune
 from cleft.config import DATA_SETTINGS, EVALUATION, TINY, Config, identity, model_config, resolve_defaults
 from cleft.data import load_pairs
-from cleft.evaluation import evaluate
-from cleft.testsets import make_test_sets
+from cleft.evaluation import evaluate, make_test_sets
 from cleft.training import embed_features, load_model, pretrain, tune_prompt
 from retune import HERE, InputError
 
