@@ -40,10 +40,9 @@ def chest_caption(labels: Sequence[float], names: Sequence[str], config: Config)
 
 
 def mammogram_caption(facts: dict[str, str], style: str) -> str:
-    """A caption from what is known of a mammogram: side, view, age, race, density, mass, calcification, assessment.
-
-    simple: view, assessment and density. natural: sentences of all facts. structural: a labelled list of them.
-    """
+    """A caption from what is known of a mammogram: side, view, age, race, density, mass, calcification,
+    assessment. simple: view, assessment and density. natural: sentences of all facts. structural: a
+    labelled list of them."""
     side, view = {"L": "left", "R": "right"}.get(facts.get("side")), facts.get("view")
     film = " ".join(filter(None, [side, view, "mammogram"]))
     assessment, density = BI_RADS.get(facts.get("assessment")), DENSITY.get(facts.get("density"))

@@ -10,7 +10,9 @@ from retune import InputError, setting
 
 CHEXPERT = ("chexpert", "mimic", "chexpert-5x200")  # data sets with CheXpert's 14 findings
 DATA_SETS = ("demo", "pretrain", "embed", "rsna", *CHEXPERT, "csv", "nih", "chestmnist")
+ON = ("on", "off")
 STYLES = ("simple", "natural", "structural")
+IMAGE_TOWERS = ("pretrained", "random", "frozen")
 PEFT = ("lora", "ia3", "prefix", "adalora", "frozen", "none")
 
 
@@ -30,8 +32,7 @@ class Config:
     demo_images: int = setting(6000, "number of phantoms in the demo")
 
     image: str = setting("tiny", "small, tiny, our or a transformers folder, an id", group="towers")
-    image_tower: str = setting("pretrained", "its weights: as published and trained, random and trained, frozen",
-                               choices=("pretrained", "random", "frozen"))
+    image_tower: str = setting("pretrained", "published weights, random ones, or frozen", choices=IMAGE_TOWERS)
     text: str = setting("tiny", "likewise; a causal language model")
     dim: int | None = setting(None, "joint dimension (authors: 512; small and tiny: 128)", type=int)
     projection_bias: bool = setting(True, "projections without bias", flag="--no-projection-bias")
@@ -44,15 +45,13 @@ class Config:
     lora_dropout: float = setting(0.1, "dropout of LoRA")
     prefix_tokens: int = setting(20, "virtual tokens of prefix tuning")
 
-    captions: str = setting("auto", "auto: reports if there are any", choices=("auto", "labels", "reports"),
-                            group="captions")
-    base_caption: str | None = setting(None, "beginning of captions from labels and of the class prompts")
+    base_caption: str | None = setting(None, "beginning of captions from labels, and of prompts", group="captions")
+    captions: str = setting("auto", "auto: reports if there are any", choices=("auto", "labels", "reports"))
     negative_captions: bool = setting(False, "captions name the absent findings too")
     caption_style: str = setting("simple", "wording of EMBED's captions and prompts", choices=STYLES)
 
-    foreground: str | None = setting(None, "crop to Otsu's foreground (authors: on; demo: off)", choices=("on", "off"),
-                                     group="images")
-    augment: str | None = setting(None, "augmentation in training (authors: on; demo: off)", choices=("on", "off"))
+    foreground: str | None = setting(None, "on (authors), off: crop to Otsu's foreground", choices=ON, group="images")
+    augment: str | None = setting(None, "on (authors), off: augmentation in training", choices=ON)
 
     steps: int | None = setting(None, "steps (authors: 40,000; demo: 200)", type=int, group="stage 1")
     lr: float | None = setting(None, "learning rate (authors: 4e-5; demo: 1e-3)", type=float)
@@ -62,7 +61,6 @@ class Config:
     decay_all: bool = setting(False, "weight decay on one-dimensional parameters too (authors: none)")
     warmup: float = setting(0.1, "share of the steps in which the learning rate rises")
     temperature: float = setting(0.07, "initial temperature of the contrastive loss")
-    accumulate: int = setting(1, "pieces of a rank's batch; the loss stays that of the whole")
     checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     precision: str = setting("fp32", "arithmetic of the towers", choices=("fp32", "bf16"))
     save_every: int | None = setting(None, "steps between checkpoints (500; demo: 50)", type=int)
@@ -72,8 +70,7 @@ class Config:
     prompt_steps: int | None = setting(None, "steps (authors: 8,000; demo: 300)", type=int)
     prompt_lr: float | None = setting(None, "learning rate (authors: 1e-4; demo: 0.1)", type=float)
 
-    model: str | None = setting(None, "evaluate, export: folder of a trained model (default: --output)",
-                                group="evaluation")
+    model: str | None = setting(None, "folder of a trained model, for evaluate and export", group="evaluation")
     balanced: int = setting(200, "images a class in balanced tests at most (density: 2.5 times as many); 0: none")
     fractions: tuple[float, ...] = setting((0.01, 0.1, 1.0), "shares of the training patients", nargs="+", type=float)
     finetune_epochs: int = setting(0, "epochs of full fine-tuning; 0: none")
@@ -86,23 +83,20 @@ class Config:
     # fmt: on
 
     def __post_init__(self):
-        positive = (
-            "steps lr batch_size accumulate dim temperature save_every context_tokens prompt_steps prompt_lr"
-        )
+        positive = "steps lr batch_size dim temperature save_every context_tokens prompt_steps prompt_lr"
         positive += " demo_images lora_rank lora_alpha context_length"
         others = "workers seed prefix_tokens weight_decay warmup lora_dropout balanced finetune_epochs"
         retune.check_values(self, positive, lambda value: 0 < value < math.inf, "be positive")
         retune.check_values(self, others, lambda value: 0 <= value < 2**32, "be from 0 to 4294967295")
-        for share in self.fractions:
-            if not 0 < share <= 1:
-                raise InputError(f"--fractions {share} must be above 0 and at most 1")
+        if not all(0 < share <= 1 for share in self.fractions):
+            raise InputError(f"--fractions {self.fractions}: shares are above 0 and at most 1")
 
     @property
     def public(self) -> retune.Config:
         """The data settings as retune's loaders take them, with all findings: captions name them all."""
         settings = {name: getattr(self, name) for name in (*DATA_SETTINGS, "cache_dir")}
-        chexpert = self.data in CHEXPERT
-        return retune.Config(**settings | {"classes": retune.CHEXPERT_FINDINGS if chexpert else None})
+        settings["classes"] = retune.CHEXPERT_FINDINGS if self.data in CHEXPERT else None
+        return retune.Config(**settings)
 
     @property
     def folder(self) -> Path:
@@ -119,7 +113,7 @@ TINY = {"data": "pretrain", "image": "small", "text": "small", "peft": "none", "
         "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.03, "captions": "reports", "seed": 0, "save_every": 500,
         "projection_bias": False, "decay_all": True, "select": "last"}  # how demo/tiny is made (ours)
 DATA_SETTINGS = ("data", "data_dir", "labels_csv", "classes", "view", "uncertain", "blank", "size", "demo_images")
-EVALUATION = ("model", "balanced", "fractions", "finetune_epochs")
+EVALUATION = ("model", "balanced", "fractions", "finetune_epochs", "save_every")
 RUN_SETTINGS = ("output", "cache_dir", "device", "workers", "precision")
 # fmt: on
 
@@ -133,24 +127,15 @@ def resolve_defaults(config: Config) -> Config:
     return dataclasses.replace(config, **{k: v for k, v in preset.items() if getattr(config, k) is None})
 
 
-def identity(config: Config, names: tuple[str, ...] = ()) -> dict:
-    """What a folder belongs to, as config.json holds it: the settings `names`, or all that a model depends on."""
-    chosen = dataclasses.asdict(config)
-    return {key: chosen[key] for key in names or chosen if names or key not in (*EVALUATION, "save_every")}
-
-
 def model_config(config: Config) -> Config:
     """The settings of the model in --model, with the data, evaluation and run that `config` asks for.
-
-    InputError for another setting that was given and is not the model's.
-    """
+    InputError for another setting that was given and is not the model's."""
     saved = retune.read_json(Path(config.model) / "config.json")
-    free = (*DATA_SETTINGS, *EVALUATION, *RUN_SETTINGS, "save_every")
-    chosen = {name: getattr(config, name) for name in free}
+    chosen = {name: getattr(config, name) for name in (*DATA_SETTINGS, *EVALUATION, *RUN_SETTINGS)}
     for item in dataclasses.fields(Config):
-        if item.name not in chosen:
-            chosen[item.name], given = saved.get(item.name, item.default), getattr(config, item.name)
-            if given not in (item.default, chosen[item.name]):
-                flag, known = item.name.replace("_", "-"), chosen[item.name]
-                raise InputError(f"--{flag} {given}: the model in {config.model} has {known}; leave it out")
+        given, known = getattr(config, item.name), saved.get(item.name, item.default)
+        if item.name not in chosen and given not in (item.default, known):
+            flag = item.name.replace("_", "-")
+            raise InputError(f"--{flag} {given}: the model in {config.model} has {known}; leave it out")
+        chosen.setdefault(item.name, known)
     return resolve_defaults(Config(**chosen))

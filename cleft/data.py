@@ -21,10 +21,8 @@ SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg")
 
 
 def load_pairs(config: Config) -> Radiographs:
-    """The data set of `config`: labels of the evaluated classes, `reports` the captions, "" where none can be said.
-
-    Captions name all findings of the data set, whatever --classes evaluates.
-    """
+    """The data set of `config`: labels of the evaluated classes, `reports` the captions, "" where none can
+    be said. Captions name all findings of the data set, whatever --classes evaluates."""
     data = LOADERS[config.data](config) if config.data in LOADERS else retune.load_radiographs(config.public)
     if config.data in LOADERS:
         data = retune.choose_view(data, config.public) if config.view != "all" else data
@@ -52,11 +50,9 @@ def load_pretrain(config: Config) -> Radiographs:
 
 
 def load_rsna(config: Config) -> Radiographs:
-    """RSNA pneumonia as a choice of two classes: `*train_labels*.csv`, images anywhere under --data-dir.
-
-    A patient has a row per box (Target 1) or one row (Target 0) and one image, <patientId>.dcm, or PNG or JPEG.
-    No official split: 70/10/20% of the patients by hash.
-    """
+    """RSNA pneumonia as a choice of two classes: `*train_labels*.csv`, images anywhere under --data-dir. A
+    patient has a row per box (Target 1) or one row (Target 0) and one image, <patientId>.dcm, or PNG or
+    JPEG. No official split: 70/10/20% of the patients by hash."""
     root = config.public.root
     path = Path(config.labels_csv or retune.one_file(root, ["*train_labels*.csv"]))
     table = retune.read_table(path, ["patientId", "Target"])
@@ -77,10 +73,8 @@ def load_rsna(config: Config) -> Radiographs:
 
 def load_chexpert_5x200(config: Config) -> Radiographs:
     """CheXpert with the published list of test images, `Path` and a column per finding, as --labels-csv.
-
-    The listed images are the test set, with the list's labels. As most of them lie in CheXpert's training set,
-    all other images of their patients are left out, and so is CheXpert's own test set.
-    """
+    The listed images are the test set, with the list's labels. As most of them lie in CheXpert's training
+    set, all other images of their patients are left out, and so is CheXpert's own test set."""
     if config.labels_csv is None:
         problem = "needs the published list as --labels-csv; --data chexpert makes a balanced test by rule"
         raise InputError(f"--data chexpert-5x200 {problem}")
@@ -105,10 +99,8 @@ def load_chexpert_5x200(config: Config) -> Radiographs:
 
 def load_embed(config: Config) -> Radiographs:
     """EMBED mammography: *metadata*.csv (a row an image) joined with *clinical*.csv (a row a finding).
-
-    Labels: seven BI-RADS categories, then four densities, one-hot; nan where the exam has none. Only 2D images.
-    Jeong et al., Radiology: Artificial Intelligence 2023; access by agreement.
-    """
+    Labels: seven BI-RADS categories, then four densities, one-hot; nan where the exam has none. Only 2D
+    images. Jeong et al., Radiology: Artificial Intelligence 2023; access by agreement."""
     root = config.public.root
     tables = [[f"*{kind}*.csv", f"tables/*{kind}*.csv"] for kind in ("metadata", "clinical")]
     images_csv, clinical_csv = (retune.one_file(root, patterns) for patterns in tables)
@@ -136,10 +128,9 @@ def load_embed(config: Config) -> Radiographs:
 
 def read_exams(path: Path):
     """A frame with a row for each acc_anon and side, L or R, of what is known, "" where it is not.
-
-    Assessment (the most serious), density, age, race, mass, calcification; the columns from age on are optional. A
-    blank side or B is both. A mass or calcification that is described is present; that none is says nothing.
-    """
+    Assessment (the most serious), density, age, race, mass, calcification; the columns from age on are
+    optional. A blank side or B is both. A mass or calcification that is described is present; that none is
+    says nothing."""
     table = retune.read_table(path, ["acc_anon", "side", "asses", "tissueden"])
     for name in ("age_at_study", "RACE_DESC", "massshape", "massdens", "calcfind", "calcdistri"):
         table[name] = table.get(name, "")
@@ -179,10 +170,9 @@ def crop_foreground(image: Tensor) -> Tensor:
 
 
 def make_transform(encoder: DualEncoder, config: Config, training: bool) -> Callable[[Tensor], Tensor]:
-    """uint8 image [1 or 3, H, W] -> pixels [3, h, w]: the foreground if --foreground is on, the encoder's transform.
-
-    In training, if --augment is on, the authors' augmentation takes the place of the central crop.
-    """
+    """uint8 image [1 or 3, H, W] -> pixels [3, h, w]: the foreground if --foreground is on, the encoder's
+    transform. In training, if --augment is on, the authors' augmentation takes the place of the central
+    crop."""
     settings = encoder.config["transform"]
     steps = [crop_foreground] if config.foreground == "on" else []
     if not training or config.augment != "on":
@@ -202,9 +192,8 @@ def make_transform(encoder: DualEncoder, config: Config, training: bool) -> Call
 
 class Pixels(torch.utils.data.Dataset):
     """(row, pixels [3, h, w]) of the key (row, draw), or (row, the reason why the image cannot be read).
-
-    `draw` seeds the transform's randomness together with the row: neither workers nor a resumed run change it.
-    """
+    `draw` seeds the transform's randomness together with the row: neither workers nor a resumed run change
+    it."""
 
     def __init__(self, data: Radiographs, transform: Callable[[Tensor], Tensor]):
         self.images, self.transform = data.images, transform

@@ -64,38 +64,25 @@ def gather_ranks(own: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def contrastive_step(
-    model: Cleft, pieces: Sequence[tuple], seed: int, autocast: Callable, local_negatives: bool = False
-) -> Tensor:
-    """Gradients of the batch's loss from this rank's pieces (pixels, ids, mask), to be summed over ranks; the loss.
-
-    Negatives (ours): all other pairs of the global batch; local, the authors': those of this rank, and the loss is
-    the mean over ranks. The loss needs all embeddings at once, a tower's backward pass only one piece (ours): embed
-    all without a graph, differentiate the loss by the embeddings, embed each piece again, with the same dropout, and
-    go on backwards. Neither pieces nor ranks change the loss; batch normalisation alone sees one piece at a time.
-    """
+def contrastive_step(scale: Tensor, images: Tensor, texts: Tensor, local_negatives: bool = False) -> Tensor:
+    """Gradients of the batch's loss from this rank's unit vectors [B, D], to be summed over ranks; returns
+    the loss. Negatives (ours): all other pairs of the global batch, so that ranks do not change the loss;
+    local, the authors': those of this rank, and the loss is the mean over ranks. Batch normalisation sees
+    this rank's images alone."""
     rank, world = retune.ranks()
-
-    def embed(number: int) -> tuple[Tensor, Tensor]:
-        with torch.random.fork_rng(), autocast():
-            torch.manual_seed((seed * world + rank) * len(pieces) + number)
-            return model(*pieces[number])
-
-    with torch.set_grad_enabled(len(pieces) == 1):  # a single piece keeps its graph and is not embedded again
-        parts = [embed(number) for number in range(len(pieces))]
-    batch = [torch.cat(part).detach() for part in zip(*parts, strict=True)]  # [B, D] of images and of texts
-    sizes, first, factor = [len(part[0]) for part in parts], 0, 1
-    if world > 1 and not local_negatives:  # every rank holds the whole gradient of the global batch's loss
-        batch, first, factor = [gather_ranks(part) for part in batch], rank * sum(sizes), world
-    leaves = [part.requires_grad_() for part in batch]
-    loss = contrastive_loss(*leaves, model.scale) / world
+    own = (images, texts)
+    whole = world > 1 and not local_negatives
+    leaves = [(gather_ranks(part.detach()) if whole else part.detach()).requires_grad_() for part in own]
+    loss = contrastive_loss(*leaves, scale) / world
     loss.backward()
-    gradients = [(factor * leaf.grad[first : first + sum(sizes)]).split(sizes) for leaf in leaves]
-    for number, gradient in enumerate(zip(*gradients, strict=True)):
-        torch.autograd.backward(parts[number] if len(pieces) == 1 else embed(number), gradient)
+    first = rank * len(own[0]) if whole else 0
+    gradients = [leaf.grad[first : first + len(own[0])] for leaf in leaves]
+    # Of the global batch's loss every rank holds the whole gradient, of which the division left a share
+    torch.autograd.backward(own, [world * gradient if whole else gradient for gradient in gradients])
+    loss = loss.detach()
     if world > 1:
-        torch.distributed.all_reduce(loss := loss.detach())
-    return loss.detach()
+        torch.distributed.all_reduce(loss)
+    return loss
 
 
 class Prompt(nn.Module):

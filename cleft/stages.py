@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import retune
-from cleft.config import DATA_SETTINGS, EVALUATION, TINY, Config, identity, model_config, resolve_defaults
+from cleft.config import DATA_SETTINGS, EVALUATION, TINY, Config, model_config, resolve_defaults
 from cleft.data import load_pairs
 from cleft.evaluation import evaluate, make_test_sets
 from cleft.training import embed_features, load_model, pretrain, tune_prompt
@@ -16,24 +16,24 @@ from retune import HERE, InputError
 
 def run(command: str, config: Config) -> None:
     """pretrain, prompt, evaluate, or `all` of them, in --output; only one process writes there."""
-    folder = config.folder
-    elsewhere = config.model is not None and Path(config.model).resolve() != folder.resolve()
     if config.model is not None and command != "evaluate":
         raise InputError(f"--model belongs to evaluate and export, not to {command}")
-    source = Path(config.model) if elsewhere else folder
-    if config.model is not None:
-        config = model_config(config)
-    config = resolve_defaults(config)
+    config = resolve_defaults(config) if config.model is None else model_config(config)
+    folder = retune.make_folder(config)
+    source = Path(config.model or folder)
+    elsewhere = source.resolve() != folder.resolve()
     data = load_pairs(config)
     retune.log(data.note)
-    if command == "all":
+    if command in ("evaluate", "all"):
         make_test_sets(data, config)  # what would stop the evaluation is refused before the training
-    folder.mkdir(parents=True, exist_ok=True)
+    identity = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if (name in (*DATA_SETTINGS, *EVALUATION) if elsewhere else name not in EVALUATION)
+    }
     with retune.locked(folder, wait=False) if retune.ranks()[0] == 0 else contextlib.nullcontext():
         if retune.ranks()[0] == 0:
-            retune.check_same_config(
-                folder, identity(config, (*DATA_SETTINGS, *EVALUATION) if elsewhere else ())
-            )
+            retune.check_same_config(folder, identity)
         retune.barrier()
         if command in ("pretrain", "all"):
             pretrain(config, data)
@@ -46,11 +46,11 @@ def run(command: str, config: Config) -> None:
 
 def export(config: Config, target: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the tuned encoder in retune.py's folder format, LoRA, AdaLoRA and IA3 merged into the weights."""
-    source = Path(config.model or config.folder)
-    config = model_config(dataclasses.replace(config, model=str(source)))
+    source = config.model or str(config.folder)
+    config = model_config(dataclasses.replace(config, model=source))
     if config.peft == "prefix":
         raise InputError("--peft prefix: virtual tokens do not merge into weights; export lora, ia3 or none")
-    encoder = load_model(source, config).encoder
+    encoder = load_model(Path(source), config).encoder
     if config.peft not in ("none", "frozen"):
         encoder.text.tower = encoder.text.tower.merge_and_unload()
     encoder.config["name"] = target.name
@@ -61,10 +61,8 @@ def export(config: Config, target: Path, dtype: torch.dtype = torch.float32) -> 
 
 def make_tiny(target: Path | None, output: str) -> None:
     """The encoder that is shipped in demo/tiny: a preset of stage 1, stored in half precision."""
-    target = target or HERE / "demo" / "tiny"
-    if target.exists():
-        raise InputError(f"{target} exists: move it away, or name another folder with --to")
-    config = resolve_defaults(Config(**TINY, output="runs/tiny" if output == Config.output else output))
+    target = retune.check_new_folder(target or HERE / "demo" / "tiny")
+    config = Config(**TINY, output="runs/tiny" if output == Config.output else output)
     torch.set_num_threads(1)  # the bytes do not depend on the number of cores
     run("pretrain", config)
-    export(dataclasses.replace(Config(), output=config.output), target, torch.float16)
+    export(Config(output=config.output), target, torch.float16)

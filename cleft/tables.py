@@ -135,14 +135,14 @@ def draw_towers(path: Path, config: Config) -> None:
         model.encoder.encode_texts([data.reports[row] for row in chosen.rows], config.truncate).cpu().numpy()
     )
     texts = texts / np.linalg.norm(texts, axis=1, keepdims=True)
-    label = data.labels[np.ix_(chosen.rows, chosen.columns)].argmax(1)
+    label = chosen.data.labels[chosen.rows].argmax(1)
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     panels = {"image tower: test images": images, "text tower: their captions": texts}
     for axes, (title, vectors) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         tsne = TSNE(init="pca", random_state=0, perplexity=min(30, len(vectors) - 1))
         points = tsne.fit_transform(vectors)
-        for c, column in enumerate(chosen.columns):
-            axes.scatter(*points[label == c].T, s=8, label=data.class_names[column])
+        for c, name in enumerate(chosen.data.class_names):
+            axes.scatter(*points[label == c].T, s=8, label=name)
         axes.set(title=title, xticks=[], yticks=[])
     figure.axes[0].legend(fontsize=8, markerscale=2)
     with retune.atomic(path) as partial:

@@ -38,10 +38,8 @@ REAL = {
 
 
 def build_encoder(config: Config, texts: Sequence[str] = (), words: Path | None = None) -> DualEncoder:
-    """An encoder of the two towers that `config` names.
-
-    A small text tower learns its words from `texts`, or reads those of an earlier run.
-    """
+    """An encoder of the two towers that `config` names. A small text tower learns its words from `texts`,
+    or reads those of an earlier run."""
     image, transform, image_weights = image_part(config)
     text, tokenizer, text_weights = text_part(config, texts, words)
     parts = {"image": image, "text": text, "transform": transform}
@@ -127,10 +125,8 @@ def read_published_tower(source: str):
 
 
 def read_tokenizer(config: Config):
-    """The tokenizer of --text with padding, and an end-of-text token after every text.
-
-    A causal model's text feature is read at that token, which alone has seen the whole text.
-    """
+    """The tokenizer of --text with padding, and an end-of-text token after every text. A causal model's
+    text feature is read at that token, which alone has seen the whole text."""
     from tokenizers import processors
     from transformers import AutoTokenizer
 
@@ -164,10 +160,8 @@ def common_words(texts: Sequence[str]) -> list[str]:
 
 def train_tokenizer(texts: Sequence[str], trained: Path | None = None):
     """Byte-level BPE in lower case: any text has tokens; words of `texts` and prompts.json have one each.
-
-    The final full stop goes and an end token comes: the last token, which is pooled, is the same everywhere.
-    `trained` is read instead.
-    """
+    The final full stop goes and an end token comes: the last token, which is pooled, is the same
+    everywhere. `trained` is read instead."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, processors, trainers
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import PreTrainedTokenizerFast

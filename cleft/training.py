@@ -1,7 +1,6 @@
 """Both stages of the training: schedule, batches, the loop with its checkpoints."""
 
 import io
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,11 +55,10 @@ def train(
     steps: int, rates: tuple, save_every: int, after_step: Callable | None = None, validate: Callable | None = None,
 ) -> nn.Module:  # fmt: skip
     """The loop of all training. Resumes from `path` exactly: all randomness depends on the step.
-
-    compute(step, batch) leaves gradients and returns the loss; batches(first) yields from step `first` on; rates:
-    learning_rate's peak, warmup, floor. Returns the model, frozen, with the last weights, or those of the lowest
-    `validate`, measured at every checkpoint. InputError when the loss is not finite; the last checkpoint stays.
-    """
+    compute(step, batch) leaves gradients and returns the loss; batches(first) yields from step `first` on;
+    rates: learning_rate's peak, warmup, floor. Returns the model, frozen, with the last weights, or those
+    of the lowest `validate`, measured at every checkpoint. InputError when the loss is not finite; the last
+    checkpoint stays."""
     trained = [p for p in model.parameters() if p.requires_grad]
     state = load_checkpoint(path, model, optimizer) if path else {"step": 0, "lowest": math.inf}
     first, name = state["step"], path.stem if path else "fine-tuning"
@@ -106,10 +104,8 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """What `save_checkpoint` wrote, at step 0 without a file: with an optimiser, to go on from; else the best weights.
-
-    InputError for a damaged file or another model's.
-    """
+    """What `save_checkpoint` wrote, at step 0 without a file: with an optimiser, to go on from; else the
+    best weights. InputError for a damaged file or another model's."""
     if not path.exists():
         return {"step": 0, "lowest": math.inf}
     try:
@@ -135,9 +131,9 @@ def captioned_rows(data: Radiographs, split: str) -> np.ndarray:
 
 def pretrain(config: Config, data: Radiographs) -> Cleft:
     """Stage 1: both towers on image-text pairs; leaves a model in the run's folder, and resumes there."""
-    (rank, world), size, pieces = retune.ranks(), config.batch_size, config.accumulate
-    if size % (world * pieces):
-        raise InputError(f"--batch-size {size} does not divide by {world} ranks x {pieces} pieces")
+    (rank, world), size = retune.ranks(), config.batch_size
+    if size % world:
+        raise InputError(f"--batch-size {size} does not divide by {world} ranks")
     rows, held_out = captioned_rows(data, "train"), captioned_rows(data, "val")
     retune.log(
         f"left out, as nothing is known to say: {len(data.where('train')) - len(rows):,} training images"
@@ -152,45 +148,37 @@ def pretrain(config: Config, data: Radiographs) -> Cleft:
         retune.write_json(config.folder / "parameters.json", counts)
     transform = make_transform(encoder, config, training=True)
 
-    def batches(first: int) -> Iterator[list[tuple[list[int], Tensor]]]:
+    def batches(first: int) -> Iterator[tuple[list[int], Tensor]]:
         whole = enumerate(batch_rows(rows, size, first, config.steps, config.seed), first)
         own = (
-            (step, part) for step, batch in whole for part in np.split(np.split(batch, world)[rank], pieces)
+            (config.seed * 1_000_003 + step, np.split(batch, world)[rank].tolist()) for step, batch in whole
         )
-        draws = ((config.seed * 1_000_003 + step, part.tolist()) for step, part in own)
-        stream = load_batches(data, transform, draws, config.workers)
-        for _ in range(first, config.steps):
-            yield list(itertools.islice(stream, pieces))
+        return load_batches(data, transform, own, config.workers)
 
-    def compute(step: int, batch: list[tuple[list[int], Tensor]]) -> Tensor:
-        inputs = [to_inputs(model, data, part, pixels, config) for part, pixels in batch]
-        seed = config.seed * 1_000_003 + step
-        return contrastive_step(model, inputs, seed, lambda: autocast(model, config), config.local_negatives)
+    def compute(step: int, batch: tuple[list[int], Tensor]) -> Tensor:
+        with retune.seeded((config.seed * 1_000_003 + step) * world + rank):  # dropout
+            vectors = embed_pairs(model, data, *batch, config)
+        return contrastive_step(model.scale, *vectors, config.local_negatives)
 
     def allocate_ranks(step: int) -> None:  # its statistics start anew in a resumed run
         encoder.text.tower.base_model.update_and_allocate(step + 1)
-
-    def validate() -> float:
-        return validation_loss(model, data, held_out, config)
 
     return train(
         model, make_adamw(model, config), compute, batches, path=config.folder / "stage1.pt", steps=config.steps,
         rates=(config.lr, round(config.warmup * config.steps), 1e-8), save_every=config.save_every,
         after_step=allocate_ranks if config.peft == "adalora" else None,
-        validate=validate if config.select == "best" else None,
+        validate=(lambda: validation_loss(model, data, held_out, config)) if config.select == "best" else None,
     )  # fmt: skip
 
 
-def autocast(model: Cleft, config: Config) -> torch.autocast:
-    return torch.autocast(model.log_scale.device.type, torch.bfloat16, enabled=config.precision == "bf16")
-
-
-def to_inputs(
+def embed_pairs(
     model: Cleft, data: Radiographs, rows: list[int], pixels: Tensor, config: Config
-) -> list[Tensor]:
-    """(pixels [B, 3, H, W], input ids [B, T], their mask) of some rows, on the model's device."""
+) -> tuple[Tensor, Tensor]:
+    """Unit vectors [B, D] of pixels [B, 3, H, W] and of the captions of their rows."""
     tokens = model.encoder.tokenize([data.reports[row] for row in rows], config.truncate)
-    return [tensor.to(model.log_scale.device) for tensor in (pixels, *tokens.values())]
+    device = model.log_scale.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        return model(pixels.to(device), *(tensor.to(device) for tensor in tokens.values()))
 
 
 @torch.no_grad()
@@ -199,14 +187,13 @@ def validation_loss(model: Cleft, data: Radiographs, rows: np.ndarray, config: C
     if not len(rows):
         raise InputError("no validation image has a caption; keep the last weights with --select last")
     rows = np.random.default_rng(config.seed).permutation(rows)[:VALIDATION]
-    size, losses = min(len(rows), config.batch_size), []
+    size = min(len(rows), config.batch_size)
     batches = [(0, rows[i : i + size].tolist()) for i in range(0, len(rows) - size + 1, size)]
     transform = make_transform(model.encoder, config, training=False)
     model.eval()
-    for batch, pixels in load_batches(data, transform, batches, config.workers):
-        with autocast(model, config):
-            vectors = model(*to_inputs(model, data, batch, pixels, config))
-        losses.append(contrastive_loss(*vectors, model.scale).item())
+    losses = []
+    for batch in load_batches(data, transform, batches, config.workers):
+        losses.append(contrastive_loss(*embed_pairs(model, data, *batch, config), model.scale).item())
     model.train()
     return sum(losses) / len(losses)
 
@@ -244,10 +231,8 @@ def class_prompts(model: Cleft, data: Radiographs, config: Config) -> Prompt:
 
 
 def tune_prompt(model: Cleft, data: Radiographs, features: np.ndarray, config: Config) -> Prompt:
-    """Stage 2: multi-label binary cross-entropy of the scaled cosines; only the context tokens change.
-
-    The image tower is frozen, so its stored features [N, W] serve; class texts are encoded once a step.
-    """
+    """Stage 2: multi-label binary cross-entropy of the scaled cosines; only the context tokens change. The
+    image tower is frozen, so its stored features [N, W] serve; class texts are encoded once a step."""
     prompt, steps = class_prompts(model, data, config), config.prompt_steps
     labels, rows = torch.from_numpy(data.labels), data.where("train")
     rows = rows[~np.isnan(data.labels[rows]).all(1)]
