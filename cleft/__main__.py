@@ -28,36 +28,36 @@ from retune import InputError
 COMMANDS = ("pretrain", "prompt", "evaluate", "all", "export", "tables", "count", "make-tiny")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 0 on success, 2 with one line on standard error for bad input."""
+def execute(argv: Sequence[str]) -> None:
+    """Do what the command line says."""
     parser = retune.build_parser(Config, __doc__)
     parser.usage = "%(prog)s command [option ...]"
     parser.add_argument("command", choices=COMMANDS, help="a stage, all stages, or another job shown above")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="a new folder, for export and make-tiny")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[42, 43, 44], help="seeds of the main runs of tables"
+        "--seeds", type=int, nargs="+", default=[42, 43, 44], help="of the main runs of tables"
     )
     arguments = parser.parse_args(argv)
     command, target = arguments.command, arguments.to
-    try:
-        config = retune.parse_config(Config, arguments)
-        retune.join_ranks()
-        if (command == "export" and not target) or (target and command not in ("export", "make-tiny")):
-            raise InputError("export needs --to, a new folder; of the others only make-tiny takes one")
-        if command == "count":
-            print(count_published(resolve_defaults(config)))
-        elif command == "make-tiny":
-            make_tiny(target, arguments.output)
-        elif command == "export":
-            export(config, target)
-        elif command == "tables":
-            make_tables(config, arguments.seeds)
-        else:
-            run(command, config)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    config = retune.parse_config(Config, arguments)
+    retune.join_ranks()
+    if (command == "export" and not target) or (target and command not in ("export", "make-tiny")):
+        raise InputError("export needs --to, a new folder; of the others only make-tiny takes one")
+    if command == "count":
+        print(count_published(resolve_defaults(config)))
+    elif command == "make-tiny":
+        make_tiny(target, arguments.output)
+    elif command == "export":
+        export(config, target)
+    elif command == "tables":
+        make_tables(config, arguments.seeds)
+    else:
+        run(command, config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 0 on success, 2 with one line on standard error for bad input."""
+    return retune.main(argv, execute)
 
 
 if __name__ == "__main__":

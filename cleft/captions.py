@@ -26,42 +26,32 @@ MAMMOGRAM_CLASSES |= {f"Density {letter}": {"density": digit} for letter, digit 
 
 def chest_caption(labels: Sequence[float], names: Sequence[str], config: Config) -> str:
     """The caption of an image from its labels [C], or "" when nothing is known that it could say."""
-    names = [name.lower() for name in names]
-    present = [name for name, label in zip(names, labels, strict=True) if label == 1]
-    absent = [name for name, label in zip(names, labels, strict=True) if label == 0 and name != NO_FINDING]
-    said = list(present)
-    if not present and len(absent) == len(names) - (NO_FINDING in names):
+    known = {name.lower(): label for name, label in zip(names, labels, strict=True)}
+    said = [name for name, label in known.items() if label == 1]
+    absent = [name for name, label in known.items() if label == 0 and name != NO_FINDING]
+    if not said and len(absent) == len(known) - (NO_FINDING in known):
         said = [NO_FINDING]
-    if config.negative_captions:
-        said += [f"no {name}" for name in absent]
-    if not said:
-        return ""
-    return f"{config.base_caption} {', '.join(said)}"
+    said += [f"no {name}" for name in absent] if config.negative_captions else []
+    return f"{config.base_caption} {', '.join(said)}" if said else ""
 
 
 def mammogram_caption(facts: dict[str, str], style: str) -> str:
     """A caption from what is known of a mammogram: side, view, age, race, density, mass, calcification,
     assessment. simple: view, assessment and density. natural: sentences of all facts. structural: a
     labelled list of them."""
-    side, view = {"L": "left", "R": "right"}.get(facts.get("side")), facts.get("view")
-    film = " ".join(filter(None, [side, view, "mammogram"]))
+    side = {"L": "left", "R": "right"}.get(facts.get("side"))
+    film = " ".join(filter(None, [side, facts.get("position"), "mammogram"]))
     assessment, density = BI_RADS.get(facts.get("assessment")), DENSITY.get(facts.get("density"))
     if style == "simple":
-        return (
-            f"a {film} with {', '.join(filter(None, [assessment, density and f'breast density {density}']))}"
-        )
+        said = filter(None, [assessment, density and f"breast density {density}"])
+        return f"a {film} with {', '.join(said)}"
     patient = filter(None, [facts.get("age") and f"{facts['age']} years", facts.get("race")])
     found = [name for name in ("mass", "calcification") if facts.get(name)]
-    said = {
-        "image": film,
-        "patient": ", ".join(patient),
-        "breast density": density,
-        "finding": " and ".join(found),
-    }
-    said = {label: text for label, text in (said | {"assessment": assessment}).items() if text}
-    if style == "structural":
-        return "; ".join(f"{label}: {text}" for label, text in said.items())
-    return ". ".join(f"the {label} is {text}" for label, text in said.items())
+    said = {"image": film, "patient": ", ".join(patient), "breast density": density}
+    said |= {"finding": " and ".join(found), "assessment": assessment}
+    link, between = (": ", "; ") if style == "structural" else (" is ", ". the ")
+    text = between.join(f"{label}{link}{value}" for label, value in said.items() if value)
+    return text if style == "structural" else f"the {text}"
 
 
 def class_prompt(name: str, config: Config) -> str:
@@ -74,9 +64,7 @@ def class_prompt(name: str, config: Config) -> str:
 def class_phrase(name: str) -> str:
     """What stands after a learned context: the class as captions name it."""
     facts = MAMMOGRAM_CLASSES.get(name)
-    if facts is None:
-        return name.lower()
-    return mammogram_caption(facts, "simple").split(" with ")[1]
+    return mammogram_caption(facts, "simple").split(" with ")[1] if facts else name.lower()
 
 
 def pair_captions(data: Radiographs, config: Config) -> Sequence[str]:

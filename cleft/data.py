@@ -4,6 +4,8 @@ EMBED mammograms, RSNA pneumonia, CheXpert-5x200 and phantoms of another domain 
 """
 
 import dataclasses
+import functools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -17,19 +19,16 @@ from cleft.captions import BI_RADS, DENSITY, MAMMOGRAM_CLASSES, mammogram_captio
 from cleft.config import CHEXPERT, Config
 from retune import DualEncoder, InputError, Radiographs
 
-SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg")
-
 
 def load_pairs(config: Config) -> Radiographs:
     """The data set of `config`: labels of the evaluated classes, `reports` the captions, "" where none can
     be said. Captions name all findings of the data set, whatever --classes evaluates."""
-    data = LOADERS[config.data](config) if config.data in LOADERS else retune.load_radiographs(config.public)
-    if config.data in LOADERS:
-        data = retune.choose_view(data, config.public) if config.view != "all" else data
-        retune.check_patients(data)
-        retune.check_splits(data)
+    loaders = {"pretrain": load_pretrain, "rsna": load_rsna, "embed": load_embed}
+    for name, load in (loaders | {"chexpert-5x200": load_chexpert_5x200}).items():
+        retune.DATASETS[name] = functools.partial(load, config)  # retune checks what it reads
+    data = retune.load_radiographs(config.public)
     default = retune.COMPETITION_FINDINGS if config.data in CHEXPERT else data.class_names
-    wanted = tuple(retune.check_classes(config, data.class_names) or default)
+    wanted = retune.check_classes(config, data.class_names) or list(default)
     changes = {"reports": pair_captions(data, config), "class_names": wanted}
     changes["labels"] = data.labels[:, [list(data.class_names).index(name) for name in wanted]]
     if config.data in ("demo", "pretrain"):  # drawn once, which takes longer than to train on them
@@ -37,100 +36,100 @@ def load_pairs(config: Config) -> Radiographs:
     return dataclasses.replace(data, **changes)
 
 
-def load_pretrain(config: Config) -> Radiographs:
-    """Phantoms of other patients, films and reporting habits than the demo's: what `demo/tiny` is trained on."""
+def load_pretrain(config: Config, public: retune.Config) -> Radiographs:
+    """Phantoms of other patients, films and reporting habits than the demo's: what `demo/tiny` learns from."""
     from demo import phantoms
 
     data = phantoms.make_phantoms(config.demo_images, seed=1000, domain="pretrain")
     split = retune.patient_split(data.patients, {"train": 0.98, "val": 0.01, "test": 0.01})
-    return Radiographs(
-        data.images, data.labels, data.class_names, data.patients, split, reports=data.reports,
-        note="PHANTOMS: synthetic films of the pre-training domain.", key=f"pretrain {config.demo_images}",
-    )  # fmt: skip
+    note, key = "PHANTOMS: synthetic films of the pre-training domain.", f"pretrain {config.demo_images}"
+    columns = (data.images, data.labels, data.class_names, data.patients, split)
+    return Radiographs(*columns, reports=data.reports, note=note, key=key)
 
 
-def load_rsna(config: Config) -> Radiographs:
+def load_rsna(config: Config, public: retune.Config) -> Radiographs:
     """RSNA pneumonia as a choice of two classes: `*train_labels*.csv`, images anywhere under --data-dir. A
     patient has a row per box (Target 1) or one row (Target 0) and one image, <patientId>.dcm, or PNG or
     JPEG. No official split: 70/10/20% of the patients by hash."""
-    root = config.public.root
-    path = Path(config.labels_csv or retune.one_file(root, ["*train_labels*.csv"]))
+    path = public.labels_csv or retune.only_file(public.root, "*train_labels*.csv")
     table = retune.read_table(path, ["patientId", "Target"])
-    files = {file.stem: file for file in sorted(root.rglob("*")) if file.suffix.lower() in SUFFIXES}
-    for i, (name, value) in enumerate(zip(table["patientId"], table["Target"], strict=True)):
-        if value not in ("0", "1") or name not in files:
-            problem = f"Target {value!r} is not 0 or 1" if name in files else f"no image {name!r} in {root}"
-            raise InputError(f"{path} row {i + 2}: {problem}")
-    present = table.groupby("patientId", sort=False)["Target"].max() == "1"
-    names = list(present.index)
-    return Radiographs(
-        [files[name] for name in names], np.stack([present, ~present], axis=1), ("Pneumonia", "No Finding"),
-        names, retune.patient_split(names, retune.SHARES), names,
-        [f"{path} row {i + 2}" for i in table.index[~table["patientId"].duplicated()]],
-        note="rsna: no official split: 70/10/20% by hash",
+    kinds = (".dcm", ".dicom", ".png", ".jpg", ".jpeg")
+    files = {file.stem: file for file in sorted(public.root.rglob("*")) if file.suffix.lower() in kinds}
+    retune.refuse_row(table, ~table["Target"].isin(["0", "1"]), "is not 0 or 1", "Target")
+    retune.refuse_row(
+        table, ~table["patientId"].isin(list(files)), f"has no image in {public.root}", "patientId"
+    )
+    table["Target"] = table.groupby("patientId")["Target"].transform("max")
+    table = table[~table["patientId"].duplicated()].assign(
+        path=lambda t: t["patientId"].map(files).map(os.path.abspath), name=lambda t: t["patientId"],
+        patient=lambda t: t["patientId"], split=lambda t: retune.patient_split(t["patientId"], retune.SHARES),
     )  # fmt: skip
+    labels = np.stack([table["Target"] == "1", table["Target"] == "0"], axis=1)
+    note = "rsna: no official split: 70/10/20% by hash"
+    return retune.from_table(table, labels, ("Pneumonia", "No Finding"), public, note)
 
 
-def load_chexpert_5x200(config: Config) -> Radiographs:
-    """CheXpert with the published list of test images, `Path` and a column per finding, as --labels-csv.
-    The listed images are the test set, with the list's labels. As most of them lie in CheXpert's training
-    set, all other images of their patients are left out, and so is CheXpert's own test set."""
+def load_chexpert_5x200(config: Config, public: retune.Config) -> Radiographs:
+    """CheXpert with the published list of test images, `Path` and a column per finding, as --labels-csv. The
+    listed images are the test set, with the list's labels. As most of them lie in CheXpert's training set,
+    all other images of their patients are left out, and so is CheXpert's own test set."""
     if config.labels_csv is None:
         problem = "needs the published list as --labels-csv; --data chexpert makes a balanced test by rule"
         raise InputError(f"--data chexpert-5x200 {problem}")
-    data = retune.load_radiographs(dataclasses.replace(config.public, data="chexpert", labels_csv=None))
-    path, findings = Path(config.labels_csv), retune.COMPETITION_FINDINGS
-    table = retune.read_table(path, ["Path", *findings])
-    values, _ = retune.parse_labels(table, findings, path, config.uncertain, "zero")
+    data = retune.load_radiographs(dataclasses.replace(public, data="chexpert", labels_csv=None))
+    table = retune.read_table(config.labels_csv, ["Path", *retune.COMPETITION_FINDINGS])
+    values, _ = retune.parse_labels(table, retune.COMPETITION_FINDINGS, config.uncertain, "zero")
     row_of = {name: row for row, name in enumerate(data.names)}
-    listed = []
-    for i, place in enumerate(table["Path"]):
-        name = place[max(place.find("train/"), place.find("valid/"), place.find("test/"), 0) :]
-        if name not in row_of or values[i].sum() != 1:
-            problem = "is not in --data-dir" if name not in row_of else "must have one of the five findings"
-            raise InputError(f"{path} row {i + 2}: {place!r} {problem}")
-        listed.append(row_of[name])
-    data.labels[np.ix_(listed, [data.class_names.index(name) for name in findings])] = values
-    data.split[(data.split == "test") | np.isin(data.patients, data.patients[listed])] = "unused"
-    data.split[listed] = "test"
-    data.note += f"; test: the {len(listed):,} images of {path.name}, training without their patients"
-    return data
+    listed = table["Path"].str.extract(r"((?:train|valid|test)/.*)")[0].map(row_of)
+    retune.refuse_row(table, listed.isna(), f"is not an image of {public.root}", "Path")
+    retune.refuse_row(table, values.sum(1) != 1, "must have exactly one of the five findings", "Path")
+    listed = listed.astype(int).to_numpy()
+    data.labels[np.ix_(listed, [data.class_names.index(n) for n in retune.COMPETITION_FINDINGS])] = values
+    kept = (data.split != "test") & ~np.isin(data.patients, data.patients[listed])
+    data.split[listed], kept[listed] = "test", True
+    lists = {
+        n: [getattr(data, n)[i] for i in np.flatnonzero(kept)] for n in ("images", "names", "rows", "view")
+    }
+    arrays = {n: getattr(data, n)[kept] for n in ("labels", "patients", "split")}
+    note = f"{data.note}; test: the {len(listed):,} listed images, training without their patients"
+    return dataclasses.replace(data, note=note, sex=None, age=None, part=None, **lists, **arrays)
 
 
-def load_embed(config: Config) -> Radiographs:
-    """EMBED mammography: *metadata*.csv (a row an image) joined with *clinical*.csv (a row a finding).
-    Labels: seven BI-RADS categories, then four densities, one-hot; nan where the exam has none. Only 2D
-    images. Jeong et al., Radiology: Artificial Intelligence 2023; access by agreement."""
-    root = config.public.root
-    tables = [[f"*{kind}*.csv", f"tables/*{kind}*.csv"] for kind in ("metadata", "clinical")]
-    images_csv, clinical_csv = (retune.one_file(root, patterns) for patterns in tables)
-    columns = ["empi_anon", "acc_anon", "anon_dicom_path", "ImageLateralityFinal", "ViewPosition"]
-    table = retune.read_table(images_csv, [*columns, "FinalImageType"])
-    table["row"] = [f"{images_csv} row {i + 2}" for i in table.index]
-    table = table.rename(columns={"ImageLateralityFinal": "side", "ViewPosition": "view"})
-    table = table[table["FinalImageType"] == "2D"].merge(read_exams(clinical_csv), on=["acc_anon", "side"])
+def load_embed(config: Config, public: retune.Config) -> Radiographs:
+    """EMBED mammography: *metadata*.csv (a row an image) joined with *clinical*.csv (a row a finding), also in
+    `tables`. Labels: seven BI-RADS categories, then four densities, one-hot; nan where the exam has none.
+    Only 2D images. Jeong et al., Radiology: Artificial Intelligence 2023; access by agreement."""
+    root = public.root / "tables" if (public.root / "tables").is_dir() else public.root
+    needed = [
+        "empi_anon",
+        "acc_anon",
+        "anon_dicom_path",
+        "ImageLateralityFinal",
+        "ViewPosition",
+        "FinalImageType",
+    ]
+    table = retune.read_table(retune.only_file(root, "*metadata*.csv"), needed)
+    new_names = {"empi_anon": "patient", "ImageLateralityFinal": "side", "ViewPosition": "position"}
+    table = table.rename(columns=new_names)[table["FinalImageType"] == "2D"].reset_index(names="row")
+    exams = read_exams(retune.only_file(root, "*clinical*.csv"))
+    table = table.merge(exams, on=["acc_anon", "side"]).set_index("row")
     if table.empty:
-        raise InputError(f"{images_csv}: no 2D image belongs to an exam with an assessment in {clinical_csv}")
+        raise InputError(f"{root}: no 2D image belongs to an exam with an assessment or a density")
     labels = [np.where(table["assessment"] == "", np.nan, table["assessment"] == key) for key in BI_RADS]
     labels += [np.where(table["density"] == "", np.nan, table["density"] == key) for key in DENSITY]
-    captions = [mammogram_caption(facts, config.caption_style) for facts in table.to_dict("records")]
-    names = table["anon_dicom_path"].str.replace(r"^.*?(?=images/|cohort_)", "", regex=True).tolist()
-    rows, patients = table["row"].tolist(), table["empi_anon"].tolist()
-    paths = [retune.join_path(root, name, row) for name, row in zip(names, rows, strict=True)]
+    table["report"] = [mammogram_caption(facts, config.caption_style) for facts in table.to_dict("records")]
+    table["name"] = table["anon_dicom_path"].str.replace(r"^.*?(?=images/|cohort_)", "", regex=True)
+    table["path"], table["split"] = table["name"], retune.patient_split(table["patient"], retune.SHARES)
     note = (
-        f"EMBED: {len(names)} 2D images; {config.caption_style} captions; 70/10/20% of the patients by hash"
+        f"EMBED: {len(table)} 2D images; {config.caption_style} captions; 70/10/20% of the patients by hash"
     )
-    return Radiographs(
-        paths, np.stack(labels, axis=1), tuple(MAMMOGRAM_CLASSES), patients,
-        retune.patient_split(patients, retune.SHARES), names, rows, captions, note,
-    )  # fmt: skip
+    return retune.from_table(table, np.stack(labels, axis=1), list(MAMMOGRAM_CLASSES), public, note)
 
 
 def read_exams(path: Path):
-    """A frame with a row for each acc_anon and side, L or R, of what is known, "" where it is not.
-    Assessment (the most serious), density, age, race, mass, calcification; the columns from age on are
-    optional. A blank side or B is both. A mass or calcification that is described is present; that none is
-    says nothing."""
+    """A frame with a row for each acc_anon and side, L or R, of what is known, "" where it is not: assessment
+    (the most serious), density, age, race, mass, calcification; the columns from age on are optional. A blank
+    side or B is both. A mass or calcification that is described is present; that none is says nothing."""
     table = retune.read_table(path, ["acc_anon", "side", "asses", "tissueden"])
     for name in ("age_at_study", "RACE_DESC", "massshape", "massdens", "calcfind", "calcdistri"):
         table[name] = table.get(name, "")
@@ -146,10 +145,6 @@ def read_exams(path: Path):
     exams = table.explode("side").groupby(["acc_anon", "side"])[facts].max().reset_index()
     exams["assessment"] = [serious[number] for number in exams["assessment"]]
     return exams[(exams["assessment"] + exams["density"]) != ""]
-
-
-LOADERS = {"pretrain": load_pretrain, "rsna": load_rsna, "embed": load_embed}
-LOADERS["chexpert-5x200"] = load_chexpert_5x200
 
 
 def otsu_threshold(grey: np.ndarray) -> int:
@@ -191,9 +186,8 @@ def make_transform(encoder: DualEncoder, config: Config, training: bool) -> Call
 
 
 class Pixels(torch.utils.data.Dataset):
-    """(row, pixels [3, h, w]) of the key (row, draw), or (row, the reason why the image cannot be read).
-    `draw` seeds the transform's randomness together with the row: neither workers nor a resumed run change
-    it."""
+    """(row, pixels [3, h, w]) of the key (row, draw), or (row, the reason why the image cannot be read). `draw`
+    seeds the transform's randomness together with the row: neither workers nor a resumed run change it."""
 
     def __init__(self, data: Radiographs, transform: Callable[[Tensor], Tensor]):
         self.images, self.transform = data.images, transform
@@ -202,13 +196,11 @@ class Pixels(torch.utils.data.Dataset):
         row, draw = key
         image = self.images[row]
         try:
-            file = isinstance(image, (str, Path))
-            pixels = retune.read_image(image) if file else torch.from_numpy(np.array(image))[None]
+            image = retune.read_image(image) if isinstance(image, (str, Path)) else torch.tensor(image)[None]
         except InputError as error:
             return row, str(error)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((draw * 1_000_003 + row) % 2**63)
-            return row, self.transform(pixels)
+        with retune.seeded((draw * 1_000_003 + row) % 2**63):
+            return row, self.transform(image)
 
 
 def load_batches(

@@ -19,18 +19,17 @@ def run(command: str, config: Config) -> None:
     if config.model is not None and command != "evaluate":
         raise InputError(f"--model belongs to evaluate and export, not to {command}")
     config = resolve_defaults(config) if config.model is None else model_config(config)
-    folder = retune.make_folder(config)
+    folder = config.folder
     source = Path(config.model or folder)
-    elsewhere = source.resolve() != folder.resolve()
     data = load_pairs(config)
     retune.log(data.note)
     if command in ("evaluate", "all"):
         make_test_sets(data, config)  # what would stop the evaluation is refused before the training
-    identity = {
-        name: value
-        for name, value in dataclasses.asdict(config).items()
-        if (name in (*DATA_SETTINGS, *EVALUATION) if elsewhere else name not in EVALUATION)
-    }
+    kept = set(dataclasses.asdict(config)) - set(EVALUATION)
+    if source.resolve() != folder.resolve():  # this folder belongs to an evaluation
+        kept = {*DATA_SETTINGS, *EVALUATION}
+    identity = {name: value for name, value in dataclasses.asdict(config).items() if name in kept}
+    folder.mkdir(parents=True, exist_ok=True)
     with retune.locked(folder, wait=False) if retune.ranks()[0] == 0 else contextlib.nullcontext():
         if retune.ranks()[0] == 0:
             retune.check_same_config(folder, identity)

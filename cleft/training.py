@@ -70,7 +70,8 @@ def train(
         loss = compute(step, batch).item()
         if not math.isfinite(loss):
             raise InputError(f"{name}, step {step + 1}: the loss is {loss}; lower the learning rate")
-        retune.sum_gradients([p for p in trained if p.grad is not None])
+        for p in trained if retune.ranks()[1] > 1 else ():
+            torch.distributed.all_reduce(p.grad if p.grad is not None else torch.zeros_like(p))
         optimizer.step()
         if after_step is not None:
             after_step(step)
@@ -124,9 +125,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def captioned_rows(data: Radiographs, split: str) -> np.ndarray:
-    """Rows of a split that have a caption; reports that are read on demand count as captions."""
-    rows = data.where(split)
-    return rows[[bool(data.reports[row]) for row in rows]] if isinstance(data.reports, list) else rows
+    """Rows of a split of which something is known to say."""
+    return np.array([row for row in data.where(split) if data.reports[row]], int)
 
 
 def pretrain(config: Config, data: Radiographs) -> Cleft:
