@@ -49,10 +49,8 @@ def build_encoder(config: Config, texts: Sequence[str] = (), words: Path | None 
         image_weights = {}
     for part, weights in ((encoder.image, image_weights), (encoder.text, text_weights)):
         own = part.state_dict()
-        fitting = {
-            key: value for key, value in weights.items() if key in own and value.shape == own[key].shape
-        }
-        part.load_state_dict(fitting, strict=False)
+        fits = {k: value for k, value in weights.items() if k in own and value.shape == own[k].shape}
+        part.load_state_dict(fits, strict=False)
     return encoder
 
 
@@ -137,9 +135,7 @@ def read_tokenizer(config: Config):
     end = tokenizer.eos_token
     tokenizer.pad_token = config.pad_token or tokenizer.pad_token or end
     if tokenizer.pad_token_id is None:
-        raise InputError(
-            f"--text {config.text}: its tokenizer has no padding token; name one with --pad-token"
-        )
+        raise InputError(f"--text {config.text}: its tokenizer has no padding token; give it a --pad-token")
     if tokenizer("a")["input_ids"][-1] not in tokenizer.all_special_ids:
         if end is None or not tokenizer.is_fast:
             raise InputError(f"--text {config.text}: its tokenizer has no end-of-text token; use another")
@@ -191,25 +187,21 @@ def add_peft(tower: nn.Module, config: Config) -> nn.Module:
 
     if config.peft in ("frozen", "none"):
         return tower.requires_grad_(config.peft == "none")
-    task = {"task_type": "FEATURE_EXTRACTION"}
     transposed = any(type(layer).__name__ == "Conv1D" for layer in tower.modules())  # GPT-2's linear layers
-    low_rank = task | {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
-    low_rank |= {"fan_in_fan_out": transposed}
-    rank = config.lora_rank
-    kinds = {
-        "lora": lambda: LoraConfig(r=rank, **low_rank),
-        "adalora": lambda: AdaLoraConfig(
-            init_r=rank * 3 // 2, target_r=rank, total_step=config.steps, **low_rank
-        ),
-        "ia3": lambda: IA3Config(fan_in_fan_out=transposed, **task),
-        "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=config.prefix_tokens, **task),
-    }
+    rank, options = config.lora_rank, {"task_type": "FEATURE_EXTRACTION"}
+    if config.peft != "prefix":
+        options["fan_in_fan_out"] = transposed
+    if config.peft in ("lora", "adalora"):
+        options |= {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    own = {
+        "lora": (LoraConfig, {"r": rank}), "ia3": (IA3Config, {}),
+        "adalora": (AdaLoraConfig, {"init_r": rank * 3 // 2, "target_r": rank, "total_step": config.steps}),
+        "prefix": (PrefixTuningConfig, {"num_virtual_tokens": config.prefix_tokens}),
+    }  # fmt: skip
+    kind, settings = own[config.peft]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # what libraries deprecate in each other is not the user's concern
-            return get_peft_model(tower, kinds[config.peft]())
+        with warnings.catch_warnings(action="ignore"):  # of what libraries deprecate in each other
+            return get_peft_model(tower, kind(**settings, **options))
     except Exception as error:
         problem = f"the text tower ({type(tower).__name__}) does not support it ({one_line(error)})"
         raise InputError(f"--peft {config.peft}: {problem}") from None
@@ -220,36 +212,26 @@ def trainable(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def count_trainable(encoder: DualEncoder) -> dict[str, int]:
-    """Trainable parameters of each part of an encoder."""
-    heads = trainable(encoder.image.head) + trainable(encoder.text.head)
-    towers = {"image tower": trainable(encoder.image.tower), "text tower": trainable(encoder.text.tower)}
-    return towers | {"projections": heads}
-
-
 def count_published(config: Config) -> str:
-    """A table of trainable parameters on meta tensors: CLEFT with every --peft against fully trained text towers."""
+    """A table of trainable parameters on meta tensors: CLEFT with every --peft, and other text towers whole."""
     from transformers import AutoConfig, AutoModel
 
-    dim = 512
-    kinds = {}  # the text tower's trainable parameters and width
-    with torch.device("meta"):
-        built = {name: AutoModel.from_config(AutoConfig.for_model(**model)) for name, model in REAL.items()}
-        size = f"{trainable(built['text']) / 1e9:.2f} B"
-        for peft in dict.fromkeys((config.peft, *PEFT)):
-            tower = AutoModel.from_config(AutoConfig.for_model(**REAL["text"])).requires_grad_(False)
-            tuned = add_peft(tower, dataclasses.replace(config, peft=peft))
-            kinds[f"CLEFT: GPT-2 architecture of {size}, {peft}"] = trainable(tuned), 2560
-    for name, width in (("BERT-base", 768), ("CLIP's text transformer", 512)):
-        kinds[f"{name}, all of it"] = trainable(built[name]), width
-    image, bert = trainable(built["image"]) + 768 * dim + dim, trainable(built["BERT-base"])
-    rows, first = [], None
-    for name, (text, width) in kinds.items():
-        head = width * dim + dim
-        first = first or image + text + head
-        counts = [f"{number:,}" for number in (image, text, head, image + text + head)]
-        rows.append(
-            [name, *counts, f"{(text + head) / bert:.1%}", f"{1 - first / (image + text + head):.1%}"]
-        )
+    def build(name: str) -> nn.Module:
+        with torch.device("meta"):
+            return AutoModel.from_config(AutoConfig.for_model(**REAL[name]))
+
+    bert, image = trainable(build("BERT-base")), trainable(build("image")) + 769 * 512
+    kinds = {}  # the text tower's trainable parameters, and those of its projection to 512
+    for peft in dict.fromkeys((config.peft, *PEFT)):
+        with torch.device("meta"):
+            tower = add_peft(build("text").requires_grad_(False), dataclasses.replace(config, peft=peft))
+        kinds[f"CLEFT: GPT-2 architecture of 2.59 B, {peft}"] = trainable(tower), 2561 * 512
+    kinds |= {"BERT-base, all of it": (bert, 769 * 512)}
+    kinds |= {"CLIP's text transformer, all of it": (trainable(build("CLIP's text transformer")), 513 * 512)}
+    first, rows = image + sum(kinds[next(iter(kinds))]), []
+    for name, (text, head) in kinds.items():
+        whole = image + text + head
+        counts = [f"{number:,}" for number in (image, text, head, whole)]
+        rows.append([name, *counts, f"{(text + head) / bert:.1%}", f"{1 - first / whole:.1%}"])
     header = ["text tower", "image and head", "text", "text head", "total", "text and head / BERT"]
     return retune.markdown_table([*header, f"{config.peft} trains fewer by"], rows)

@@ -15,7 +15,7 @@ from cleft.captions import class_phrase
 from cleft.config import Config
 from cleft.data import load_batches, make_transform
 from cleft.model import Cleft, Prompt, contrastive_loss, contrastive_step, image_features
-from cleft.towers import build_encoder, count_trainable
+from cleft.towers import build_encoder, trainable
 from retune import InputError, Radiographs, one_line
 
 VALIDATION = 1024  # pairs at most that choose the checkpoint
@@ -89,9 +89,7 @@ def learned(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers())
 
 
-def save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, loss: float
-) -> None:
+def save_checkpoint(path: Path, model: nn.Module, optimizer, state: dict, loss: float) -> None:
     """Write all that going on takes, and the weights of the lowest loss so far; `state` is updated."""
     if loss < state["lowest"]:
         best = {name: tensor.detach().cpu().clone() for name, tensor in learned(model).items()}
@@ -135,13 +133,13 @@ def pretrain(config: Config, data: Radiographs) -> Cleft:
     if size % world:
         raise InputError(f"--batch-size {size} does not divide by {world} ranks")
     rows, held_out = captioned_rows(data, "train"), captioned_rows(data, "val")
-    retune.log(
-        f"left out, as nothing is known to say: {len(data.where('train')) - len(rows):,} training images"
-    )
+    silent = len(data.where("train")) - len(rows)
+    retune.log(f"left out, as nothing is known to say: {silent:,} training images")
     encoder = build_encoder(config, list(data.reports) if config.text == "small" else ())
     model = Cleft(encoder, config).to(retune.pick_device(config.device))
     class_prompts(model, data, config)  # what it refuses is refused before the training
-    counts = count_trainable(encoder)
+    counts = {"image tower": trainable(encoder.image.tower), "text tower": trainable(encoder.text.tower)}
+    counts["projections"] = trainable(encoder.image.head) + trainable(encoder.text.head)
     retune.log("trainable parameters: " + ", ".join(f"{name} {number:,}" for name, number in counts.items()))
     if rank == 0:
         encoder.tokenizer.backend_tokenizer.save(str(config.folder / "tokenizer.json"))
@@ -149,15 +147,16 @@ def pretrain(config: Config, data: Radiographs) -> Cleft:
     transform = make_transform(encoder, config, training=True)
 
     def batches(first: int) -> Iterator[tuple[list[int], Tensor]]:
-        whole = enumerate(batch_rows(rows, size, first, config.steps, config.seed), first)
-        own = (
-            (config.seed * 1_000_003 + step, np.split(batch, world)[rank].tolist()) for step, batch in whole
-        )
+        whole = enumerate(batch_rows(rows, size, first, config.steps, config.seed), draw(first))
+        own = ((number, np.split(batch, world)[rank].tolist()) for number, batch in whole)
         return load_batches(data, transform, own, config.workers)
 
+    def draw(step: int) -> int:  # numbers the random draws of a run
+        return config.seed * 1_000_003 + step
+
     def compute(step: int, batch: tuple[list[int], Tensor]) -> Tensor:
-        with retune.seeded((config.seed * 1_000_003 + step) * world + rank):  # dropout
-            vectors = embed_pairs(model, data, *batch, config)
+        with retune.seeded(draw(step) * world + rank):  # dropout
+            vectors = embed_pairs(model, data, batch, config)
         return contrastive_step(model.scale, *vectors, config.local_negatives)
 
     def allocate_ranks(step: int) -> None:  # its statistics start anew in a resumed run
@@ -171,14 +170,12 @@ def pretrain(config: Config, data: Radiographs) -> Cleft:
     )  # fmt: skip
 
 
-def embed_pairs(
-    model: Cleft, data: Radiographs, rows: list[int], pixels: Tensor, config: Config
-) -> tuple[Tensor, Tensor]:
-    """Unit vectors [B, D] of pixels [B, 3, H, W] and of the captions of their rows."""
-    tokens = model.encoder.tokenize([data.reports[row] for row in rows], config.truncate)
+def embed_pairs(model: Cleft, data: Radiographs, batch: tuple, config: Config) -> tuple[Tensor, Tensor]:
+    """Unit vectors [B, D] of the captions of a batch's rows and of its pixels [B, 3, H, W], images first."""
+    tokens = model.encoder.tokenize([data.reports[row] for row in batch[0]], config.truncate)
     device = model.log_scale.device
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        return model(pixels.to(device), *(tensor.to(device) for tensor in tokens.values()))
+        return model(*(tensor.to(device) for tensor in (batch[1], *tokens.values())))
 
 
 @torch.no_grad()
@@ -193,7 +190,7 @@ def validation_loss(model: Cleft, data: Radiographs, rows: np.ndarray, config: C
     model.eval()
     losses = []
     for batch in load_batches(data, transform, batches, config.workers):
-        losses.append(contrastive_loss(*embed_pairs(model, data, *batch, config), model.scale).item())
+        losses.append(contrastive_loss(*embed_pairs(model, data, batch, config), model.scale).item())
     model.train()
     return sum(losses) / len(losses)
 
@@ -211,12 +208,8 @@ def load_model(folder: Path, config: Config) -> Cleft:
 def embed_features(model: Cleft, data: Radiographs, config: Config) -> np.ndarray:
     """Stored features [N, W] of the trained image tower, before its projection."""
     features = image_features(model.encoder, make_transform(model.encoder, config, training=False), config)
-    options = {
-        "workers": config.workers,
-        "precision": config.precision,
-        "device": str(model.log_scale.device),
-    }
-    return retune.embed(features, data, Path(config.cache_dir), batch_size=64, **options)
+    options = {"workers": config.workers, "precision": config.precision, "batch_size": 64}
+    return retune.embed(features, data, Path(config.cache_dir), device=str(model.log_scale.device), **options)
 
 
 def project(model: Cleft, features: np.ndarray, rows: np.ndarray) -> Tensor:
