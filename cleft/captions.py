@@ -1,13 +1,8 @@
-"""Captions from labels, and the prompt of a class in the same form.
-
-A caption says only what is known: an unknown label is neither named nor turned into "no finding". The wording
-is ours, in the form of the authors' captions.
-"""
+"""Captions that say only what is known, and class prompts in the same form; the wording is ours."""
 
 from collections.abc import Sequence
 
 from cleft.config import Config
-from retune import InputError, Radiographs
 
 NO_FINDING = "no finding"
 
@@ -65,12 +60,3 @@ def class_phrase(name: str) -> str:
     """What stands after a learned context: the class as captions name it."""
     facts = MAMMOGRAM_CLASSES.get(name)
     return mammogram_caption(facts, "simple").split(" with ")[1] if facts else name.lower()
-
-
-def pair_captions(data: Radiographs, config: Config) -> Sequence[str]:
-    """One text [N] per image: its report, or a caption of all its labels; "" where nothing is known."""
-    if config.captions == "reports" and data.reports is None:
-        raise InputError(f"--captions reports: the data set {config.data} has no reports; use labels")
-    if data.reports is not None and (config.captions != "labels" or config.data == "embed"):
-        return data.reports
-    return [chest_caption(row, data.class_names, config) for row in data.labels]

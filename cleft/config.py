@@ -30,7 +30,6 @@ class Config:
     blank: str | None = setting(None, "what a blank label becomes (csv: ignore)", choices=("zero", "ignore"))
     size: int = setting(224, "image side, for chestmnist", choices=(28, 64, 128, 224))
     demo_images: int = setting(6000, "number of phantoms in the demo")
-
     image: str = setting("tiny", "small, tiny, our or a transformers folder, an id", group="towers")
     image_tower: str = setting("pretrained", "published weights, random ones, or frozen", choices=IMAGE_TOWERS)
     text: str = setting("tiny", "likewise; a causal language model")
@@ -44,15 +43,12 @@ class Config:
     lora_alpha: int = setting(32, "scale of LoRA")
     lora_dropout: float = setting(0.1, "dropout of LoRA")
     prefix_tokens: int = setting(20, "virtual tokens of prefix tuning")
-
     base_caption: str | None = setting(None, "beginning of captions from labels, and of prompts", group="captions")
     captions: str = setting("auto", "auto: reports if there are any", choices=("auto", "labels", "reports"))
     negative_captions: bool = setting(False, "captions name the absent findings too")
     caption_style: str = setting("simple", "wording of EMBED's captions and prompts", choices=STYLES)
-
     foreground: str | None = setting(None, "on (authors), off: crop to Otsu's foreground", choices=ON, group="images")
     augment: str | None = setting(None, "on (authors), off: augmentation in training", choices=ON)
-
     steps: int | None = setting(None, "steps (authors: 40,000; demo: 200)", type=int, group="stage 1")
     lr: float | None = setting(None, "learning rate (authors: 4e-5; demo: 1e-3)", type=float)
     batch_size: int | None = setting(None, "pairs a step over all ranks (authors: 4 x 72; demo: 128)", type=int)
@@ -65,16 +61,13 @@ class Config:
     precision: str = setting("fp32", "arithmetic of the towers", choices=("fp32", "bf16"))
     save_every: int | None = setting(None, "steps between checkpoints (500; demo: 50)", type=int)
     select: str = setting("best", "model that is kept: lowest validation loss, or last", choices=("best", "last"))
-
     context_tokens: int = setting(30, "learned context tokens", group="stage 2")
     prompt_steps: int | None = setting(None, "steps (authors: 8,000; demo: 300)", type=int)
     prompt_lr: float | None = setting(None, "learning rate (authors: 1e-4; demo: 0.1)", type=float)
-
     model: str | None = setting(None, "folder of a trained model, for evaluate and export", group="evaluation")
     balanced: int = setting(200, "images a class in balanced tests at most (density: 2.5 times as many); 0: none")
     fractions: tuple[float, ...] = setting((0.01, 0.1, 1.0), "shares of the training patients", nargs="+", type=float)
     finetune_epochs: int = setting(0, "epochs of full fine-tuning; 0: none")
-
     seed: int = setting(42, "seed", group="run")
     output: str = setting("runs/cleft", "folder of the run; any setting in braces is filled in")
     cache_dir: str = setting("runs/cache", "folder of the embedding cache")
@@ -83,8 +76,8 @@ class Config:
     # fmt: on
 
     def __post_init__(self):
-        positive = "steps lr batch_size dim temperature save_every context_tokens prompt_steps prompt_lr"
-        positive += " demo_images lora_rank lora_alpha context_length"
+        positive = "steps lr batch_size dim temperature save_every context_tokens prompt_steps prompt_lr "
+        positive += "demo_images lora_rank lora_alpha context_length"
         others = "workers seed prefix_tokens weight_decay warmup lora_dropout balanced finetune_epochs"
         retune.check_values(self, positive, lambda value: 0 < value < math.inf, "be positive")
         retune.check_values(self, others, lambda value: 0 <= value < 2**32, "be from 0 to 4294967295")

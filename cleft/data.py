@@ -1,7 +1,4 @@
-"""Image-text pairs: `load_pairs` gives a data set with the evaluated classes as labels and captions as reports.
-
-EMBED mammograms, RSNA pneumonia, CheXpert-5x200 and phantoms of another domain are read here, others by `retune`.
-"""
+"""Image-text pairs, from `retune`'s data sets and from EMBED, RSNA and CheXpert-5x200; pixels in batches."""
 
 import dataclasses
 import functools
@@ -15,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 import retune
-from cleft.captions import BI_RADS, DENSITY, MAMMOGRAM_CLASSES, mammogram_caption, pair_captions
+from cleft.captions import BI_RADS, DENSITY, MAMMOGRAM_CLASSES, chest_caption, mammogram_caption
 from cleft.config import CHEXPERT, Config
 from retune import DualEncoder, InputError, Radiographs
 
@@ -29,7 +26,11 @@ def load_pairs(config: Config) -> Radiographs:
     data = retune.load_radiographs(config.public)
     default = retune.COMPETITION_FINDINGS if config.data in CHEXPERT else data.class_names
     wanted = retune.check_classes(config, data.class_names) or list(default)
-    changes = {"reports": pair_captions(data, config), "class_names": wanted}
+    if config.captions == "reports" and data.reports is None:
+        raise InputError(f"--captions reports: the data set {config.data} has no reports; use labels")
+    reports = data.reports if config.captions != "labels" or config.data == "embed" else None
+    reports = reports or [chest_caption(row, data.class_names, config) for row in data.labels]
+    changes = {"reports": reports, "class_names": wanted}
     changes["labels"] = data.labels[:, [list(data.class_names).index(name) for name in wanted]]
     if config.data in ("demo", "pretrain"):  # drawn once, which takes longer than to train on them
         changes["images"] = np.stack([data.images[i] for i in range(len(data.images))])
@@ -56,14 +57,12 @@ def load_rsna(config: Config, public: retune.Config) -> Radiographs:
     kinds = (".dcm", ".dicom", ".png", ".jpg", ".jpeg")
     files = {file.stem: file for file in sorted(public.root.rglob("*")) if file.suffix.lower() in kinds}
     retune.refuse_row(table, ~table["Target"].isin(["0", "1"]), "is not 0 or 1", "Target")
-    retune.refuse_row(
-        table, ~table["patientId"].isin(list(files)), f"has no image in {public.root}", "patientId"
-    )
+    missing = ~table["patientId"].isin(list(files))
+    retune.refuse_row(table, missing, f"has no image in {public.root}", "patientId")
     table["Target"] = table.groupby("patientId")["Target"].transform("max")
-    table = table[~table["patientId"].duplicated()].assign(
-        path=lambda t: t["patientId"].map(files).map(os.path.abspath), name=lambda t: t["patientId"],
-        patient=lambda t: t["patientId"], split=lambda t: retune.patient_split(t["patientId"], retune.SHARES),
-    )  # fmt: skip
+    table = table[~table["patientId"].duplicated()].assign(name=lambda t: t["patientId"])
+    table["patient"], table["path"] = table["name"], table["name"].map(files).map(os.path.abspath)
+    table["split"] = retune.patient_split(table["name"], retune.SHARES)
     labels = np.stack([table["Target"] == "1", table["Target"] == "0"], axis=1)
     note = "rsna: no official split: 70/10/20% by hash"
     return retune.from_table(table, labels, ("Pneumonia", "No Finding"), public, note)
@@ -87,9 +86,8 @@ def load_chexpert_5x200(config: Config, public: retune.Config) -> Radiographs:
     data.labels[np.ix_(listed, [data.class_names.index(n) for n in retune.COMPETITION_FINDINGS])] = values
     kept = (data.split != "test") & ~np.isin(data.patients, data.patients[listed])
     data.split[listed], kept[listed] = "test", True
-    lists = {
-        n: [getattr(data, n)[i] for i in np.flatnonzero(kept)] for n in ("images", "names", "rows", "view")
-    }
+    rows, columns = np.flatnonzero(kept), ("images", "names", "rows", "view")
+    lists = {name: [getattr(data, name)[row] for row in rows] for name in columns}
     arrays = {n: getattr(data, n)[kept] for n in ("labels", "patients", "split")}
     note = f"{data.note}; test: the {len(listed):,} listed images, training without their patients"
     return dataclasses.replace(data, note=note, sex=None, age=None, part=None, **lists, **arrays)
@@ -100,16 +98,9 @@ def load_embed(config: Config, public: retune.Config) -> Radiographs:
     `tables`. Labels: seven BI-RADS categories, then four densities, one-hot; nan where the exam has none.
     Only 2D images. Jeong et al., Radiology: Artificial Intelligence 2023; access by agreement."""
     root = public.root / "tables" if (public.root / "tables").is_dir() else public.root
-    needed = [
-        "empi_anon",
-        "acc_anon",
-        "anon_dicom_path",
-        "ImageLateralityFinal",
-        "ViewPosition",
-        "FinalImageType",
-    ]
-    table = retune.read_table(retune.only_file(root, "*metadata*.csv"), needed)
     new_names = {"empi_anon": "patient", "ImageLateralityFinal": "side", "ViewPosition": "position"}
+    needed = ["acc_anon", "anon_dicom_path", "FinalImageType", *new_names]
+    table = retune.read_table(retune.only_file(root, "*metadata*.csv"), needed)
     table = table.rename(columns=new_names)[table["FinalImageType"] == "2D"].reset_index(names="row")
     exams = read_exams(retune.only_file(root, "*clinical*.csv"))
     table = table.merge(exams, on=["acc_anon", "side"]).set_index("row")
@@ -120,9 +111,7 @@ def load_embed(config: Config, public: retune.Config) -> Radiographs:
     table["report"] = [mammogram_caption(facts, config.caption_style) for facts in table.to_dict("records")]
     table["name"] = table["anon_dicom_path"].str.replace(r"^.*?(?=images/|cohort_)", "", regex=True)
     table["path"], table["split"] = table["name"], retune.patient_split(table["patient"], retune.SHARES)
-    note = (
-        f"EMBED: {len(table)} 2D images; {config.caption_style} captions; 70/10/20% of the patients by hash"
-    )
+    note = f"EMBED: {len(table)} 2D images; {config.caption_style} captions; 70/10/20% by hash"
     return retune.from_table(table, np.stack(labels, axis=1), list(MAMMOGRAM_CLASSES), public, note)
 
 
@@ -190,15 +179,15 @@ class Pixels(torch.utils.data.Dataset):
     seeds the transform's randomness together with the row: neither workers nor a resumed run change it."""
 
     def __init__(self, data: Radiographs, transform: Callable[[Tensor], Tensor]):
-        self.images, self.transform = data.images, transform
+        self.data, self.transform = data, transform
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor | str]:
         row, draw = key
-        image = self.images[row]
+        image = self.data.images[row]
         try:
             image = retune.read_image(image) if isinstance(image, (str, Path)) else torch.tensor(image)[None]
         except InputError as error:
-            return row, str(error)
+            return row, f"{self.data.rows[row]}: {error}"
         with retune.seeded((draw * 1_000_003 + row) % 2**63):
             return row, self.transform(image)
 
@@ -210,7 +199,7 @@ def load_batches(
     keys = ([(row, draw) for row in rows] for draw, rows in batches)
     options = {"batch_sampler": keys, "collate_fn": list, "num_workers": workers}
     for items in torch.utils.data.DataLoader(Pixels(data, transform), **options):
-        for row, pixels in items:
-            if isinstance(pixels, str):
-                raise InputError(f"{data.rows[row]}: {pixels}")
-        yield [row for row, _ in items], torch.stack([pixels for _, pixels in items])
+        rows, pixels = zip(*items, strict=True)
+        if unreadable := [reason for reason in pixels if isinstance(reason, str)]:
+            raise InputError(unreadable[0])
+        yield list(rows), torch.stack(pixels)

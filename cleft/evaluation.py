@@ -48,10 +48,8 @@ def make_test_sets(data: Radiographs, config: Config) -> list[TestSet]:
     else:
         groups = {"balanced": names}
         sets.append(make_test_set("multi-label", data, names, config))
-    groups = groups if config.balanced else {}
-    return sets + [
-        make_test_set(name, data, chosen, config) for name, chosen in groups.items() if len(chosen) > 1
-    ]
+    groups = {name: chosen for name, chosen in groups.items() if len(chosen) > 1 and config.balanced}
+    return sets + [make_test_set(name, data, chosen, config) for name, chosen in groups.items()]
 
 
 def make_test_set(name: str, whole: Radiographs, class_names: list[str], config: Config) -> TestSet:
@@ -102,9 +100,8 @@ def write_splits(config: Config, data: Radiographs, sets: list[TestSet]) -> None
         use[rows] = f"{share:g}"
     for test_set in sets:
         use[test_set.rows] += f"{test_set.name} "
-    retune.write_splits(
-        config.folder / "splits.csv", data, "fraction or tests", [text.strip() for text in use]
-    )
+    use = [text.strip() for text in use]
+    retune.write_splits(config.folder / "splits.csv", data, "fraction or tests", use)
 
 
 def evaluate(model: Cleft, source: Path, data: Radiographs, config: Config) -> dict[str, dict]:
@@ -131,9 +128,7 @@ def evaluate(model: Cleft, source: Path, data: Radiographs, config: Config) -> d
     return results
 
 
-def score(
-    model: Cleft, source: Path, features: np.ndarray, test_set: TestSet, config: Config
-) -> Iterator[tuple]:
+def score(model: Cleft, source: Path, features: np.ndarray, test_set: TestSet, config: Config) -> Iterator:
     """(method, share of the labels or None, scores [n, C]) of every method on a test set."""
     images = model.scale * training.project(model, features, test_set.rows)  # [n, D]
     texts = model.encoder.encode_texts([class_prompt(name, config) for name in test_set.data.class_names])
@@ -205,13 +200,9 @@ def finetune(model: Cleft, test_set: TestSet, learn: np.ndarray, config: Config)
         return value.detach()
 
     rates = (config.lr, round(config.warmup * steps), 1e-8)
-    optimizer = training.make_adamw(classifier, config)
-    training.train(
-        classifier, optimizer, compute, batches, path=None, steps=steps, rates=rates, save_every=steps
-    )
+    options = {"path": None, "steps": steps, "rates": rates, "save_every": steps}
+    training.train(classifier, training.make_adamw(classifier, config), compute, batches, **options)
     tested = [(0, part.tolist()) for part in np.array_split(test_set.rows, len(test_set.rows) // 64 + 1)]
+    stream = load_batches(data, plain, tested, config.workers)
     with torch.inference_mode():
-        scores = [
-            classifier(pixels.to(device)) for _, pixels in load_batches(data, plain, tested, config.workers)
-        ]
-    return torch.cat(scores).cpu().numpy()
+        return torch.cat([classifier(pixels.to(device)).cpu() for _, pixels in stream]).numpy()

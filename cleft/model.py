@@ -38,10 +38,9 @@ class Cleft(nn.Module):
 
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [B, 3, H, W], tokens [B, T], their mask -> unit vectors [B, D] of the images and of the texts."""
-        images = self.encoder.image(pixels).to(self.log_scale.dtype)  # [B, D]
-        texts = self.encoder.text(input_ids, attention_mask).to(
-            self.log_scale.dtype
-        )  # at the end-of-text token
+        dtype = self.log_scale.dtype
+        images = self.encoder.image(pixels).to(dtype)  # [B, D]
+        texts = self.encoder.text(input_ids, attention_mask).to(dtype)  # [B, D], at the end-of-text token
         return F.normalize(images, dim=1), F.normalize(texts, dim=1)
 
     @property
@@ -57,13 +56,6 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     return F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
 
 
-def gather_ranks(own: Tensor) -> Tensor:
-    """[B, D] of every rank -> the global batch [world * B, D], in rank order, without gradient."""
-    parts = [torch.empty_like(own) for _ in range(retune.ranks()[1])]
-    torch.distributed.all_gather(parts, own.contiguous())
-    return torch.cat(parts)
-
-
 def contrastive_step(scale: Tensor, images: Tensor, texts: Tensor, local_negatives: bool = False) -> Tensor:
     """Gradients of the batch's loss from this rank's unit vectors [B, D], to be summed over ranks; returns
     the loss. Negatives (ours): all other pairs of the global batch, so that ranks do not change the loss;
@@ -72,7 +64,10 @@ def contrastive_step(scale: Tensor, images: Tensor, texts: Tensor, local_negativ
     rank, world = retune.ranks()
     own = (images, texts)
     whole = world > 1 and not local_negatives
-    leaves = [(gather_ranks(part.detach()) if whole else part.detach()).requires_grad_() for part in own]
+    batch = [[torch.empty_like(part) for _ in range(world)] if whole else [part.detach()] for part in own]
+    for parts, part in zip(batch, own, strict=True) if whole else ():
+        torch.distributed.all_gather(parts, part.detach().contiguous())
+    leaves = [torch.cat(parts).requires_grad_() for parts in batch]  # [world * B, D] of all ranks, or [B, D]
     loss = contrastive_loss(*leaves, scale) / world
     loss.backward()
     first = rank * len(own[0]) if whole else 0
@@ -122,9 +117,7 @@ def split_tokens(tokenizer, text: str, embedding: nn.Module) -> list[Tensor]:
     return [embedding(torch.tensor(ids).long().to(embedding.weight.device)).detach() for ids in parts]
 
 
-def image_features(
-    encoder: DualEncoder, transform: Callable[[Tensor], Tensor], config: Config
-) -> DualEncoder:
+def image_features(encoder: DualEncoder, transform: Callable, config: Config) -> DualEncoder:
     """The encoder without its image projection: what probes are trained on, [N, W] of `retune.embed`."""
     width = encoder.image.head[0].in_features
     settings = encoder.config | {"image": encoder.config["image"] | {"head": []}, "dim": width}

@@ -33,23 +33,17 @@ def make_tables(config: Config, seeds: Sequence[int]) -> None:
             retune.log(f"\n{describe(chosen)}")
             run("all", chosen)
     if retune.ranks()[0] == 0:
-        retune.write_text(
-            folder / "commands.txt", "\n".join(dict.fromkeys(describe(c) for _, c in runs)) + "\n"
-        )
+        commands = dict.fromkeys(describe(chosen) + "\n" for _, chosen in runs)
+        retune.write_text(folder / "commands.txt", "".join(commands))
         results = pd.DataFrame([row for name, chosen in runs for row in read_results(name, chosen)])
         retune.write_text(folder / "results.csv", results.to_csv(index=False))
-        main, ablations = results[results["run"] == "main"], results[results["run"] != "main"]
-        write_table(folder / "main", pivot(main, "method", "test"))
-        best = ablations[~ablations["method"].str.contains(f"fine-tuning|{'|'.join(shares(config))}")]
-        best = best[best["test"] == best["test"].iloc[0]]
-        trained = best.groupby("run", sort=False)["trained parameters"].first()
-        write_table(folder / "ablations", pivot(best, "run", "method").merge(trained, on="run"))
+        write_table(folder / "main", pivot(results[results["run"] == "main"], "method", "test"))
+        shown = results["fraction"].isna() | (results["fraction"] == max(config.fractions))
+        shown &= (results["run"] != "main") & ~results["method"].str.contains("fine-tuning")
+        shown = results[shown & (results["test"] == results["test"].iloc[0])]
+        trained = shown.groupby("run", sort=False)["trained parameters"].first()
+        write_table(folder / "ablations", pivot(shown, "run", "method").merge(trained, on="run"))
         draw_towers(folder / "towers.png", resolve_defaults(runs[0][1]))
-
-
-def shares(config: Config) -> list[str]:
-    """The names of all shares of the labels but the largest."""
-    return [f", {share * 100:g}%" for share in sorted(config.fractions)[:-1]] or ["^$"]
 
 
 def list_ablations(config: Config) -> dict[str, dict]:
@@ -72,28 +66,23 @@ def describe(config: Config) -> str:
         value = getattr(config, item.name)
         if value != item.default:
             words.append(item.metadata.get("flag", f"--{item.name.replace('_', '-')}"))
-            words += (
-                [] if isinstance(value, bool) else map(str, value if isinstance(value, tuple) else [value])
-            )
+            values = value if isinstance(value, tuple) else [value]
+            words += [str(each) for each in values if not isinstance(each, bool)]
     return shlex.join(words)
 
 
 def read_results(name: str, config: Config) -> list[dict]:
     """A row for each measure of a run, with the parameters that its model trained."""
     trained = retune.read_json(config.folder / "parameters.json")
+    shared = {"run": name, "seed": config.seed, **trained}
+    shared["trained parameters"] = " + ".join(f"{number:,} {part}" for part, number in trained.items())
     rows = []
     for method, result in retune.read_json(config.folder / "evaluation.json").items():
         low, high = result["auroc_macro_ci"]
-        row = {"run": name, "seed": config.seed, "test": result["test"]}
-        row |= {"method": method.removeprefix(f"{result['test']}, "), "auroc_macro": result["auroc_macro"]}
-        row |= {
-            "low": low,
-            "high": high,
-            "accuracy": result.get("accuracy"),
-            "images": result["n"],
-            **trained,
-        }
-        rows.append(row | {"trained parameters": " + ".join(f"{n:,} {part}" for part, n in trained.items())})
+        row = {key: result.get(key) for key in ("test", "fraction", "auroc_macro", "accuracy", "n")}
+        rows.append(
+            shared | row | {"method": method.removeprefix(f"{row['test']}, "), "low": low, "high": high}
+        )
     return rows
 
 
@@ -101,7 +90,7 @@ def pivot(results: pd.DataFrame, row: str, column: str) -> pd.DataFrame:
     """Means over seeds: AUROC ± deviation, the 95% interval's ends, and accuracy where there is one."""
 
     def describe_cell(found: pd.DataFrame) -> str:
-        mean, deviation = found[MEASURES].astype(float).mean(), found[MEASURES].astype(float).std(ddof=0)
+        mean, deviation = (getattr(found[MEASURES].astype(float), name)() for name in ("mean", "std"))
         text = f"{mean['auroc_macro']:.3f}" + (f" ± {deviation['auroc_macro']:.3f}" if len(found) > 1 else "")
         accuracy = "" if np.isnan(mean["accuracy"]) else f"; accuracy {mean['accuracy']:.3f}"
         return f"{text} ({mean['low']:.3f}-{mean['high']:.3f}){accuracy}"

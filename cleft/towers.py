@@ -1,7 +1,4 @@
-"""The encoder that is trained: both towers from published configs and weights, their tokenizer, PEFT, counts.
-
-`retune` defines the format of encoders; a trained one is exported in it.
-"""
+"""The encoder that is trained: both towers from published configs and weights, their tokenizer, PEFT, counts."""
 
 import dataclasses
 import re
@@ -24,7 +21,7 @@ SMALL_TEXT = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "n_
               "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None,
               "eos_token_id": None}
 VOCABULARY = 2048  # of the small text tower
-COMMON = 10  # texts that a word must be in for its tokenizer to learn it
+COMMON = 10  # texts that a word must be in to be learnt: a name in a report must not become part of a model
 # The published architectures, from their configs
 REAL = {
     "image": {"model_type": "dinov2_with_registers", "hidden_size": 768, "num_hidden_layers": 12,
@@ -82,7 +79,7 @@ def text_part(config: Config, texts: Sequence[str], words: Path | None = None) -
     """config.json's "text", its tokenizer, and the tower's published weights."""
     reading = {"pool": "last", "context_length": config.context_length, "padding": "longest"}
     if config.text == "small":
-        tokenizer = train_tokenizer(common_words(texts), words)
+        tokenizer = train_tokenizer(texts, words)
         model = SMALL_TEXT | {"vocab_size": len(tokenizer), "n_positions": config.context_length}
         return {"model": model, "head": projection(64, config), **reading}, tokenizer, {}
     if own := read_own_part(config.text, "text", config):
@@ -144,16 +141,6 @@ def read_tokenizer(config: Config):
     return tokenizer
 
 
-def common_words(texts: Sequence[str]) -> list[str]:
-    """The texts without words that few of them share: a name in a report must not become part of a model."""
-
-    def plain(word: str) -> str:
-        return word.lower().strip(".,:;()")
-
-    count = Counter(word for text in texts for word in {plain(word) for word in text.split()})
-    return [" ".join(word for word in text.split() if count[plain(word)] >= COMMON) for text in texts]
-
-
 def train_tokenizer(texts: Sequence[str], trained: Path | None = None):
     """Byte-level BPE in lower case: any text has tokens; words of `texts` and prompts.json have one each.
     The final full stop goes and an end token comes: the last token, which is pooled, is the same
@@ -174,6 +161,12 @@ def train_tokenizer(texts: Sequence[str], trained: Path | None = None):
         vocab_size=VOCABULARY, special_tokens=["<pad>", "<end>"], show_progress=False,
         initial_alphabet=sorted(ByteLevel.alphabet()),
     )  # fmt: skip
+
+    def plain(word: str) -> str:
+        return word.lower().strip(".,:;()")
+
+    count = Counter(word for text in texts for word in {plain(word) for word in text.split()})
+    texts = [" ".join(word for word in text.split() if count[plain(word)] >= COMMON) for text in texts]
     words = set(texts) | set(re.findall(r'"([^"]+)"', (HERE / "prompts.json").read_text(encoding="utf-8")))
     tokenizer.train_from_iterator(sorted(words), trainer)
     end = ("<end>", tokenizer.token_to_id("<end>"))
