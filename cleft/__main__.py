@@ -25,14 +25,13 @@ from cleft.tables import make_tables
 from cleft.towers import count_published
 from retune import InputError
 
-COMMANDS = ("pretrain", "prompt", "evaluate", "all", "export", "tables", "count", "make-tiny")
-
 
 def execute(argv: Sequence[str]) -> None:
     """Do what the command line says."""
     parser = retune.build_parser(Config, __doc__)
     parser.usage = "%(prog)s command [option ...]"
-    parser.add_argument("command", choices=COMMANDS, help="a stage, all stages, or another job shown above")
+    commands = ("pretrain", "prompt", "evaluate", "all", "export", "tables", "count", "make-tiny")
+    parser.add_argument("command", choices=commands, help="a stage, all stages, or another job shown above")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="a new folder, for export and make-tiny")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[42, 43, 44], help="of the main runs of tables"

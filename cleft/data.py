@@ -73,8 +73,9 @@ def load_chexpert_5x200(config: Config, public: retune.Config) -> Radiographs:
     listed images are the test set, with the list's labels. As most of them lie in CheXpert's training set,
     all other images of their patients are left out, and so is CheXpert's own test set."""
     if config.labels_csv is None:
-        problem = "needs the published list as --labels-csv; --data chexpert makes a balanced test by rule"
-        raise InputError(f"--data chexpert-5x200 {problem}")
+        raise InputError(
+            "--data chexpert-5x200 needs its list as --labels-csv; --data chexpert makes one by rule"
+        )
     data = retune.load_radiographs(dataclasses.replace(public, data="chexpert", labels_csv=None))
     table = retune.read_table(config.labels_csv, ["Path", *retune.COMPETITION_FINDINGS])
     values, _ = retune.parse_labels(table, retune.COMPETITION_FINDINGS, config.uncertain, "zero")

@@ -20,7 +20,7 @@ from cleft import training
 from cleft.captions import MAMMOGRAM_CLASSES, class_prompt
 from cleft.config import Config
 from cleft.data import load_batches, make_transform
-from cleft.model import Cleft
+from cleft.model import Cleft, Prompt
 from retune import InputError, Radiographs
 
 
@@ -93,17 +93,6 @@ def fraction_rows(data: Radiographs, config: Config) -> dict[float, np.ndarray]:
     return {share: rows[place < math.ceil(share * len(patients))] for share in sorted(config.fractions)}
 
 
-def write_splits(config: Config, data: Radiographs, sets: list[TestSet]) -> None:
-    """splits.csv: of each image its patient, its split, the smallest share that holds it or the test sets that do."""
-    use = np.full(len(data.names), "", object)
-    for share, rows in reversed(fraction_rows(data, config).items()):
-        use[rows] = f"{share:g}"
-    for test_set in sets:
-        use[test_set.rows] += f"{test_set.name} "
-    use = [text.strip() for text in use]
-    retune.write_splits(config.folder / "splits.csv", data, "fraction or tests", use)
-
-
 def evaluate(model: Cleft, source: Path, data: Radiographs, config: Config) -> dict[str, dict]:
     """Every measure on every test set; writes evaluation.json, evaluation.md and splits.csv to --output.
     `source` is the model's folder, which may hold a learned context."""
@@ -116,13 +105,19 @@ def evaluate(model: Cleft, source: Path, data: Radiographs, config: Config) -> d
         for method, share, scores in score(model, source, features, test_set, config):
             name = f"{prefix}{method}" + ("" if share is None else f", {share * 100:g}% of the labels")
             results[name] = {"test": test_set.name, "fraction": share} | measure(scores, test_set)
-    write_splits(config, data, sets)
+    use = np.full(len(data.names), "", object)  # smallest share of the labels, or test sets
+    for share, rows in reversed(fraction_rows(data, config).items()):
+        use[rows] = f"{share:g}"
+    for test_set in sets:
+        use[test_set.rows] += f"{test_set.name} "
+    use = [text.strip() for text in use]
+    retune.write_splits(config.folder / "splits.csv", data, "fraction or tests", use)
     retune.write_json(config.folder / "evaluation.json", results)
-    rows = []
-    for name, r in results.items():
-        low, high = r["auroc_macro_ci"]
-        rows.append([name, r["auroc_macro"], f"{low:.3f}-{high:.3f}", r.get("accuracy"), r["n"]])
-    table = retune.markdown_table(["test", "AUROC", "95% interval", "accuracy", "images"], rows)
+    rows = [
+        [name, r["auroc_macro"], *r["auroc_macro_ci"], r.get("accuracy"), r["n"]]
+        for name, r in results.items()
+    ]
+    table = retune.markdown_table(["test", "AUROC", "from", "to (95%)", "accuracy", "images"], rows)
     retune.write_text(config.folder / "evaluation.md", table + "\n")
     retune.log(f"{table}\n\nwritten to {config.folder}")
     return results
@@ -133,7 +128,7 @@ def score(model: Cleft, source: Path, features: np.ndarray, test_set: TestSet, c
     images = model.scale * training.project(model, features, test_set.rows)  # [n, D]
     texts = model.encoder.encode_texts([class_prompt(name, config) for name in test_set.data.class_names])
     yield "zero-shot", None, (images @ F.normalize(texts, dim=1).T).cpu().numpy()
-    prompt = training.class_prompts(model, test_set.data, config)
+    prompt = Prompt(model, test_set.data.class_names, config)
     if training.load_checkpoint(source / "stage2.pt", prompt)["step"] == config.prompt_steps:
         yield "zero-shot, learned context", None, (images @ prompt().T).detach().cpu().numpy()
     for share, learn in test_set.learn.items():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import retune
+from cleft.captions import class_phrase
 from cleft.config import Config
 from cleft.towers import add_peft
 from retune import DualEncoder, InputError
@@ -83,12 +84,13 @@ def contrastive_step(scale: Tensor, images: Tensor, texts: Tensor, local_negativ
 class Prompt(nn.Module):
     """Stage 2: learned context tokens [n, H] before the phrase of each class, read by the frozen text tower."""
 
-    def __init__(self, model: Cleft, phrases: Sequence[str], config: Config):
+    def __init__(self, model: Cleft, class_names: Sequence[str], config: Config):
         super().__init__()
         encoder, n = model.encoder, config.context_tokens
         self.text, self.scale = [encoder.text], model.scale.detach()  # in a list: not a part of this module
         embedding = encoder.text.tower.get_input_embeddings()
-        self.phrases = [split_tokens(encoder.tokenizer, f" {phrase}", embedding) for phrase in phrases]
+        phrases = [f" {class_phrase(name)}" for name in class_names]
+        self.phrases = [split_tokens(encoder.tokenizer, phrase, embedding) for phrase in phrases]
         words = split_tokens(encoder.tokenizer, config.base_caption, embedding)[1]
         self.context = nn.Parameter(words.repeat(math.ceil(n / len(words)), 1)[:n].clone())
         longest = n + max(sum(map(len, parts)) for parts in self.phrases)

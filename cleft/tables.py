@@ -15,14 +15,13 @@ from cleft.evaluation import make_test_sets
 from cleft.stages import run
 from cleft.training import embed_features, load_model, project
 
-FINETUNE_EPOCHS = 3  # of the main runs, where --finetune-epochs says none
 MEASURES = ["auroc_macro", "low", "high", "accuracy"]
 
 
 def make_tables(config: Config, seeds: Sequence[int]) -> None:
     """Main runs for every seed, ablations for the first one, then tables and figure in --output."""
     folder = config.folder
-    whole = dataclasses.replace(config, finetune_epochs=config.finetune_epochs or FINETUNE_EPOCHS)
+    whole = dataclasses.replace(config, finetune_epochs=config.finetune_epochs or 3)
     runs = [("main", dataclasses.replace(whole, seed=s, output=f"{folder}/main-seed{s}")) for s in seeds]
     for name, change in list_ablations(config).items():
         output = f"{folder}/{name.replace(': ', '-').replace(' ', '_')}"

@@ -131,11 +131,10 @@ def read_tokenizer(config: Config):
         raise InputError(f"--text {config.text}: no tokenizer ({one_line(error)})") from None
     end = tokenizer.eos_token
     tokenizer.pad_token = config.pad_token or tokenizer.pad_token or end
-    if tokenizer.pad_token_id is None:
-        raise InputError(f"--text {config.text}: its tokenizer has no padding token; give it a --pad-token")
-    if tokenizer("a")["input_ids"][-1] not in tokenizer.all_special_ids:
-        if end is None or not tokenizer.is_fast:
-            raise InputError(f"--text {config.text}: its tokenizer has no end-of-text token; use another")
+    ended = tokenizer("a")["input_ids"][-1] in tokenizer.all_special_ids
+    if tokenizer.pad_token_id is None or not (ended or (end and tokenizer.is_fast)):
+        raise InputError(f"--text {config.text}: its tokenizer lacks an end-of-text token, or a --pad-token")
+    if not ended:
         template = processors.TemplateProcessing(f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)])
         tokenizer.backend_tokenizer.post_processor = template
     return tokenizer

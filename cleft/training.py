@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import retune
-from cleft.captions import class_phrase
 from cleft.config import Config
 from cleft.data import load_batches, make_transform
 from cleft.model import Cleft, Prompt, contrastive_loss, contrastive_step, image_features
@@ -32,8 +31,7 @@ def batch_rows(rows: np.ndarray, size: int, first: int, steps: int, seed: int) -
     """The rows of batches `first` to `steps`; an epoch is a permutation by (seed, epoch) without its rest."""
     if len(rows) < size:
         raise InputError(f"--batch-size {size} is more than the {len(rows)} training images; lower it")
-    per_epoch = len(rows) // size
-    order = None
+    per_epoch, order = len(rows) // size, None
     for step in range(first, steps):
         epoch, place = divmod(step, per_epoch)
         if order is None or place == 0:
@@ -122,22 +120,19 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         raise InputError(f"{path}: {problem}") from None
 
 
-def captioned_rows(data: Radiographs, split: str) -> np.ndarray:
-    """Rows of a split of which something is known to say."""
-    return np.array([row for row in data.where(split) if data.reports[row]], int)
-
-
 def pretrain(config: Config, data: Radiographs) -> Cleft:
     """Stage 1: both towers on image-text pairs; leaves a model in the run's folder, and resumes there."""
     (rank, world), size = retune.ranks(), config.batch_size
     if size % world:
         raise InputError(f"--batch-size {size} does not divide by {world} ranks")
-    rows, held_out = captioned_rows(data, "train"), captioned_rows(data, "val")
-    silent = len(data.where("train")) - len(rows)
-    retune.log(f"left out, as nothing is known to say: {silent:,} training images")
+    told = np.array([bool(text) for text in data.reports])
+    rows, held_out = (np.flatnonzero(told & (data.split == part)) for part in ("train", "val"))
+    retune.log(
+        f"left out, as nothing is known to say: {(~told[data.where('train')]).sum():,} training images"
+    )
     encoder = build_encoder(config, list(data.reports) if config.text == "small" else ())
     model = Cleft(encoder, config).to(retune.pick_device(config.device))
-    class_prompts(model, data, config)  # what it refuses is refused before the training
+    Prompt(model, data.class_names, config)  # what it refuses is refused before the training
     counts = {"image tower": trainable(encoder.image.tower), "text tower": trainable(encoder.text.tower)}
     counts["projections"] = trainable(encoder.image.head) + trainable(encoder.text.head)
     retune.log("trainable parameters: " + ", ".join(f"{name} {number:,}" for name, number in counts.items()))
@@ -218,15 +213,10 @@ def project(model: Cleft, features: np.ndarray, rows: np.ndarray) -> Tensor:
     return F.normalize(head(retune.gather(features, torch.from_numpy(rows), head[0].weight)), dim=1)
 
 
-def class_prompts(model: Cleft, data: Radiographs, config: Config) -> Prompt:
-    """Stage 2's module for the classes of a data set."""
-    return Prompt(model, [class_phrase(name) for name in data.class_names], config)
-
-
 def tune_prompt(model: Cleft, data: Radiographs, features: np.ndarray, config: Config) -> Prompt:
     """Stage 2: multi-label binary cross-entropy of the scaled cosines; only the context tokens change. The
     image tower is frozen, so its stored features [N, W] serve; class texts are encoded once a step."""
-    prompt, steps = class_prompts(model, data, config), config.prompt_steps
+    prompt, steps = Prompt(model, data.class_names, config), config.prompt_steps
     labels, rows = torch.from_numpy(data.labels), data.where("train")
     rows = rows[~np.isnan(data.labels[rows]).all(1)]
 
