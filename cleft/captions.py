@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 from cleft.config import Config
 
-NO_FINDING = "no finding"
-
 # fmt: off
 # The assessment letters of EMBED's clinical table, mildest first, and the densities of the ACR.
 BI_RADS = {"N": "BI-RADS 1, negative", "B": "BI-RADS 2, benign", "A": "BI-RADS 0, incomplete",
@@ -23,9 +21,9 @@ def chest_caption(labels: Sequence[float], names: Sequence[str], config: Config)
     """The caption of an image from its labels [C], or "" when nothing is known that it could say."""
     known = {name.lower(): label for name, label in zip(names, labels, strict=True)}
     said = [name for name, label in known.items() if label == 1]
-    absent = [name for name, label in known.items() if label == 0 and name != NO_FINDING]
-    if not said and len(absent) == len(known) - (NO_FINDING in known):
-        said = [NO_FINDING]
+    absent = [name for name, label in known.items() if label == 0 and name != "no finding"]
+    if not said and len(absent) == len(known) - ("no finding" in known):
+        said = ["no finding"]
     said += [f"no {name}" for name in absent] if config.negative_captions else []
     return f"{config.base_caption} {', '.join(said)}" if said else ""
 

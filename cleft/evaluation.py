@@ -114,8 +114,7 @@ def evaluate(model: Cleft, source: Path, data: Radiographs, config: Config) -> d
     retune.write_splits(config.folder / "splits.csv", data, "fraction or tests", use)
     retune.write_json(config.folder / "evaluation.json", results)
     rows = [
-        [name, r["auroc_macro"], *r["auroc_macro_ci"], r.get("accuracy"), r["n"]]
-        for name, r in results.items()
+        [n, r["auroc_macro"], *r["auroc_macro_ci"], r.get("accuracy"), r["n"]] for n, r in results.items()
     ]
     table = retune.markdown_table(["test", "AUROC", "from", "to (95%)", "accuracy", "images"], rows)
     retune.write_text(config.folder / "evaluation.md", table + "\n")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +12,13 @@ import retune
 from cleft.config import PEFT, STYLES, Config, resolve_defaults
 from cleft.data import load_pairs
 from cleft.evaluation import make_test_sets
-from cleft.stages import run
 from cleft.training import embed_features, load_model, project
 
 MEASURES = ["auroc_macro", "low", "high", "accuracy"]
 
 
-def make_tables(config: Config, seeds: Sequence[int]) -> None:
-    """Main runs for every seed, ablations for the first one, then tables and figure in --output."""
+def make_tables(config: Config, seeds: Sequence[int], run: Callable[[str, Config], None]) -> None:
+    """`run` main runs for every seed, ablations for the first one; then tables and figure in --output."""
     folder = config.folder
     whole = dataclasses.replace(config, finetune_epochs=config.finetune_epochs or 3)
     runs = [("main", dataclasses.replace(whole, seed=s, output=f"{folder}/main-seed{s}")) for s in seeds]

@@ -20,7 +20,6 @@ SMALL_IMAGE = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16
 SMALL_TEXT = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64,
               "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None,
               "eos_token_id": None}
-VOCABULARY = 2048  # of the small text tower
 COMMON = 10  # texts that a word must be in to be learnt: a name in a report must not become part of a model
 # The published architectures, from their configs
 REAL = {
@@ -87,8 +86,7 @@ def text_part(config: Config, texts: Sequence[str], words: Path | None = None) -
     tower, model, weights = read_published_tower(config.text)
     tokenizer = read_tokenizer(config)
     if len(tokenizer) > tower.vocab_size:
-        sizes = f"{len(tokenizer)} tokens for {tower.vocab_size} embeddings"
-        raise InputError(f"--text {config.text}: {sizes}; use its own tokenizer and a --pad-token it knows")
+        raise InputError(f"--text {config.text}: {len(tokenizer)} tokens for {tower.vocab_size} embeddings")
     return {"model": model, "head": projection(tower.hidden_size, config), **reading}, tokenizer, weights
 
 
@@ -157,7 +155,7 @@ def train_tokenizer(texts: Sequence[str], trained: Path | None = None):
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<pad>", "<end>"], show_progress=False,
+        vocab_size=2048, special_tokens=["<pad>", "<end>"], show_progress=False,
         initial_alphabet=sorted(ByteLevel.alphabet()),
     )  # fmt: skip
 

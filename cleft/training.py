@@ -17,8 +17,6 @@ from cleft.model import Cleft, Prompt, contrastive_loss, contrastive_step, image
 from cleft.towers import build_encoder, trainable
 from retune import InputError, Radiographs, one_line
 
-VALIDATION = 1024  # pairs at most that choose the checkpoint
-
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float) -> float:
     """Linear warm-up to `peak`, then a cosine to `floor`."""
@@ -178,7 +176,7 @@ def validation_loss(model: Cleft, data: Radiographs, rows: np.ndarray, config: C
     """The mean contrastive loss of whole batches of validation pairs, without augmentation and dropout."""
     if not len(rows):
         raise InputError("no validation image has a caption; keep the last weights with --select last")
-    rows = np.random.default_rng(config.seed).permutation(rows)[:VALIDATION]
+    rows = np.random.default_rng(config.seed).permutation(rows)[:1024]
     size = min(len(rows), config.batch_size)
     batches = [(0, rows[i : i + size].tolist()) for i in range(0, len(rows) - size + 1, size)]
     transform = make_transform(model.encoder, config, training=False)
