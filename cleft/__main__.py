@@ -16,7 +16,6 @@ Model and Prompt Fine-Tuning", arXiv 2407.21011. What is ours and not the paper'
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -61,7 +60,7 @@ def run(command: str, config: Config) -> None:
 
 
 def export(config: Config, target: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write the tuned encoder in retune.py's folder format, LoRA, AdaLoRA and IA3 merged into the weights."""
+    """Write the tuned encoder in retune.py's folder format, the weights of --peft merged."""
     source = config.model or str(config.folder)
     config = model_config(dataclasses.replace(config, model=source))
     if config.peft == "prefix":
@@ -84,35 +83,30 @@ def make_tiny(target: Path | None, output: str) -> None:
     export(Config(output=config.output), target, torch.float16)
 
 
-def execute(argv: Sequence[str]) -> None:
+def execute(argv: list[str]) -> None:
     """Do what the command line says."""
     parser = retune.build_parser(Config, __doc__)
     parser.usage = "%(prog)s command [option ...]"
     commands = ("pretrain", "prompt", "evaluate", "all", "export", "tables", "count", "make-tiny")
     parser.add_argument("command", choices=commands, help="a stage, all stages, or another job shown above")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="a new folder, for export and make-tiny")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[42, 43, 44], help="of the main runs of tables"
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], help="of the runs of tables")
     arguments = parser.parse_args(argv)
     command, target = arguments.command, arguments.to
     config = retune.parse_config(Config, arguments)
     retune.join_ranks()
     if (command == "export" and not target) or (target and command not in ("export", "make-tiny")):
         raise InputError("export needs --to, a new folder; of the others only make-tiny takes one")
-    if command == "count":
-        print(count_published(resolve_defaults(config)))
-    elif command == "make-tiny":
-        make_tiny(target, arguments.output)
-    elif command == "export":
-        export(config, target)
-    elif command == "tables":
-        make_tables(config, arguments.seeds, run)
-    else:
-        run(command, config)
+    jobs = {
+        "count": lambda: print(count_published(resolve_defaults(config))),
+        "make-tiny": lambda: make_tiny(target, arguments.output),
+        "export": lambda: export(config, target),
+        "tables": lambda: make_tables(config, arguments.seeds, run),
+    }
+    jobs.get(command, lambda: run(command, config))()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """The command line; 0 on success, 2 with one line on standard error for bad input."""
     return retune.main(argv, execute)
 

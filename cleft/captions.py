@@ -1,7 +1,5 @@
 """Captions that say only what is known, and class prompts in the same form; the wording is ours."""
 
-from collections.abc import Sequence
-
 from cleft.config import Config
 
 # fmt: off
@@ -17,7 +15,7 @@ MAMMOGRAM_CLASSES = {text.split(",")[0]: {"assessment": letter} for letter, text
 MAMMOGRAM_CLASSES |= {f"Density {letter}": {"density": digit} for letter, digit in zip("ABCD", DENSITY)}
 
 
-def chest_caption(labels: Sequence[float], names: Sequence[str], config: Config) -> str:
+def chest_caption(labels: list[float], names: list[str], config: Config) -> str:
     """The caption of an image from its labels [C], or "" when nothing is known that it could say."""
     known = {name.lower(): label for name, label in zip(names, labels, strict=True)}
     said = [name for name, label in known.items() if label == 1]
@@ -29,9 +27,8 @@ def chest_caption(labels: Sequence[float], names: Sequence[str], config: Config)
 
 
 def mammogram_caption(facts: dict[str, str], style: str) -> str:
-    """A caption from what is known of a mammogram: side, view, age, race, density, mass, calcification,
-    assessment. simple: view, assessment and density. natural: sentences of all facts. structural: a
-    labelled list of them."""
+    """A caption from what is known of a mammogram. simple: view, assessment and density. natural: sentences
+    of all facts, age, race, mass and calcification too. structural: a labelled list of them."""
     side = {"L": "left", "R": "right"}.get(facts.get("side"))
     film = " ".join(filter(None, [side, facts.get("position"), "mammogram"]))
     assessment, density = BI_RADS.get(facts.get("assessment")), DENSITY.get(facts.get("density"))

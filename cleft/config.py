@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import retune
@@ -16,43 +15,43 @@ IMAGE_TOWERS = ("pretrained", "random", "frozen")
 PEFT = ("lora", "ia3", "prefix", "adalora", "frozen", "none")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """None is filled by `resolve_defaults`: the authors' value, or the demo's for the small towers."""
 
     # fmt: off
     data: str = setting("demo", "data set", choices=DATA_SETS, group="data")
     data_dir: str | None = setting(None, "folder of the data set")
-    labels_csv: str | None = setting(None, "label file instead of the data set's own; chexpert-5x200: its list")
-    classes: tuple[str, ...] | None = setting(None, "findings that are evaluated (captions name all)", nargs="+")
+    labels_csv: str | None = setting(None, "label file instead of the data set's; chexpert-5x200: its list")
+    classes: tuple[str, ...] | None = setting(None, "findings to evaluate (captions name all)", nargs="+")
     view: str = setting("all", "views to use", choices=("all", "frontal", "lateral", "pa", "ap"))
     uncertain: str = setting("ignore", "what a label of -1 becomes", choices=("ones", "zeros", "ignore"))
     blank: str | None = setting(None, "what a blank label becomes (csv: ignore)", choices=("zero", "ignore"))
     size: int = setting(224, "image side, for chestmnist", choices=(28, 64, 128, 224))
     demo_images: int = setting(6000, "number of phantoms in the demo")
     image: str = setting("tiny", "small, tiny, our or a transformers folder, an id", group="towers")
-    image_tower: str = setting("pretrained", "published weights, random ones, or frozen", choices=IMAGE_TOWERS)
+    image_tower: str = setting("pretrained", "published weights, random, or frozen", choices=IMAGE_TOWERS)
     text: str = setting("tiny", "likewise; a causal language model")
     dim: int | None = setting(None, "joint dimension (authors: 512; small and tiny: 128)", type=int)
     projection_bias: bool = setting(True, "projections without bias", flag="--no-projection-bias")
-    context_length: int | None = setting(None, "tokens of a text at most (authors: 72, long captions 144)", type=int)
+    context_length: int | None = setting(None, "longest text (authors: 72, long captions 144)", type=int)
     truncate: bool = setting(False, "cut longer texts instead of refusing them")
-    pad_token: str | None = setting(None, "padding token (default: the tokenizer's, else its end-of-text token)")
+    pad_token: str | None = setting(None, "padding token (the tokenizer's, else its end-of-text)")
     peft: str = setting("lora", "tuning of the text tower; none: all of it", choices=PEFT)
     lora_rank: int = setting(8, "rank of LoRA, and what AdaLoRA ends with")
     lora_alpha: int = setting(32, "scale of LoRA")
     lora_dropout: float = setting(0.1, "dropout of LoRA")
     prefix_tokens: int = setting(20, "virtual tokens of prefix tuning")
-    base_caption: str | None = setting(None, "beginning of captions from labels, and of prompts", group="captions")
+    base_caption: str | None = setting(None, "beginning of captions and prompts", group="captions")
     captions: str = setting("auto", "auto: reports if there are any", choices=("auto", "labels", "reports"))
     negative_captions: bool = setting(False, "captions name the absent findings too")
     caption_style: str = setting("simple", "wording of EMBED's captions and prompts", choices=STYLES)
-    foreground: str | None = setting(None, "on (authors), off: crop to Otsu's foreground", choices=ON, group="images")
-    augment: str | None = setting(None, "on (authors), off: augmentation in training", choices=ON)
+    foreground: str | None = setting(None, "crop to Otsu's foreground (authors: on)", choices=ON, group="images")
+    augment: str | None = setting(None, "augmentation in training (authors: on)", choices=ON)
     steps: int | None = setting(None, "steps (authors: 40,000; demo: 200)", type=int, group="stage 1")
     lr: float | None = setting(None, "learning rate (authors: 4e-5; demo: 1e-3)", type=float)
-    batch_size: int | None = setting(None, "pairs a step over all ranks (authors: 4 x 72; demo: 128)", type=int)
-    local_negatives: bool = setting(False, "negatives of a rank's own pairs alone, the authors'; default (ours): all")
+    batch_size: int | None = setting(None, "pairs a step, all ranks (authors: 4 x 72; demo: 128)", type=int)
+    local_negatives: bool = setting(False, "negatives of a rank's own pairs, the authors'; else all (ours)")
     weight_decay: float = setting(0.1, "weight decay of AdamW")
     decay_all: bool = setting(False, "weight decay on one-dimensional parameters too (authors: none)")
     warmup: float = setting(0.1, "share of the steps in which the learning rate rises")
@@ -60,13 +59,13 @@ class Config:
     checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     precision: str = setting("fp32", "arithmetic of the towers", choices=("fp32", "bf16"))
     save_every: int | None = setting(None, "steps between checkpoints (500; demo: 50)", type=int)
-    select: str = setting("best", "model that is kept: lowest validation loss, or last", choices=("best", "last"))
+    select: str = setting("best", "weights kept: of the lowest validation loss, or last", choices=("best", "last"))
     context_tokens: int = setting(30, "learned context tokens", group="stage 2")
     prompt_steps: int | None = setting(None, "steps (authors: 8,000; demo: 300)", type=int)
     prompt_lr: float | None = setting(None, "learning rate (authors: 1e-4; demo: 0.1)", type=float)
-    model: str | None = setting(None, "folder of a trained model, for evaluate and export", group="evaluation")
-    balanced: int = setting(200, "images a class in balanced tests at most (density: 2.5 times as many); 0: none")
-    fractions: tuple[float, ...] = setting((0.01, 0.1, 1.0), "shares of the training patients", nargs="+", type=float)
+    model: str | None = setting(None, "folder of a trained model (evaluate, export)", group="evaluation")
+    balanced: int = setting(200, "images a class in balanced tests (density: 2.5 times as many); 0: none")
+    fractions: tuple[float, ...] = setting((0.01, 0.1, 1.0), "shares of the patients", nargs="+", type=float)
     finetune_epochs: int = setting(0, "epochs of full fine-tuning; 0: none")
     seed: int = setting(42, "seed", group="run")
     output: str = setting("runs/cleft", "folder of the run; any setting in braces is filled in")
@@ -121,8 +120,7 @@ def resolve_defaults(config: Config) -> Config:
 
 
 def model_config(config: Config) -> Config:
-    """The settings of the model in --model, with the data, evaluation and run that `config` asks for.
-    InputError for another setting that was given and is not the model's."""
+    """The settings of --model, with `config`'s data, evaluation and run; no other may differ."""
     saved = retune.read_json(Path(config.model) / "config.json")
     chosen = {name: getattr(config, name) for name in (*DATA_SETTINGS, *EVALUATION, *RUN_SETTINGS)}
     for item in dataclasses.fields(Config):

@@ -18,8 +18,7 @@ from retune import DualEncoder, InputError, Radiographs
 
 
 def load_pairs(config: Config) -> Radiographs:
-    """The data set of `config`: labels of the evaluated classes, `reports` the captions, "" where none can
-    be said. Captions name all findings of the data set, whatever --classes evaluates."""
+    """A data set: labels of the evaluated classes; as reports captions of all findings, or blanks."""
     loaders = {"pretrain": load_pretrain, "rsna": load_rsna, "embed": load_embed}
     for name, load in (loaders | {"chexpert-5x200": load_chexpert_5x200}).items():
         retune.DATASETS[name] = functools.partial(load, config)  # retune checks what it reads
@@ -38,40 +37,36 @@ def load_pairs(config: Config) -> Radiographs:
 
 
 def load_pretrain(config: Config, public: retune.Config) -> Radiographs:
-    """Phantoms of other patients, films and reporting habits than the demo's: what `demo/tiny` learns from."""
+    """Phantoms of other patients, films and reporting habits than the demo's: for demo/tiny."""
     from demo import phantoms
 
     data = phantoms.make_phantoms(config.demo_images, seed=1000, domain="pretrain")
     split = retune.patient_split(data.patients, {"train": 0.98, "val": 0.01, "test": 0.01})
-    note, key = "PHANTOMS: synthetic films of the pre-training domain.", f"pretrain {config.demo_images}"
     columns = (data.images, data.labels, data.class_names, data.patients, split)
-    return Radiographs(*columns, reports=data.reports, note=note, key=key)
+    about = {"note": "PHANTOMS of the pre-training domain", "key": f"pretrain {config.demo_images}"}
+    return Radiographs(*columns, reports=data.reports, **about)
 
 
 def load_rsna(config: Config, public: retune.Config) -> Radiographs:
-    """RSNA pneumonia as a choice of two classes: `*train_labels*.csv`, images anywhere under --data-dir. A
-    patient has a row per box (Target 1) or one row (Target 0) and one image, <patientId>.dcm, or PNG or
-    JPEG. No official split: 70/10/20% of the patients by hash."""
+    """RSNA pneumonia as a choice of two classes: `*train_labels*.csv`, a row per box (Target 1) or one
+    (Target 0); <patientId>.dcm, or PNG or JPEG, anywhere under --data-dir. No official split."""
     path = public.labels_csv or retune.only_file(public.root, "*train_labels*.csv")
     table = retune.read_table(path, ["patientId", "Target"])
     kinds = (".dcm", ".dicom", ".png", ".jpg", ".jpeg")
     files = {file.stem: file for file in sorted(public.root.rglob("*")) if file.suffix.lower() in kinds}
     retune.refuse_row(table, ~table["Target"].isin(["0", "1"]), "is not 0 or 1", "Target")
-    missing = ~table["patientId"].isin(list(files))
-    retune.refuse_row(table, missing, f"has no image in {public.root}", "patientId")
+    retune.refuse_row(table, ~table["patientId"].isin(list(files)), "has no image in --data-dir", "patientId")
     table["Target"] = table.groupby("patientId")["Target"].transform("max")
     table = table[~table["patientId"].duplicated()].assign(name=lambda t: t["patientId"])
     table["patient"], table["path"] = table["name"], table["name"].map(files).map(os.path.abspath)
     table["split"] = retune.patient_split(table["name"], retune.SHARES)
     labels = np.stack([table["Target"] == "1", table["Target"] == "0"], axis=1)
-    note = "rsna: no official split: 70/10/20% by hash"
-    return retune.from_table(table, labels, ("Pneumonia", "No Finding"), public, note)
+    return retune.from_table(table, labels, ("Pneumonia", "No Finding"), public, "rsna: 70/10/20% by hash")
 
 
 def load_chexpert_5x200(config: Config, public: retune.Config) -> Radiographs:
-    """CheXpert with the published list of test images, `Path` and a column per finding, as --labels-csv. The
-    listed images are the test set, with the list's labels. As most of them lie in CheXpert's training set,
-    all other images of their patients are left out, and so is CheXpert's own test set."""
+    """CheXpert with the published list of test images, `Path` and a column per finding, as --labels-csv.
+    Other images of the listed patients and CheXpert's own test set are left out."""
     if config.labels_csv is None:
         raise InputError(
             "--data chexpert-5x200 needs its list as --labels-csv; --data chexpert makes one by rule"
@@ -87,16 +82,16 @@ def load_chexpert_5x200(config: Config, public: retune.Config) -> Radiographs:
     data.labels[np.ix_(listed, [data.class_names.index(n) for n in retune.COMPETITION_FINDINGS])] = values
     kept = (data.split != "test") & ~np.isin(data.patients, data.patients[listed])
     data.split[listed], kept[listed] = "test", True
-    rows, columns = np.flatnonzero(kept), ("images", "names", "rows", "view")
-    lists = {name: [getattr(data, name)[row] for row in rows] for name in columns}
+    rows = np.flatnonzero(kept)
+    lists = {n: [getattr(data, n)[row] for row in rows] for n in ("images", "names", "rows", "view")}
     arrays = {n: getattr(data, n)[kept] for n in ("labels", "patients", "split")}
     note = f"{data.note}; test: the {len(listed):,} listed images, training without their patients"
     return dataclasses.replace(data, note=note, sex=None, age=None, part=None, **lists, **arrays)
 
 
 def load_embed(config: Config, public: retune.Config) -> Radiographs:
-    """EMBED mammography: *metadata*.csv (a row an image) joined with *clinical*.csv (a row a finding), also in
-    `tables`. Labels: seven BI-RADS categories, then four densities, one-hot; nan where the exam has none.
+    """EMBED mammography: *metadata*.csv (a row an image) joined with *clinical*.csv (a row a finding), also
+    in `tables`. Labels: seven BI-RADS categories, then four densities, one-hot; nan where the exam has none.
     Only 2D images. Jeong et al., Radiology: Artificial Intelligence 2023; access by agreement."""
     root = public.root / "tables" if (public.root / "tables").is_dir() else public.root
     new_names = {"empi_anon": "patient", "ImageLateralityFinal": "side", "ViewPosition": "position"}
@@ -138,7 +133,7 @@ def read_exams(path: Path):
 
 
 def otsu_threshold(grey: np.ndarray) -> int:
-    """The grey value of a uint8 image with the largest variance between the pixels up to it and above (Otsu 1979)."""
+    """The grey value with the largest variance between the pixels up to it and those above (Otsu 1979)."""
     count = np.bincount(grey.ravel(), minlength=256).astype(np.float64)
     below, mass = count.cumsum(), (count * np.arange(256)).cumsum()  # pixels up to each value, and their sum
     between = (mass[-1] * below - below[-1] * mass) ** 2
@@ -146,7 +141,7 @@ def otsu_threshold(grey: np.ndarray) -> int:
 
 
 def crop_foreground(image: Tensor) -> Tensor:
-    """The smallest rectangle of a uint8 image [1 or 3, H, W] that holds its foreground; all of it if it has none."""
+    """The smallest rectangle of a uint8 image [1 or 3, H, W] that holds its foreground, if it has one."""
     grey = image.float().mean(0).round().to(torch.uint8).numpy()  # [H, W]
     rows, columns = np.nonzero(grey > otsu_threshold(grey))
     if not len(rows):
@@ -155,16 +150,15 @@ def crop_foreground(image: Tensor) -> Tensor:
 
 
 def make_transform(encoder: DualEncoder, config: Config, training: bool) -> Callable[[Tensor], Tensor]:
-    """uint8 image [1 or 3, H, W] -> pixels [3, h, w]: the foreground if --foreground is on, the encoder's
-    transform. In training, if --augment is on, the authors' augmentation takes the place of the central
-    crop."""
+    """uint8 image [1 or 3, H, W] -> pixels [3, h, w]: --foreground, then the encoder's transform; in
+    training, with --augment, the authors' augmentation in place of the central crop."""
     settings = encoder.config["transform"]
     steps = [crop_foreground] if config.foreground == "on" else []
     if not training or config.augment != "on":
         return v2.Compose([*steps, encoder.transform])
-    size = settings["resize"]
+    size, interpolation = np.atleast_1d(settings["resize"]).tolist(), settings["interpolation"]
     steps += [
-        v2.Resize([size] if isinstance(size, int) else size, v2.InterpolationMode(settings["interpolation"])),
+        v2.Resize(size, v2.InterpolationMode(interpolation)),
         v2.RandomCrop(settings["crop"] or size),
         v2.RandomApply([v2.ColorJitter(0.2, 0.2)], p=0.4),
         v2.RandomApply([v2.GaussianBlur(7, (0.1, 2.0))], p=0.4),
@@ -176,8 +170,9 @@ def make_transform(encoder: DualEncoder, config: Config, training: bool) -> Call
 
 
 class Pixels(torch.utils.data.Dataset):
-    """(row, pixels [3, h, w]) of the key (row, draw), or (row, the reason why the image cannot be read). `draw`
-    seeds the transform's randomness together with the row: neither workers nor a resumed run change it."""
+    """(row, pixels [3, h, w]) of the key (row, draw), or (row, the reason why the image cannot be read).
+    `draw` seeds the transform's randomness together with the row: neither workers nor a resumed run change
+    it."""
 
     def __init__(self, data: Radiographs, transform: Callable[[Tensor], Tensor]):
         self.data, self.transform = data, transform
@@ -200,7 +195,7 @@ def load_batches(
     keys = ([(row, draw) for row in rows] for draw, rows in batches)
     options = {"batch_sampler": keys, "collate_fn": list, "num_workers": workers}
     for items in torch.utils.data.DataLoader(Pixels(data, transform), **options):
-        rows, pixels = zip(*items, strict=True)
-        if unreadable := [reason for reason in pixels if isinstance(reason, str)]:
-            raise InputError(unreadable[0])
-        yield list(rows), torch.stack(pixels)
+        for _, pixels in items:
+            if isinstance(pixels, str):
+                raise InputError(pixels)
+        yield [row for row, _ in items], torch.stack([pixels for _, pixels in items])

@@ -1,19 +1,17 @@
-"""What a trained model is worth: zero-shot, linear probe and full fine-tuning with nested shares of the labels."""
+"""What a trained model is worth: zero-shot, linear probe, fine-tuning with nested shares of the labels."""
 
 import copy
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
+from torch import nn
 
 import retune
 from cleft import training
@@ -24,9 +22,9 @@ from cleft.model import Cleft, Prompt
 from retune import InputError, Radiographs
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TestSet:
-    """`data` with the labels of some classes, of which exclusive: one is positive; test rows; training rows by share."""
+    """`data` with labels of some classes (exclusive: one is positive); test rows; training rows by share."""
 
     name: str
     data: Radiographs
@@ -36,9 +34,8 @@ class TestSet:
 
 
 def make_test_sets(data: Radiographs, config: Config) -> list[TestSet]:
-    """The test sets of a data set; InputError when one lacks a class, or a share of the labels does. multi-
-    label: the whole test split. balanced: --balanced images a class with exactly one positive. EMBED has
-    two balanced sets, BI-RADS and density; CheXpert-5x200 is the published one."""
+    """The test sets of a data set: multi-label, the whole test split; balanced, --balanced images a class
+    with exactly one positive (EMBED: BI-RADS and density); 5x200. InputError when one lacks a class."""
     names, sets = list(data.class_names), []
     if config.data == "embed":
         density = [name for name in names if "density" in MAMMOGRAM_CLASSES[name]]
@@ -78,9 +75,8 @@ def make_test_set(name: str, whole: Radiographs, class_names: list[str], config:
 
 
 def fraction_rows(data: Radiographs, config: Config) -> dict[float, np.ndarray]:
-    """Training rows of each share of the training patients, nested: a smaller share lies in every larger
-    one. Patients are drawn by --seed; the first patient of each class is moved to the front (ours): no
-    share with as many patients as classes lacks a class."""
+    """Training rows of each share of the training patients, nested and drawn by --seed. The first patient of
+    each class comes first (ours): no share with as many patients as classes lacks a class."""
     rows = data.where("train")
     patients, owner = np.unique(data.patients[rows], return_inverse=True)
     order = np.random.default_rng((config.seed, 1)).permutation(len(patients))
@@ -95,7 +91,7 @@ def fraction_rows(data: Radiographs, config: Config) -> dict[float, np.ndarray]:
 
 def evaluate(model: Cleft, source: Path, data: Radiographs, config: Config) -> dict[str, dict]:
     """Every measure on every test set; writes evaluation.json, evaluation.md and splits.csv to --output.
-    `source` is the model's folder, which may hold a learned context."""
+    `source`: the model's folder, which may hold a learned context."""
     features = training.embed_features(model, data, config)  # by all ranks; the rest by one
     if retune.ranks()[0] > 0:
         return {}
@@ -126,7 +122,7 @@ def score(model: Cleft, source: Path, features: np.ndarray, test_set: TestSet, c
     """(method, share of the labels or None, scores [n, C]) of every method on a test set."""
     images = model.scale * training.project(model, features, test_set.rows)  # [n, D]
     texts = model.encoder.encode_texts([class_prompt(name, config) for name in test_set.data.class_names])
-    yield "zero-shot", None, (images @ F.normalize(texts, dim=1).T).cpu().numpy()
+    yield "zero-shot", None, (images @ nn.functional.normalize(texts, dim=1).T).cpu().numpy()
     prompt = Prompt(model, test_set.data.class_names, config)
     if training.load_checkpoint(source / "stage2.pt", prompt)["step"] == config.prompt_steps:
         yield "zero-shot, learned context", None, (images @ prompt().T).detach().cpu().numpy()
@@ -137,9 +133,8 @@ def score(model: Cleft, source: Path, features: np.ndarray, test_set: TestSet, c
 
 
 def measure(scores: np.ndarray, test_set: TestSet) -> dict:
-    """Measures of scores [n, C] on a test set, with a patient-level interval of the macro AUROC. multi-
-    label: AUROC and average precision of each class. exclusive: of the softmax, accuracy and one-vs-rest
-    AUROC."""
+    """Measures of scores [n, C], with a patient-level interval of the macro AUROC: AUROC and average
+    precision of each class; exclusive: of the softmax, and accuracy."""
     data, labels, extra = test_set.data, test_set.data.labels[test_set.rows], {}
     if test_set.exclusive:
         scores = torch.from_numpy(scores).double().softmax(1).numpy()
@@ -150,8 +145,7 @@ def measure(scores: np.ndarray, test_set: TestSet) -> dict:
 
 
 def linear_probe(features: np.ndarray, test_set: TestSet, learn: np.ndarray) -> np.ndarray:
-    """Scores [n, C] of logistic regression on standardised frozen features [N, W], learned on rows `learn`.
-    exclusive: one multinomial regression; multi-label: one regression a class."""
+    """Scores [n, C] of logistic regression on standardised features [N, W], multinomial or one a class."""
     labels, tested = test_set.data.labels, np.array(features[test_set.rows])
 
     def fit(rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -170,9 +164,8 @@ def linear_probe(features: np.ndarray, test_set: TestSet, learn: np.ndarray) -> 
 
 
 def finetune(model: Cleft, test_set: TestSet, learn: np.ndarray, config: Config) -> np.ndarray:
-    """Scores [n, C] of a copy of the image tower with a linear classifier on its features, trained whole.
-    Softmax cross-entropy on exclusive sets, else binary cross-entropy. A share of the labels takes as many
-    steps as all of them (ours), so that shares differ in their images alone."""
+    """Scores [n, C] of a copy of the image tower with a linear classifier on its features, trained whole:
+    softmax cross-entropy on exclusive sets, else binary. A share takes as many steps as all labels (ours)."""
     data, device = test_set.data, model.log_scale.device
     classifier = copy.deepcopy(model.encoder.image)
     with retune.seeded(config.seed):
@@ -182,21 +175,22 @@ def finetune(model: Cleft, test_set: TestSet, learn: np.ndarray, config: Config)
     steps = config.finetune_epochs * max(1, len(test_set.learn[max(test_set.learn)]) // config.batch_size)
     plain, varied = (make_transform(model.encoder, config, training=flag) for flag in (False, True))
 
-    def batches(first: int) -> Iterator[tuple[list[int], Tensor]]:
-        rows = enumerate(training.batch_rows(learn, size, first, steps, config.seed + 2), config.seed)
-        return load_batches(data, varied, ((draw, batch.tolist()) for draw, batch in rows), config.workers)
-
-    def compute(step: int, batch: tuple[list[int], Tensor]) -> Tensor:
-        labels = torch.from_numpy(data.labels[batch[0]]).to(device)
-        loss = F.cross_entropy if test_set.exclusive else retune.prompt_contrastive_loss
-        value = loss(classifier(batch[1].to(device)), labels)
-        value.backward()
-        return value.detach()
-
-    rates = (config.lr, round(config.warmup * steps), 1e-8)
-    options = {"path": None, "steps": steps, "rates": rates, "save_every": steps}
-    training.train(classifier, training.make_adamw(classifier, config), compute, batches, **options)
+    draws = enumerate(training.batch_rows(learn, size, 0, steps, config.seed + 2), config.seed)
+    draws = ((draw, batch.tolist()) for draw, batch in draws)
+    optimizer = training.make_adamw(classifier, config)
+    stream = retune.progress(
+        load_batches(data, varied, draws, config.workers), total=steps, desc="fine-tuning"
+    )
+    for step, (batch, pixels) in enumerate(stream):
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate(step, steps, config.lr, round(config.warmup * steps), 1e-8)
+        labels = torch.from_numpy(data.labels[batch]).to(device)
+        loss = nn.functional.cross_entropy if test_set.exclusive else retune.prompt_contrastive_loss
+        optimizer.zero_grad()
+        loss(classifier(pixels.to(device)), labels).backward()
+        optimizer.step()
     tested = [(0, part.tolist()) for part in np.array_split(test_set.rows, len(test_set.rows) // 64 + 1)]
     stream = load_batches(data, plain, tested, config.workers)
+    classifier.eval()
     with torch.inference_mode():
         return torch.cat([classifier(pixels.to(device)).cpu() for _, pixels in stream]).numpy()

@@ -1,7 +1,6 @@
 """The method's equations: the model of stage 1, its contrastive loss, the learned prompt of stage 2."""
 
 import math
-from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from retune import DualEncoder, InputError
 
 
 class Cleft(nn.Module):
-    """An encoder in training and its learnable temperature; projections train whole, the text tower by --peft."""
+    """An encoder in training and its temperature; projections train whole, the text tower by --peft."""
 
     def __init__(self, encoder: DualEncoder, config: Config):
         super().__init__()
@@ -26,19 +25,22 @@ class Cleft(nn.Module):
             encoder.text.tower = add_peft(encoder.text.tower, config)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
         for tower in (encoder.image.tower, encoder.text.tower) if config.checkpointing else ():
-            if not getattr(tower, "supports_gradient_checkpointing", True):
-                raise InputError(f"--checkpointing: {type(tower).__name__} does not support it; leave it out")
             tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.train()
 
     def train(self, mode: bool = True):
-        """Training mode, but for a frozen image tower: its normalisation keeps its statistics."""
+        """The loop of both stages; resumes from `path` exactly, as all randomness depends on the step.
+        compute(step, batch) leaves gradients and returns the loss; batches(first) yields from step `first`
+        on; rates: learning_rate's peak, warmup, floor. Returns the model, frozen, with the last weights or
+        those of the lowest `validate`, measured at every checkpoint. InputError when the loss is not
+        finite."""
         super().train(mode)
         self.encoder.image.tower.train(mode and not self.frozen_image)
         return self
 
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [B, 3, H, W], tokens [B, T], their mask -> unit vectors [B, D] of the images and of the texts."""
+        """Pixels [B, 3, H, W], tokens [B, T], their mask -> unit vectors [B, D] of the images and of the
+        texts."""
         dtype = self.log_scale.dtype
         images = self.encoder.image(pixels).to(dtype)  # [B, D]
         texts = self.encoder.text(input_ids, attention_mask).to(dtype)  # [B, D], at the end-of-text token
@@ -82,9 +84,9 @@ def contrastive_step(scale: Tensor, images: Tensor, texts: Tensor, local_negativ
 
 
 class Prompt(nn.Module):
-    """Stage 2: learned context tokens [n, H] before the phrase of each class, read by the frozen text tower."""
+    """Stage 2: learned context tokens [n, H] before the phrase of each class, for the frozen text tower."""
 
-    def __init__(self, model: Cleft, class_names: Sequence[str], config: Config):
+    def __init__(self, model: Cleft, class_names: list[str], config: Config):
         super().__init__()
         encoder, n = model.encoder, config.context_tokens
         self.text, self.scale = [encoder.text], model.scale.detach()  # in a list: not a part of this module
@@ -99,7 +101,8 @@ class Prompt(nn.Module):
             raise InputError(f"--context-tokens {n}: {longest} tokens, the text tower reads {limit}")
 
     def forward(self) -> Tensor:
-        """Unit vectors [C, D] of the texts [start tokens] [context] [phrase] [end tokens], read at the last token."""
+        """Unit vectors [C, D] of the texts [start tokens] [context] [phrase] [end tokens], read at the last
+        token."""
         rows = [torch.cat([start, self.context, phrase, end]) for start, phrase, end in self.phrases]
         inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [C, T, H]
         lengths = torch.tensor([len(row) for row in rows], device=inputs.device)
@@ -117,13 +120,3 @@ def split_tokens(tokenizer, text: str, embedding: nn.Module) -> list[Tensor]:
     start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
     parts = whole[:start], plain, whole[start + len(plain) :]
     return [embedding(torch.tensor(ids).long().to(embedding.weight.device)).detach() for ids in parts]
-
-
-def image_features(encoder: DualEncoder, transform: Callable, config: Config) -> DualEncoder:
-    """The encoder without its image projection: what probes are trained on, [N, W] of `retune.embed`."""
-    width = encoder.image.head[0].in_features
-    settings = encoder.config | {"image": encoder.config["image"] | {"head": []}, "dim": width}
-    with torch.device("meta"):
-        features = DualEncoder(settings | {"foreground": config.foreground}, encoder.tokenizer)
-    features.image.tower, features.text, features.transform = encoder.image.tower, nn.Identity(), transform
-    return features.eval()

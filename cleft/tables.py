@@ -1,7 +1,6 @@
 """CLEFT's tables and figure from many runs; finished runs are skipped, interrupted ones resume."""
 
 import dataclasses
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 import retune
-from cleft.config import PEFT, STYLES, Config, resolve_defaults
+from cleft.config import IMAGE_TOWERS, PEFT, STYLES, Config, resolve_defaults
 from cleft.data import load_pairs
 from cleft.evaluation import make_test_sets
 from cleft.training import embed_features, load_model, project
@@ -26,13 +25,11 @@ def make_tables(config: Config, seeds: Sequence[int], run: Callable[[str, Config
         output = f"{folder}/{name.replace(': ', '-').replace(' ', '_')}"
         ablation = dataclasses.replace(config, seed=seeds[0], output=output, **change)
         runs.append((name, ablation if change else runs[0][1]))  # without a change it is the main run
-    for _, chosen in runs:
+    for name, chosen in runs:
         if not (chosen.folder / "evaluation.json").exists():
-            retune.log(f"\n{describe(chosen)}")
+            retune.log(f"\n{name}: {chosen.folder}")
             run("all", chosen)
     if retune.ranks()[0] == 0:
-        commands = dict.fromkeys(describe(chosen) + "\n" for _, chosen in runs)
-        retune.write_text(folder / "commands.txt", "".join(commands))
         results = pd.DataFrame([row for name, chosen in runs for row in read_results(name, chosen)])
         retune.write_text(folder / "results.csv", results.to_csv(index=False))
         write_table(folder / "main", pivot(results[results["run"] == "main"], "method", "test"))
@@ -47,7 +44,7 @@ def make_tables(config: Config, seeds: Sequence[int], run: Callable[[str, Config
 def list_ablations(config: Config) -> dict[str, dict]:
     """{name: settings that differ from the main run's, if any}."""
     found = {f"text tower: {kind}": {"peft": kind} for kind in PEFT}
-    found |= {f"image tower: {kind}": {"image_tower": kind} for kind in ("pretrained", "random", "frozen")}
+    found |= {f"image tower: {kind}": {"image_tower": kind} for kind in IMAGE_TOWERS}
     if config.data == "embed":
         found |= {f"captions: {style}": {"caption_style": style} for style in STYLES}
     else:
@@ -57,18 +54,6 @@ def list_ablations(config: Config) -> dict[str, dict]:
     return {n: {k: v for k, v in change.items() if getattr(config, k) != v} for n, change in found.items()}
 
 
-def describe(config: Config) -> str:
-    """The command line of a run."""
-    words = ["python", "-m", "cleft", "all"]
-    for item in dataclasses.fields(Config):
-        value = getattr(config, item.name)
-        if value != item.default:
-            words.append(item.metadata.get("flag", f"--{item.name.replace('_', '-')}"))
-            values = value if isinstance(value, tuple) else [value]
-            words += [str(each) for each in values if not isinstance(each, bool)]
-    return shlex.join(words)
-
-
 def read_results(name: str, config: Config) -> list[dict]:
     """A row for each measure of a run, with the parameters that its model trained."""
     trained = retune.read_json(config.folder / "parameters.json")
@@ -76,11 +61,9 @@ def read_results(name: str, config: Config) -> list[dict]:
     shared["trained parameters"] = " + ".join(f"{number:,} {part}" for part, number in trained.items())
     rows = []
     for method, result in retune.read_json(config.folder / "evaluation.json").items():
-        low, high = result["auroc_macro_ci"]
         row = {key: result.get(key) for key in ("test", "fraction", "auroc_macro", "accuracy", "n")}
-        rows.append(
-            shared | row | {"method": method.removeprefix(f"{row['test']}, "), "low": low, "high": high}
-        )
+        row["low"], row["high"] = result["auroc_macro_ci"]
+        rows.append(shared | row | {"method": method.removeprefix(f"{row['test']}, ")})
     return rows
 
 
@@ -118,15 +101,13 @@ def draw_towers(path: Path, config: Config) -> None:
     chosen = make_test_sets(data, config)[-1]
     model = load_model(config.folder, config)
     images = project(model, embed_features(model, data, config), chosen.rows).cpu().numpy()
-    texts = (
-        model.encoder.encode_texts([data.reports[row] for row in chosen.rows], config.truncate).cpu().numpy()
-    )
-    texts = texts / np.linalg.norm(texts, axis=1, keepdims=True)
+    reports = [data.reports[row] for row in chosen.rows]
+    texts = model.encoder.encode_texts(reports, config.truncate).cpu().numpy()
     label = chosen.data.labels[chosen.rows].argmax(1)
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     panels = {"image tower: test images": images, "text tower: their captions": texts}
     for axes, (title, vectors) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        tsne = TSNE(init="pca", random_state=0, perplexity=min(30, len(vectors) - 1))
+        tsne = TSNE(metric="cosine", init="pca", random_state=0, perplexity=min(30, len(vectors) - 1))
         points = tsne.fit_transform(vectors)
         for c, name in enumerate(chosen.data.class_names):
             axes.scatter(*points[label == c].T, s=8, label=name)

@@ -1,10 +1,9 @@
-"""The encoder that is trained: both towers from published configs and weights, their tokenizer, PEFT, counts."""
+"""The encoder that is trained: both towers, published or small, their tokenizer, PEFT and counts."""
 
 import dataclasses
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,9 +32,8 @@ REAL = {
 # fmt: on
 
 
-def build_encoder(config: Config, texts: Sequence[str] = (), words: Path | None = None) -> DualEncoder:
-    """An encoder of the two towers that `config` names. A small text tower learns its words from `texts`,
-    or reads those of an earlier run."""
+def build_encoder(config: Config, texts: list[str] | tuple = (), words: Path | None = None) -> DualEncoder:
+    """An encoder of the two towers; `texts`, or `words` of an earlier run, teach a small text tower."""
     image, transform, image_weights = image_part(config)
     text, tokenizer, text_weights = text_part(config, texts, words)
     parts = {"image": image, "text": text, "transform": transform}
@@ -74,7 +72,7 @@ def image_part(config: Config) -> tuple[dict, dict, dict]:
     return {"model": model, "pool": pool, "head": projection(width, config)}, transform, weights
 
 
-def text_part(config: Config, texts: Sequence[str], words: Path | None = None) -> tuple[dict, object, dict]:
+def text_part(config: Config, texts: list[str], words: Path | None = None) -> tuple[dict, object, dict]:
     """config.json's "text", its tokenizer, and the tower's published weights."""
     reading = {"pool": "last", "context_length": config.context_length, "padding": "longest"}
     if config.text == "small":
@@ -91,7 +89,7 @@ def text_part(config: Config, texts: Sequence[str], words: Path | None = None) -
 
 
 def read_own_part(name: str, part: str, config: Config) -> tuple[dict, dict, dict, object] | None:
-    """(tower's config with a head for `dim`, whole config, weights, tokenizer) of our folder `name`, or None."""
+    """(config of a tower with a head for `dim`, whole config, weights, tokenizer) of our folder, or None."""
     folder = HERE / "demo" / "tiny" if name == "tiny" else Path(name)
     path = folder / "config.json"
     if not path.is_file() or "dim" not in retune.read_json(path):
@@ -105,7 +103,7 @@ def read_own_part(name: str, part: str, config: Config) -> tuple[dict, dict, dic
 
 
 def read_published_tower(source: str):
-    """A transformers model's config, what of it builds the model again, and its weights; from a hub id or folder."""
+    """A transformers model's config, what of it builds the model again, and its weights."""
     from transformers import AutoModel
 
     try:
@@ -118,8 +116,7 @@ def read_published_tower(source: str):
 
 
 def read_tokenizer(config: Config):
-    """The tokenizer of --text with padding, and an end-of-text token after every text. A causal model's
-    text feature is read at that token, which alone has seen the whole text."""
+    """The tokenizer of --text with padding, and an end-of-text token after every text: the text feature's."""
     from tokenizers import processors
     from transformers import AutoTokenizer
 
@@ -138,10 +135,9 @@ def read_tokenizer(config: Config):
     return tokenizer
 
 
-def train_tokenizer(texts: Sequence[str], trained: Path | None = None):
-    """Byte-level BPE in lower case: any text has tokens; words of `texts` and prompts.json have one each.
-    The final full stop goes and an end token comes: the last token, which is pooled, is the same
-    everywhere. `trained` is read instead."""
+def train_tokenizer(texts: list[str], trained: Path | None = None):
+    """Byte-level BPE in lower case without a final full stop, an end token after every text; common words of
+    `texts` and those of prompts.json are tokens. `trained` is read instead."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, processors, trainers
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import PreTrainedTokenizerFast
@@ -154,10 +150,8 @@ def train_tokenizer(texts: Sequence[str], trained: Path | None = None):
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), endings])
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2048, special_tokens=["<pad>", "<end>"], show_progress=False,
-        initial_alphabet=sorted(ByteLevel.alphabet()),
-    )  # fmt: skip
+    options = {"vocab_size": 2048, "show_progress": False, "initial_alphabet": sorted(ByteLevel.alphabet())}
+    trainer = trainers.BpeTrainer(special_tokens=list(wrapped.values()), **options)
 
     def plain(word: str) -> str:
         return word.lower().strip(".,:;()")
@@ -172,15 +166,14 @@ def train_tokenizer(texts: Sequence[str], trained: Path | None = None):
 
 
 def add_peft(tower: nn.Module, config: Config) -> nn.Module:
-    """`tower` with the weights of --peft alone trainable; frozen: none of them; none: all. InputError if unfit."""
+    """`tower`, trainable by --peft: its weights alone, none (frozen) or all (none). InputError if unfit."""
     from peft import AdaLoraConfig, IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
 
     if config.peft in ("frozen", "none"):
         return tower.requires_grad_(config.peft == "none")
     transposed = any(type(layer).__name__ == "Conv1D" for layer in tower.modules())  # GPT-2's linear layers
     rank, options = config.lora_rank, {"task_type": "FEATURE_EXTRACTION"}
-    if config.peft != "prefix":
-        options["fan_in_fan_out"] = transposed
+    options |= {"fan_in_fan_out": transposed} if config.peft != "prefix" else {}
     if config.peft in ("lora", "adalora"):
         options |= {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
     own = {
@@ -203,7 +196,7 @@ def trainable(module: nn.Module) -> int:
 
 
 def count_published(config: Config) -> str:
-    """A table of trainable parameters on meta tensors: CLEFT with every --peft, and other text towers whole."""
+    """A table of trainable parameters: CLEFT with every --peft, and other text towers trained whole."""
     from transformers import AutoConfig, AutoModel
 
     def build(name: str) -> nn.Module:

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import retune
 from cleft.config import Config
 from cleft.data import load_batches, make_transform
-from cleft.model import Cleft, Prompt, contrastive_loss, contrastive_step, image_features
+from cleft.model import Cleft, Prompt, contrastive_loss, contrastive_step
 from cleft.towers import build_encoder, trainable
-from retune import InputError, Radiographs, one_line
+from retune import DualEncoder, InputError, Radiographs, one_line
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float) -> float:
@@ -42,22 +41,20 @@ def make_adamw(module: nn.Module, config: Config) -> torch.optim.AdamW:
     trained = [p for p in module.parameters() if p.requires_grad]
     decayed = {"params": [p for p in trained if p.ndim > 1 or config.decay_all]}
     plain = {"params": [p for p in trained if p.ndim <= 1 and not config.decay_all], "weight_decay": 0.0}
-    groups = [group for group in (decayed, plain) if group["params"]]
-    return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW([decayed, plain], config.lr, weight_decay=config.weight_decay)
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, compute: Callable, batches: Callable, *, path: Path | None,
+    model: nn.Module, optimizer: torch.optim.Optimizer, compute: Callable, batches: Callable, *, path: Path,
     steps: int, rates: tuple, save_every: int, after_step: Callable | None = None, validate: Callable | None = None,
 ) -> nn.Module:  # fmt: skip
-    """The loop of all training. Resumes from `path` exactly: all randomness depends on the step.
+    """The loop of both stages; resumes from `path` exactly, as all randomness depends on the step.
     compute(step, batch) leaves gradients and returns the loss; batches(first) yields from step `first` on;
-    rates: learning_rate's peak, warmup, floor. Returns the model, frozen, with the last weights, or those
-    of the lowest `validate`, measured at every checkpoint. InputError when the loss is not finite; the last
-    checkpoint stays."""
+    rates: learning_rate's peak, warmup, floor. Returns the model, frozen, with the last weights or those of
+    the lowest `validate`, measured at every checkpoint. InputError when the loss is not finite."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    state = load_checkpoint(path, model, optimizer) if path else {"step": 0, "lowest": math.inf}
-    first, name = state["step"], path.stem if path else "fine-tuning"
+    state, name = load_checkpoint(path, model, optimizer), path.stem
+    first = state["step"]
     bar = retune.progress(batches(first), desc=name, unit="step", total=steps, initial=first)
     for step, batch in enumerate(bar, first):
         for group in optimizer.param_groups:
@@ -72,7 +69,7 @@ def train(
         if after_step is not None:
             after_step(step)
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        if path and ((step + 1) % save_every == 0 or step + 1 == steps):
+        if (step + 1) % save_every == 0 or step + 1 == steps:
             state["step"] = step + 1
             save_checkpoint(path, model, optimizer, state, validate() if validate else -step)
     retune.barrier()
@@ -99,8 +96,8 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer, state: dict, loss: 
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """What `save_checkpoint` wrote, at step 0 without a file: with an optimiser, to go on from; else the
-    best weights. InputError for a damaged file or another model's."""
+    """What `save_checkpoint` wrote, at step 0 without a file: with an optimiser, to go on from; else the best
+    weights. InputError for a damaged file or another model's."""
     if not path.exists():
         return {"step": 0, "lowest": math.inf}
     try:
@@ -164,7 +161,7 @@ def pretrain(config: Config, data: Radiographs) -> Cleft:
 
 
 def embed_pairs(model: Cleft, data: Radiographs, batch: tuple, config: Config) -> tuple[Tensor, Tensor]:
-    """Unit vectors [B, D] of the captions of a batch's rows and of its pixels [B, 3, H, W], images first."""
+    """Unit vectors [B, D] of a batch's pixels [B, 3, H, W] and of the captions of its rows."""
     tokens = model.encoder.tokenize([data.reports[row] for row in batch[0]], config.truncate)
     device = model.log_scale.device
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -173,7 +170,7 @@ def embed_pairs(model: Cleft, data: Radiographs, batch: tuple, config: Config) -
 
 @torch.no_grad()
 def validation_loss(model: Cleft, data: Radiographs, rows: np.ndarray, config: Config) -> float:
-    """The mean contrastive loss of whole batches of validation pairs, without augmentation and dropout."""
+    """The mean contrastive loss of whole validation batches, without augmentation and dropout."""
     if not len(rows):
         raise InputError("no validation image has a caption; keep the last weights with --select last")
     rows = np.random.default_rng(config.seed).permutation(rows)[:1024]
@@ -199,16 +196,24 @@ def load_model(folder: Path, config: Config) -> Cleft:
 
 
 def embed_features(model: Cleft, data: Radiographs, config: Config) -> np.ndarray:
-    """Stored features [N, W] of the trained image tower, before its projection."""
-    features = image_features(model.encoder, make_transform(model.encoder, config, training=False), config)
+    """Stored features [N, W] of the image tower without its projection: what probes are trained on."""
+    encoder, width = model.encoder, model.encoder.image.head[0].in_features
+    settings = encoder.config | {"image": encoder.config["image"] | {"head": []}, "dim": width}
+    with torch.device("meta"):
+        features = DualEncoder(settings | {"foreground": config.foreground}, encoder.tokenizer)
+    features.image.tower, features.text = encoder.image.tower, nn.Identity()
+    features.transform = make_transform(encoder, config, training=False)
     options = {"workers": config.workers, "precision": config.precision, "batch_size": 64}
-    return retune.embed(features, data, Path(config.cache_dir), device=str(model.log_scale.device), **options)
+    options["device"] = str(model.log_scale.device)
+    return retune.embed(features.eval(), data, Path(config.cache_dir), **options)
 
 
 def project(model: Cleft, features: np.ndarray, rows: np.ndarray) -> Tensor:
     """Unit vectors [n, D] of rows [n] of the features [N, W]."""
     head = model.encoder.image.head
-    return F.normalize(head(retune.gather(features, torch.from_numpy(rows), head[0].weight)), dim=1)
+    return nn.functional.normalize(
+        head(retune.gather(features, torch.from_numpy(rows), head[0].weight)), dim=1
+    )
 
 
 def tune_prompt(model: Cleft, data: Radiographs, features: np.ndarray, config: Config) -> Prompt:
