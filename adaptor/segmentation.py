@@ -1,14 +1,14 @@
-"""Segmentation on frozen patch tokens, the second downstream task of `adaptor.py`.
+"""Segmentation on frozen patch tokens, the second downstream task: 1%, 10% and 100% of the labels, Dice.
 
-Masks (phantoms, SIIM's run-lengths, RSNA's boxes), the decoder, Dice, training, pictures. A mask follows its
-image through the encoder's resize and crop: Dice is measured on the pixels that the encoder sees.
+Tokens come from the embedding cache; with augmentation, or for the autoencoder's decoder, which wants the
+tower's maps too, the frozen tower runs with every batch, as in the authors' code.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,364 +17,289 @@ import torch.nn.functional as F
 from torch import nn
 
 import retune
-from adaptor.unimodal import Side, blank_pixels, embed, train_epochs
-from retune import DualEncoder, InputError, Radiographs, read_rows, say
+from adaptor.classification import FEATURES, labelled_rows, rows_by_fraction
+from adaptor.config import Config
+from adaptor.data import read_pixels, transform_mask
+from adaptor.decoders import PatchDecoder, UNetDecoder, dice, mask_loss, unet_maps
+from adaptor.encoders import Side, blank_pixels, embed
+from adaptor.model import Adaptor
+from adaptor.pretraining import train_epochs
+from retune import DualEncoder, InputError, Radiographs, gather, log, markdown_table
 
-SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg")
-
-# ------------------------------------------------------------------------------------------------------ Masks
-
-
-def rle_to_mask(text: str, height: int, width: int, row: str = "") -> np.ndarray:
-    """SIIM's run-lengths -> bool [height, width]; "-1" or "" is an empty mask.
-
-    Pairs "gap length", each gap counted from the end of the run before; pixels are numbered down the columns.
-    InputError when the runs are no such pairs or leave the image.
-    """
-    mask = np.zeros(height * width, bool)
-    if text in ("", "-1"):
-        return mask.reshape(height, width)
-    try:
-        numbers = [int(word) for word in text.split()]
-    except ValueError:
-        numbers = [-1]
-    if len(numbers) % 2 or min(numbers) < 0:
-        raise InputError(
-            f"{row}: run-lengths must be pairs of numbers that are not negative, not {text[:40]!r}"
-        )
-    if sum(numbers) > mask.size:
-        raise InputError(
-            f"{row}: runs end at pixel {sum(numbers):,} of a {height} x {width} image: another size's mask"
-        )
-    end = 0
-    for gap, length in zip(numbers[::2], numbers[1::2]):
-        mask[end + gap : end + gap + length] = True
-        end += gap + length
-    return mask.reshape(width, height).T
-
-
-def box_to_mask(box: Sequence[str], height: int, width: int, row: str = "") -> np.ndarray:
-    """RSNA's x, y, width, height in pixels -> bool [height, width]; four blanks are an empty mask."""
-    mask = np.zeros((height, width), bool)
-    if not any(box):
-        return mask
-    try:
-        x, y, w, h = (float(value) for value in box)
-    except ValueError:
-        raise InputError(f"{row}: box {', '.join(box)} is not four numbers") from None
-    if not (0 <= x and 0 <= y and w > 0 and h > 0 and x + w <= width and y + h <= height):
-        raise InputError(
-            f"{row}: box {', '.join(box)} leaves the {height} x {width} image: another size's mask"
-        )
-    mask[round(y) : round(y + h), round(x) : round(x + w)] = True
-    return mask
-
-
-def read_masked_table(config) -> tuple[Path, dict[str, list[str]], str, str]:
-    """(file, table, column of image ids, finding) of SIIM or RSNA."""
-    root = Path(config.data_dir or "")
-    if config.data_dir is None or not root.is_dir():
-        raise InputError(f"--data {config.data} needs its folder; --data-dir {config.data_dir} is none")
-    pattern = {"siim": "*rle*.csv", "rsna": "*train_labels*.csv"}[config.data]
-    path = Path(config.labels_csv) if config.labels_csv else retune.one_file(root, [pattern])
-    if config.data == "siim":
-        return path, retune.read_table(path, ["ImageId", "EncodedPixels"]), "ImageId", "Pneumothorax"
-    columns = ["patientId", "x", "y", "width", "height", "Target"]
-    return path, retune.read_table(path, columns), "patientId", "Pneumonia"
-
-
-def load_masked(config) -> Radiographs:
-    """SIIM-ACR pneumothorax or RSNA pneumonia: images anywhere under --data-dir, one finding, no reports.
-
-    The files name no split: 70/10/20% of patients by hash. SIIM names no patient: each image counts as one.
-    """
-    path, table, column, finding = read_masked_table(config)
-    files = {f.stem: f for f in sorted(Path(config.data_dir).rglob("*")) if f.suffix.lower() in SUFFIXES}
-    ids, positive, rows = list(dict.fromkeys(table[column])), {}, {}
-    for i, name in enumerate(table[column]):
-        rows.setdefault(name, f"{path} row {i + 2}")
-        found = (
-            table["Target"][i] == "1"
-            if config.data == "rsna"
-            else table["EncodedPixels"][i] not in ("", "-1")
-        )
-        positive[name] = positive.get(name, False) or found
-    for name in ids:
-        if name not in files:
-            raise InputError(
-                f"{rows[name]}: no image {name}{'|'.join(SUFFIXES)} anywhere under {config.data_dir}"
-            )
-    labels = np.array([[positive[name]] for name in ids], np.float32)
-    split = retune.patient_split(ids, retune.SHARES)
-    for part in retune.SHARES:
-        if part not in split:
-            raise InputError(f"{path}: the {part} split is empty; give more images")
-    note = "; each image counts as a patient of its own" if config.data == "siim" else ""
-    images, rows = [files[name] for name in ids], [rows[name] for name in ids]
-    return Radiographs(images, labels, (finding,), ids, split, ids, rows,
-                       note=f"{config.data}: no official split: 70/10/20% by hash{note}")  # fmt: skip
-
-
-def find_masks(config, data: Radiographs) -> Callable[[int], np.ndarray] | None:
-    """Image row -> its masks, bool [C, H, W] in the image's own pixels; None for data without masks."""
-    if config.data == "demo":
-        phantoms = data.images.phantoms
-        columns = [phantoms.class_names.index(name) for name in data.class_names]
-        return lambda row: phantoms.masks(int(row))[columns]
-    if config.data not in ("siim", "rsna"):
-        return None
-    path, table, column, _ = read_masked_table(config)
-    lines: dict[str, list[int]] = {}
-    for i, name in enumerate(table[column]):
-        lines.setdefault(name, []).append(i)
-
-    def masks(row: int) -> np.ndarray:
-        height, width = retune.read_image(data.images[row]).shape[-2:]
-        union = np.zeros((height, width), bool)
-        for i in lines[data.names[row]]:
-            where = f"{path} row {i + 2}"
-            if config.data == "siim":
-                union |= rle_to_mask(table["EncodedPixels"][i], height, width, where)
-            else:
-                box = [table[key][i] for key in ("x", "y", "width", "height")]
-                union |= box_to_mask(box, height, width, where)
-        return union[None]
-
-    return masks
-
-
-def transform_mask(mask: np.ndarray, resize, crop, **_) -> torch.Tensor:
-    """Masks [C, H, W] through the encoder's resize and crop, nearest neighbour: bool [C, h, w]."""
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional
-
-    size = [resize] if isinstance(resize, int) else list(resize)
-    mask = functional.resize(torch.from_numpy(mask), size, interpolation=InterpolationMode.NEAREST_EXACT)
-    return mask if crop is None else functional.center_crop(mask, [crop, crop])
-
-
-class MaskRows:
-    """Masks by image row as bool [C, h, w], each made once and kept as bits."""
-
-    def __init__(self, masks: Callable[[int], np.ndarray], encoder: DualEncoder, classes: int):
-        self.masks, self.transform, self.kept = masks, encoder.config["transform"], {}
-        self.shape = (classes, *blank_pixels(encoder).shape[-2:])
-
-    def __getitem__(self, row: int) -> torch.Tensor:
-        if row not in self.kept:
-            mask = transform_mask(self.masks(row), **self.transform)
-            if tuple(mask.shape) != self.shape:
-                sizes = f"its mask becomes {tuple(mask.shape)}, the encoder sees {self.shape}"
-                raise InputError(f"image {row}: {sizes}; crop to a square")
-            self.kept[row] = np.packbits(mask.numpy())
-        bits = np.unpackbits(self.kept[row], count=math.prod(self.shape))
-        return torch.from_numpy(bits.reshape(self.shape).astype(bool))
-
-    def stack(self, rows: np.ndarray) -> torch.Tensor:
-        """bool [B, C, h, w]."""
-        return torch.stack([self[int(row)] for row in rows])
-
-
-# ----------------------------------------------------------------------------------------------------- Tokens
+EVALUATION_BATCH = 32
 
 
 class PatchSide(Side):
-    """The image tower's patch tokens as rows [T * d] for retune's `embed`; `grid` is (h, w), T = h * w."""
+    """The image tower's patch tokens as rows [T * d] for retune's `embed`; T = grid * grid."""
 
     def __init__(self, encoder: DualEncoder, name: str = ""):
         super().__init__(encoder, "image", 0)
         tokens = self.tokens(blank_pixels(encoder).to(next(encoder.parameters()).device))
-        side = math.isqrt(tokens.shape[1])
-        if side < 2:
+        self.grid, self.width = math.isqrt(tokens.shape[1]), tokens.shape[2]
+        if self.grid < 2:
             raise InputError(f"--image-encoder {name}: gives no map of patch tokens; segmentation needs one")
-        self.grid, self.dim = (side, side), side * side * tokens.shape[2]
+        self.dim = self.grid**2 * self.width
 
     @torch.inference_mode()
     def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels [B, 3, H, H] -> patch tokens [B, T, d], without the class and register tokens in front."""
-        features = self.encoder.image.tower(pixels)["last_hidden_state"]
+        tower = self.encoder.image.tower
+        features = tower(pixels)["last_hidden_state"]
         if features.ndim == 4:
-            return features.flatten(2).transpose(1, 2).float()
+            channels_last = getattr(getattr(tower, "timm_model", None), "output_fmt", "NCHW") == "NHWC"
+            features = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
         return features[:, features.shape[1] - math.isqrt(features.shape[1]) ** 2 :].float()
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.tokens(pixels).flatten(1)
 
 
-def build_decoder(dim: int, first: int, classes: int) -> nn.ModuleList:
-    """Four blocks of `first`, 1/2, 1/4, 1/8 of it channels (authors: 512-256-128-64), then the logits."""
-    channels = [dim, *(max(8, first // 2**i) for i in range(4))]
-    blocks = [
-        nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-        for a, b in itertools.pairwise(channels)
-    ]
-    last = nn.Conv2d(channels[-1], classes, 1)
-    nn.init.constant_(last.bias, -4.0)  # (ours) most pixels of most images are empty: start there
-    return nn.ModuleList([*blocks, last])
+class MaskedImages(torch.utils.data.Dataset):
+    """(transformed pixels [3, h, w], masks bool [C, h, w]) of an image row."""
+
+    def __init__(self, data: Radiographs, masks: Callable, encoder: DualEncoder):
+        self.images, self.masks, self.transform = data.images, masks, encoder.transform
+        self.options, self.classes = encoder.config["transform"], len(data.class_names)
+        self.side = blank_pixels(encoder).shape[-1]
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image = read_pixels(self.images[row])
+        mask = transform_mask(self.masks(row, *image.shape[-2:]), **self.options)
+        pixels = self.transform(image)
+        if not mask.shape[1:] == pixels.shape[1:] == (self.side, self.side):
+            sizes = f"the image becomes {tuple(pixels.shape[1:])}, its mask {tuple(mask.shape[1:])}"
+            raise InputError(f"image row {row}: {sizes}, the encoder sees a square of {self.side}")
+        return pixels, mask
 
 
-def decode(
-    decoder: nn.ModuleList, tokens: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]
-) -> torch.Tensor:
-    """Tokens [B, T, P] -> logits [B, C, H, W]; blocks double the map until it reaches the mask's size."""
-    x = tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
-    for block in decoder[:-1]:
-        x = block(x)
-        if x.shape[-1] < size[-1]:
-            x = F.interpolate(x, scale_factor=2, mode="bilinear")
-    return F.interpolate(decoder[-1](x), size, mode="bilinear")
+@dataclass
+class Source:
+    """Frozen features and masks of images, batch by batch. Tokens [n, T * d] are stored, or None: then live."""
+
+    images: MaskedImages
+    side: PatchSide
+    config: Config
+    device: str
+    place: dict[int, int]  # image row -> row of tokens and of bits
+    tokens: np.ndarray | None = None
+    bits: np.ndarray | None = None  # packed masks [n, C * h * w / 8]
+
+    def batches(self, batches: Sequence[np.ndarray], augment: bool = False) -> Iterator[tuple]:
+        """(tokens [B, T, d] or embeddings [B, d], maps or None, masks float [B, C, h, w]) of each batch of rows."""
+        if self.tokens is not None:
+            yield from self.stored(batches)
+            return
+        loader = torch.utils.data.DataLoader(
+            self.images, batch_sampler=[batch.tolist() for batch in batches],
+            num_workers=min(self.config.workers, len(batches)), generator=torch.Generator(),
+        )  # fmt: skip
+        for pixels, masks in loader:
+            pixels, masks = pixels.to(self.device), masks.to(self.device).float()
+            if augment:
+                pixels, masks = turn_and_scale(pixels, masks, self.images.options)
+            if self.config.decoder == "unet":
+                *maps, last = unet_maps(self.side.encoder.image.tower, pixels)
+                yield last.mean((2, 3)), maps, masks
+            else:
+                yield self.side.tokens(pixels), None, masks
+
+    def stored(self, batches: Sequence[np.ndarray]) -> Iterator[tuple]:
+        side, like = self.images.side, torch.empty(0, device=self.device)
+        for batch in batches:
+            rows = [self.place[int(row)] for row in batch]
+            tokens = gather(self.tokens, torch.tensor(rows), like).unflatten(1, (-1, self.side.width))
+            masks = np.unpackbits(self.bits[rows], axis=1, count=self.images.classes * side**2)
+            yield tokens, None, torch.from_numpy(masks).to(self.device).float().view(len(rows), -1, side, side)
 
 
-# ------------------------------------------------------------------------------------------------------- Dice
+def turn_and_scale(pixels: torch.Tensor, masks: torch.Tensor, options: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half of the images turned by up to 10 degrees and scaled by up to 10%, with their masks; black around."""
+    n = len(pixels)
+    chosen = (torch.rand(n) < 0.5).float()
+    angle = chosen * (2 * torch.rand(n) - 1) * math.radians(10)
+    scale = 1 + chosen * (2 * torch.rand(n) - 1) * 0.1
+    cosine, sine = torch.cos(angle) / scale, torch.sin(angle) / scale
+    zero = torch.zeros(n)
+    theta = torch.stack([torch.stack([cosine, -sine, zero], 1), torch.stack([sine, cosine, zero], 1)], 1)
+    grid = F.affine_grid(theta.to(pixels), list(pixels.shape), align_corners=False)
+    mean, std = (torch.tensor(options[key]).to(pixels).view(1, -1, 1, 1) for key in ("mean", "std"))
+    black = -mean / std
+    turned = F.grid_sample(pixels - black, grid, align_corners=False) + black
+    return turned, F.grid_sample(masks, grid, mode="nearest", align_corners=False)
 
 
-def dice(prediction: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """2 |P and M| / (|P| + |M|) of bool [..., H, W] -> [...]; two empty masks count 1."""
-    total = prediction.sum((-2, -1)) + mask.sum((-2, -1))
-    overlap = (prediction & mask).sum((-2, -1))
-    return torch.where(total == 0, 1.0, 2 * overlap / total.clamp_min(1))
+# ------------------------------------------------------------------------------------------------------- Rows
 
 
-def mask_loss(
-    logits: torch.Tensor, mask: torch.Tensor, alpha: float = 10.0, gamma: float = 2.0
-) -> torch.Tensor:
-    """alpha * focal - log(soft Dice), per finding over the batch; both [B, C, H, W].
+def evaluation_rows(data: Radiographs, config: Config) -> dict[str, np.ndarray]:
+    """Rows to choose an epoch on and to test on, at most a quarter of --mask-images each, by seed."""
+    most = None if config.mask_images is None else max(1, config.mask_images // 4)
+    draw = np.random.default_rng(config.seed)
+    return {split: np.sort(draw.permutation(data.where(split))[:most]) for split in ("val", "test")}
 
-    The facts name no alpha and gamma; these are ours.
+
+def balance_empty(rows: np.ndarray, data: Radiographs, seed: int) -> np.ndarray:
+    """Training rows with as many empty images as others, drawn by seed (the authors', for SIIM)."""
+    positive = (data.labels[rows] == 1).any(1)
+    empty = np.random.default_rng(seed).permutation(rows[~positive])[: max(1, int(positive.sum()))]
+    return np.sort(np.concatenate([rows[positive], empty]))
+
+
+def training_rows(data: Radiographs, config: Config, repeat: int) -> dict[float, np.ndarray]:
+    """The labelled training rows of each fraction: classification's, balanced if asked for.
+
+    --mask-images leaves images out of the larger shares only, and they stay nested.
     """
-    entropy = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
-    focal = ((1 - torch.exp(-entropy)) ** gamma * entropy).mean()
-    p = logits.sigmoid()
-    soft = (2 * (p * mask).sum((0, 2, 3)) + 1) / ((p + mask).sum((0, 2, 3)) + 1)
-    return alpha * focal - soft.log().mean()
+    rows = labelled_rows(data, config, repeat)
+    if config.balance == "yes":
+        kept = balance_empty(data.where("train"), data, config.seed)
+        rows = {fraction: np.intersect1d(subset, kept) for fraction, subset in rows.items()}
+    order: list[int] = []
+    for fraction in sorted(rows):
+        new = np.random.default_rng(config.seed + repeat).permutation(np.setdiff1d(rows[fraction], order))
+        order += new.tolist()
+        rows[fraction] = np.sort(np.array(order[: config.mask_images], int))
+        if not len(rows[fraction]):
+            raise InputError(f"--fractions {fraction:g}: no training image with a mask; give a larger share")
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------- Training
 
 
-def segment(
-    model: nn.Module, encoder: DualEncoder, data: Radiographs, masks: Callable, config, device: str
-) -> list[dict]:
-    """Train decoders on adapted and on bare patch tokens, frozen; test Dice per finding, overlay.png."""
-    folder, file = config.folder, config.folder / "segmentation.json"
-    if file.exists():
-        return retune.read_json(file)
-    side, rows = PatchSide(encoder, config.image_encoder), choose_rows(data, config.mask_images, config.seed)
-    chosen = np.concatenate([rows["train"], rows["test"]])
+def open_source(encoder: DualEncoder, data: Radiographs, masks: Callable, rows, config: Config, device: str) -> Source:
+    """The frozen features of image rows: stored tokens, or live ones where images are augmented."""
+    side, images = PatchSide(encoder, config.image_encoder), MaskedImages(data, masks, encoder)
+    place = {int(row): i for i, row in enumerate(rows)}
+    source = Source(images, side, config, device, place)
+    if config.augment == "yes" or config.decoder == "unet":
+        return source
     subset = Radiographs(
-        [data.images[i] for i in chosen], data.labels[chosen], data.class_names, data.patients[chosen],
-        data.split[chosen], [data.names[i] for i in chosen], [data.rows[i] for i in chosen],
-        key=data.key and f"{data.key} rows {chosen.tolist()}",
+        [data.images[i] for i in rows], data.labels[rows], data.class_names, data.patients[rows], data.split[rows],
+        [data.names[i] for i in rows], [data.rows[i] for i in rows],
+        key=data.key and f"{data.key} rows {rows.tolist()}",
     )  # fmt: skip
-    train, test = np.split(np.arange(len(chosen)), [len(rows["train"])])
-    say(f"segmentation: {len(train):,} training, {len(test):,} test images, {side.grid} tokens each")
-    tokens = embed(side, subset, config, device, store="fp16")
-    mask_rows = MaskRows(lambda i: masks(int(chosen[i])), encoder, len(data.class_names))
-    found = {}
-    for name in ("adaptor", "bare backbone"):
-
-        def features(batch: np.ndarray, name=name) -> torch.Tensor:
-            x = read_rows(tokens, torch.from_numpy(batch)).to(device)
-            x = x.reshape(len(batch), side.grid[0] ** 2, -1)  # [B, T, d]
-            with torch.no_grad():
-                return model.alone("image", x) if name == "adaptor" else model.centre("image", x)
-
-        place = folder / f"segmentation-{name.split()[0]}"
-        decoder = fit_decoder(features, mask_rows, train, side.grid, config, place, device)
-        found[name] = predict_masks(decoder, features, mask_rows, test, side.grid)
-    truth = mask_rows.stack(test)
-    draw_overlay(folder / "overlay.png", data, chosen, test, truth, found["adaptor"], encoder)
-    columns = [("mean", slice(None)), *zip(data.class_names, range(len(data.class_names)))]
-    result = [dice_row(finding, found, truth, column) for finding, column in columns]
-    retune.write_json(file, result)
-    return retune.read_json(file)
+    source.tokens = embed(side, subset, config, device)
+    bar = retune.progress(rows, desc="masks", unit="image")
+    source.bits = np.stack([np.packbits(images[int(row)][1].numpy()) for row in bar])
+    return source
 
 
-def choose_rows(data: Radiographs, most: int | None, seed: int) -> dict[str, np.ndarray]:
-    """Training and test rows, at most `most` together in the data's own proportion, drawn by seed."""
-    rows = {split: data.where(split) for split in ("train", "test")}
-    share = min(1.0, (most or math.inf) / sum(map(len, rows.values())))
-    draw = np.random.default_rng(seed)
-    return {k: np.sort(draw.permutation(r)[: max(1, round(share * len(r)))]) for k, r in rows.items()}
+def adapt(model: Adaptor, tokens: torch.Tensor, name: str) -> torch.Tensor:
+    """Frozen tokens [B, T, d], or embeddings [B, d], as FEATURES name them."""
+    with torch.no_grad():
+        return model.features(tokens) if name == "adaptor" else model.centre("image", tokens)
 
 
-def fit_decoder(
-    features, masks: MaskRows, rows: np.ndarray, grid, config, folder: Path, device: str
-) -> nn.ModuleList:
-    """AdamW 5e-4, weight decay 1e-4, batches of 32, cosine to zero (ours)."""
-    with retune.seeded(config.seed):
-        decoder = build_decoder(features(rows[:1]).shape[-1], config.decoder_width, masks.shape[0]).to(device)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=5e-4, weight_decay=1e-4)
-    per_epoch = math.ceil(len(rows) / 32)
+def build_decoder(dim: int, source: Source, config: Config) -> nn.Module:
+    """The decoder that the settings name, for features of `dim` and the source's grid and image size."""
+    classes, size = source.images.classes, source.images.side
+    if config.decoder == "unet":
+        return UNetDecoder(dim, classes, size)
+    return PatchDecoder(dim, config.decoder_width, classes, source.side.grid, size)
+
+
+def train_decoder(
+    model: Adaptor, source: Source, name: str, rows: dict, config: Config, seed: int, folder: Path
+) -> nn.Module:
+    """AdamW, cosine to zero over the epochs (the authors': over 100); the best epoch by validation Dice."""
+    dim = model.settings["width"] if name == "adaptor" else model.settings["image_dim"]
+    with retune.seeded(seed):
+        decoder = build_decoder(dim, source, config).to(source.device)
+    optimizer = torch.optim.AdamW(
+        decoder.parameters(), lr=config.mask_lr, weight_decay=config.mask_weight_decay
+    )
 
     def one_epoch(k: int) -> dict:
         decoder.train()
+        optimizer.param_groups[0]["lr"] = config.mask_lr * (1 + math.cos(math.pi * k / config.mask_epochs)) / 2
+        order = rows["train"][torch.randperm(len(rows["train"])).numpy()]
+        batches = [order[i : i + config.mask_batch] for i in range(0, len(order), config.mask_batch)]
         losses = []
-        for i, batch in enumerate(torch.randperm(len(rows)).split(32)):
-            done = (k * per_epoch + i) / (config.mask_epochs * per_epoch)
-            optimizer.param_groups[0]["lr"] = 5e-4 * (1 + math.cos(math.pi * done)) / 2
-            logits = decode(decoder, features(rows[batch.numpy()]), grid, masks.shape[1:])
-            loss = mask_loss(logits, masks.stack(rows[batch.numpy()]).float().to(device))
+        for tokens, maps, masks in source.batches(batches, config.augment == "yes"):
+            loss = mask_loss(decoder(adapt(model, tokens, name), maps), masks, config.mask_loss)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        return {"loss": float(np.mean(losses))}
+        score = measure_decoder(decoder, model, source, name, rows["val"])[0].mean().item()
+        return {"loss": float(np.mean(losses)), "score": score}
 
-    train_epochs(folder, decoder, optimizer, config.mask_epochs, config.seed, one_epoch)
-    return decoder
+    train_epochs(folder, decoder, optimizer, seed, config.mask_epochs, config.patience, one_epoch)
+    return decoder.eval()
 
 
 @torch.no_grad()
-def predict_masks(decoder, features, masks: MaskRows, rows: np.ndarray, grid) -> torch.Tensor:
-    """bool [n, C, H, W] of the given rows."""
+def measure_decoder(decoder, model, source: Source, name: str, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Dice [n, C], whether the finding is there [n, C]) of the given rows."""
     decoder.eval()
-    parts = np.array_split(rows, math.ceil(len(rows) / 32))
-    return torch.cat([decode(decoder, features(part), grid, masks.shape[1:]).cpu() > 0 for part in parts])
+    scores, present = [], []
+    for tokens, maps, masks in source.batches(np.array_split(rows, math.ceil(len(rows) / EVALUATION_BATCH))):
+        predicted = decoder(adapt(model, tokens, name), maps) > 0
+        scores.append(dice(predicted, masks.bool()).cpu())
+        present.append(masks.flatten(2).any(-1).cpu())
+    return torch.cat(scores), torch.cat(present)
 
 
-def dice_row(name: str, found: dict[str, torch.Tensor], truth: torch.Tensor, column) -> dict:
-    """A line of the table: Dice over all test images (empty-mask rule), and over those with the finding."""
-    truth, row = truth[:, column], {"finding": name, "images": len(truth)}
-    present = truth.flatten(-2).any(-1)
-    row["with it"] = int(present.sum()) if present.ndim == 1 else int(present.any(1).sum())
-    scores = {k: dice(v[:, column], truth) for k, v in found.items()}
-    row |= {k: v.mean().item() for k, v in scores.items()}
-    return row | {
-        f"{k}, with it": v[present].mean().item() if present.any() else math.nan for k, v in scores.items()
-    }
+def segment(
+    model: Adaptor, encoder: DualEncoder, data: Radiographs, masks: Callable, config: Config, device: str,
+    draw: Callable,
+) -> list[dict]:  # fmt: skip
+    """Train decoders on adapted and on bare frozen features for each labelled share and repeat; test Dice.
+
+    draw(source, decoder, model, test rows) makes a picture with the first decoder of the largest share.
+    """
+    file = config.folder / "segmentation.json"
+    results = retune.read_json(file) if file.exists() else []
+    jobs = [(repeat, fraction, name) for repeat in range(config.repeats) for fraction in config.fractions
+            for name in FEATURES]  # fmt: skip
+    if len(results) == len(jobs):
+        return results
+    rows = evaluation_rows(data, config)
+    shares = [training_rows(data, config, repeat) for repeat in range(config.repeats)]
+    every = np.unique(np.concatenate([*rows.values(), *(s for share in shares for s in share.values())]))
+    source = open_source(encoder.to(device), data, masks, every, config, device)
+    log(f"segmentation: {len(every):,} images, {source.side.grid} x {source.side.grid} tokens each")
+    for repeat, fraction, name in jobs[len(results) :]:
+        chosen = rows | {"train": shares[repeat][fraction]}
+        place = config.folder / "segmentation" / f"{name.split()[0]}-{fraction:g}-{repeat}"
+        decoder = train_decoder(model, source, name, chosen, config, config.seed + repeat, place)
+        scores, present = measure_decoder(decoder, model, source, name, rows["test"])
+        results.append({"fraction": fraction, "repeat": repeat, "features": name, "n": len(chosen["train"]),
+                        **summarise(scores, present, data.class_names)})  # fmt: skip
+        if name == "adaptor" and repeat == 0 and fraction == max(config.fractions):
+            draw(source, decoder, model, rows["test"])
+        retune.write_json(file, results)
+    return retune.read_json(file)
+
+
+def summarise(scores: torch.Tensor, present: torch.Tensor, names: Sequence[str]) -> dict:
+    """Dice [n, C] -> means over all images (1 for an empty mask found empty), and over those with the finding."""
+    there = torch.where(present, scores, torch.nan)
+    per_finding = {
+        name: {"with it": int(present[:, c].sum()), "dice": scores[:, c].mean().item(),
+               "dice, with it": there[:, c].nanmean().item()}
+        for c, name in enumerate(names)
+    }  # fmt: skip
+    return {"images": len(scores), "dice": scores.mean().item(), "dice, with it": there.nanmean().item(),
+            "findings": per_finding}  # fmt: skip
 
 
 def segmentation_table(results: Sequence[dict]) -> str:
-    """Test Dice per finding: over all images (1 for an empty mask found empty), and where it is present."""
-    header = ["segmentation, test Dice", "images", "with it", "adaptor", "bare", "adaptor, where present",
-              "bare, where present"]  # fmt: skip
-    return retune.markdown_table(header, [list(row.values()) for row in results])
-
-
-def draw_overlay(path: Path, data, chosen, test, truth, predicted, encoder, images: int = 4) -> None:
-    """A few test images, true outlines above predicted ones, a colour per finding."""
-    from matplotlib.figure import Figure
-
-    present = truth.flatten(-2).any(-1).sum(1)
-    picked = torch.argsort(present, descending=True, stable=True)[:images].tolist()
-    figure = Figure(figsize=(2.6 * len(picked), 5.8), layout="constrained")
-    axes = figure.subplots(2, len(picked), squeeze=False)
-    colours = [f"C{c}" for c in range(len(data.class_names))]
-    for column, i in enumerate(picked):
-        image = data.images[chosen[test[i]]]
-        image = (
-            retune.read_image(image) if isinstance(image, Path) else torch.from_numpy(np.array(image))[None]
-        )
-        grey = encoder.transform(image)[0].numpy()
-        for line, (masks, title) in enumerate(((truth[i], "true"), (predicted[i], "predicted"))):
-            axes[line, column].imshow(grey, cmap="gray")
-            for mask, colour in zip(masks, colours):
-                if mask.any():
-                    axes[line, column].contour(mask.numpy(), levels=[0.5], colors=colour, linewidths=1.2)
-            axes[line, column].set_title(f"{title}: {data.names[chosen[test[i]]]}", fontsize=8)
-            axes[line, column].axis("off")
-    handles = [figure.axes[0].plot([], [], color=c, label=n)[0] for c, n in zip(colours, data.class_names)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
-    with retune.atomic(path) as partial:
-        figure.savefig(partial, dpi=80, format="png")
+    """Mean test Dice per labelled share, over all images and where the finding is present; then per finding."""
+    tables = []
+    for key, title in (("dice", "all images"), ("dice, with it", "where present")):
+        flat = [result | {key: math.nan if result[key] is None else result[key]} for result in results]
+        header = [f"segmentation, test Dice, {title}", "images", *FEATURES, "difference"]
+        tables.append(markdown_table(header, rows_by_fraction(flat, key)))
+    largest = [r for r in results if r["fraction"] == max(r["fraction"] for r in results)]
+    rows = []
+    for name, found in largest[0]["findings"].items():
+        cells = [name, largest[0]["images"], found["with it"]]
+        for key in ("dice", "dice, with it"):
+            for kind in FEATURES:
+                values = [r["findings"][name][key] for r in largest if r["features"] == kind]
+                cells.append(None if None in values else float(np.mean(values)))
+        rows.append(cells)
+    header = ["test Dice, all labels", "images", "with it", *FEATURES, *(f"{kind}, with it" for kind in FEATURES)]
+    return "\n\n".join([*tables, markdown_table(header, rows)])

@@ -1,8 +1,9 @@
-"""Image-report pairs for `adaptor.py`: where texts come from, their frozen embeddings, the rows of a pair."""
+"""Image-report pairs: where texts come from, their frozen embeddings, the rows of a pair."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -12,16 +13,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from adaptor.unimodal import Side, embed
-from retune import DualEncoder, InputError, Radiographs, read_rows, say
+from adaptor.encoders import Side, embed
+from retune import DualEncoder, InputError, Radiographs, gather, log
+
+SECTION = re.compile(r"^[ \t]*([A-Z][A-Z /,()]+):", re.MULTILINE)  # a title in a report
 
 
-def read_or_blank(texts: Sequence[str], i: int) -> str:
-    """Text i on one line, "" when its file is missing."""
-    try:
-        return " ".join(texts[i].split())
-    except FileNotFoundError:
+def read_report(path: Path) -> str:
+    """A MIMIC-CXR report as the authors read it: impression, then findings (else everything), lower-case words.
+
+    "" when the file is missing.
+    """
+    if not path.is_file():
         return ""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    _, *parts = SECTION.split(text)  # title, text, title, text, ...
+    sections = dict(zip(parts[::2], parts[1::2]))
+    chosen = [sections[title] for title in ("IMPRESSION", "FINDINGS") if title in sections]
+    return " ".join(re.findall(r"\w+", " ".join(chosen or [text]).lower()))
 
 
 def caption(labels: Sequence[float], names: Sequence[str]) -> str:
@@ -30,23 +39,28 @@ def caption(labels: Sequence[float], names: Sequence[str]) -> str:
     return f"a chest X-ray of a patient with {', '.join(found) or 'no finding'}."
 
 
+def find_reports(config, data: Radiographs) -> list[str] | None:
+    """Each image's report in one line, "" where there is none; None when the data set has no reports."""
+    if config.data == "mimic":
+        root = Path(config.reports_dir or config.data_dir)
+        reports = [read_report((root / name).parent.with_suffix(".txt")) for name in data.names]
+        return reports if config.reports_dir or any(reports) else None
+    if data.reports is None:
+        return None
+    return [" ".join(data.reports[i].split()) for i in range(len(data.images))]
+
+
 def make_texts(config, data: Radiographs) -> tuple[list[str], str]:
     """(one text per image, "" where there is none and --skip-unpaired allows it; where they come from)."""
-    reports = data.reports
-    if config.reports_dir:
-        from public_data import MimicReports
-
-        reports = MimicReports([Path(config.reports_dir) / name for name in data.names])
-    if config.texts == "labels" or (reports is None and config.texts == "auto"):
-        return [caption(row, data.class_names) for row in data.labels], "captions made from the labels"
+    reports = None if config.texts == "labels" else find_reports(config, data)
     if reports is None:
-        raise InputError(f"--texts reports: the data set {config.data} has no reports; use --texts labels")
-    reports = [read_or_blank(reports, i) for i in range(len(data.images))]
+        if config.texts == "reports":
+            raise InputError(f"--texts reports: the data set {config.data} has no reports; use --texts labels")
+        return [caption(row, data.class_names) for row in data.labels], "captions made from the labels"
     if "" in reports and not config.skip_unpaired:
-        row, missing = data.rows[reports.index("")], reports.count("")
-        raise InputError(
-            f"{row}: no report ({missing} images have none); --skip-unpaired leaves them out of the pairs"
-        )
+        row = data.rows[reports.index("")]
+        missing = f"no report ({reports.count('')} images have none)"
+        raise InputError(f"{row}: {missing}; --skip-unpaired leaves them out of the pairs")
     return reports, "reports"
 
 
@@ -99,16 +113,16 @@ class Pairs:
     rows: dict[str, tuple[torch.Tensor, torch.Tensor]]
     words: Sequence[str]
 
-    def read(self, split: str, chosen: torch.Tensor, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, split: str, chosen: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings of the chosen pairs of a split, [B, d_image] and [B, d_text], as `like` is."""
         image_rows, text_rows = self.rows[split]
-        images, texts = read_rows(self.images, image_rows[chosen]), read_rows(self.texts, text_rows[chosen])
-        return images.to(device), texts.to(device)
+        return gather(self.images, image_rows[chosen], like), gather(self.texts, text_rows[chosen], like)
 
 
 def make_pairs(config, data: Radiographs, texts, encoder: DualEncoder, images, device: str) -> Pairs:
     """Embed the texts of the images that have one, and pair the rows of each split."""
     paired = np.array([i for i, text in enumerate(texts) if text])
-    say(f"{len(paired):,} pairs; {len(texts) - len(paired):,} images without a text")
+    log(f"{len(paired):,} pairs; {len(texts) - len(paired):,} images without a text")
     if not len(paired):
         raise InputError(f"--data {config.data}: no image has a report; use --texts labels")
     words = [texts[i] for i in paired]

@@ -1,0 +1,128 @@
+"""The demo's two towers, each trained alone: an autoencoder of images, a masked language model of reports.
+
+They see phantoms of other patients than the demo's, and no image and report is ever paired, so whatever
+alignment the demo shows was learned by the adaptor. That would not be so for the towers of `tiny`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import retune
+from retune import DualEncoder, log, progress
+
+IMAGE = {"model_type": "resnet", "embedding_size": 32, "hidden_sizes": [32, 128], "depths": [1, 1],
+         "layer_type": "basic"}  # fmt: skip
+TEXT = {"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 256, "max_position_embeddings": 128, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0}  # fmt: skip
+TRANSFORM = {"resize": 64, "crop": 64, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.25] * 3}
+CONTEXT = 128  # tokens of the longest report the text tower reads
+PHANTOMS = 3000  # images to clean; the reports of as many again are read
+STEPS = {"image": 250, "text": 300}
+BATCH = 64
+VERSION = 1  # raise it when training changes: it is part of the cache key
+
+
+def demo_encoder(cache_dir: Path, phantoms: int = PHANTOMS, steps: dict[str, int] = STEPS) -> DualEncoder:
+    """The two towers side by side in one DualEncoder without heads, trained once and kept in `cache_dir`."""
+    source = repr((VERSION, IMAGE, TEXT, TRANSFORM, phantoms, sorted(steps.items()))).encode()
+    folder = Path(cache_dir) / f"unimodal-{hashlib.sha256(source).hexdigest()[:12]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with retune.locked(folder.parent, wait=True):
+        if not folder.exists():
+            log("training the demo's two encoders, each alone: an autoencoder, a masked language model")
+            train_towers(phantoms, steps).save(folder)
+    return DualEncoder.load(str(folder))
+
+
+def train_towers(n_phantoms: int, steps: dict[str, int]) -> DualEncoder:
+    from demo import phantoms
+
+    films = phantoms.make_phantoms(n_phantoms, seed=2000, domain="pretrain")
+    reports = phantoms.make_phantoms(n_phantoms, seed=3000, domain="pretrain").reports  # of other patients
+    tokenizer = build_tokenizer(reports)
+    config = {
+        "name": "unimodal",
+        "dim": 128,
+        "image": {"library": "transformers", "model": IMAGE, "pool": "mean", "head": []},
+        "text": {
+            "model": TEXT | {"vocab_size": len(tokenizer)}, "pool": "mean", "head": [],
+            "context_length": CONTEXT, "padding": "longest",
+        },
+        "transform": TRANSFORM,
+    }  # fmt: skip
+    with retune.seeded(7):
+        encoder = DualEncoder(config, tokenizer).train().requires_grad_(True)
+        train_image(encoder, films.images, steps["image"])
+        train_text(encoder, reports, steps["text"])
+    return encoder.eval().requires_grad_(False)
+
+
+def build_tokenizer(reports: Sequence[str]):
+    """A fast tokenizer of lower-case words and punctuation: [CLS] text [SEP]."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(reports, trainers.WordLevelTrainer(special_tokens=list(names.values())))
+    ends = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def one_cycle_optimizer(parameters, steps: int, peak: float):
+    optimizer = torch.optim.AdamW(parameters, lr=peak)
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps)
+
+
+def train_image(encoder: DualEncoder, images: Sequence, steps: int) -> None:
+    """Denoising autoencoder: from a noisy film's map [B, 128, 8, 8] to the clean film at half size."""
+    pixels = torch.stack([encoder.transform(torch.from_numpy(np.asarray(image))[None]) for image in images])
+    decoder = nn.Sequential(
+        nn.Conv2d(128, 16, 1), nn.Conv2d(16, 64, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2),
+        nn.Conv2d(64, 32, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2),
+        nn.Conv2d(32, 1, 3, padding=1),
+    )  # fmt: skip
+    optimizer, schedule = one_cycle_optimizer([*encoder.image.parameters(), *decoder.parameters()], steps, 4e-3)
+    for _ in progress(range(steps), desc="image tower", unit="step"):
+        clean = pixels[torch.randint(len(pixels), (BATCH,))]  # [B, 3, 64, 64]
+        contrast, brightness = 1 + 0.3 * torch.randn(BATCH, 1, 1, 1), 0.3 * torch.randn(BATCH, 1, 1, 1)
+        clean = clean * contrast + brightness
+        noisy = clean + 0.3 * torch.randn_like(clean)
+        features = encoder.image.tower(noisy).last_hidden_state  # [B, 128, 8, 8]
+        loss = F.mse_loss(decoder(features), F.avg_pool2d(clean[:, :1], 2))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def train_text(encoder: DualEncoder, reports: Sequence[str], steps: int) -> None:
+    """Masked language model: 15% of the words are replaced by [MASK] and have to be named."""
+    tokens = encoder.tokenize(list(reports))
+    ids, attention = tokens["input_ids"], tokens["attention_mask"]
+    mask_id, words = encoder.tokenizer.mask_token_id, len(encoder.tokenizer)
+    decoder = nn.Linear(128, words)
+    optimizer, schedule = one_cycle_optimizer([*encoder.text.parameters(), *decoder.parameters()], steps, 2e-3)
+    for _ in progress(range(steps), desc="text tower", unit="step"):
+        batch = torch.randint(len(ids), (BATCH,))
+        longest = int(attention[batch].sum(1).max())
+        target, seen = ids[batch, :longest], attention[batch, :longest]
+        hidden = (torch.rand(target.shape) < 0.15) & (target > mask_id)  # special tokens have the lowest ids
+        masked = target.masked_fill(hidden, mask_id)
+        features = encoder.text.tower(masked, attention_mask=seen).last_hidden_state  # [B, L, 128]
+        loss = F.cross_entropy(decoder(features[hidden]), target[hidden])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
