@@ -111,7 +111,9 @@ def measure_head(head: nn.Module, features, labels, rows: np.ndarray, config: Co
 
 
 @torch.no_grad()
-def embed_features(model: Adaptor, images: np.ndarray, dummy_text: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def embed_features(
+    model: Adaptor, images: np.ndarray, dummy_text: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
     """Features [N, d] under each name of FEATURES, on the model's device: adapted (normalised), and bare.
 
     dummy_text [d_text] goes through the adaptor with every image (the authors' ablation); with one token a
@@ -128,7 +130,9 @@ def embed_features(model: Adaptor, images: np.ndarray, dummy_text: torch.Tensor 
     return dict(zip(FEATURES, (torch.cat(adapted), torch.cat(bare))))
 
 
-def classify(model: Adaptor, images: np.ndarray, data: Radiographs, config: Config, dummy_text=None) -> list[dict]:
+def classify(
+    model: Adaptor, images: np.ndarray, data: Radiographs, config: Config, dummy_text=None
+) -> list[dict]:
     """The head on the frozen adaptor and on the bare backbone, for each labelled share and repeat."""
     file = config.folder / "classification.json"
     if file.exists():
@@ -136,8 +140,14 @@ def classify(model: Adaptor, images: np.ndarray, data: Radiographs, config: Conf
     wrong = np.flatnonzero(np.nan_to_num(data.labels).sum(1) != 1)
     if config.multiclass and len(wrong):
         where = data.rows[int(wrong[0])]
-        raise InputError(f"{where}: --multiclass needs exactly one class of each image; leave it out for findings")
-    features, labels, results = embed_features(model.eval(), images, dummy_text), torch.from_numpy(data.labels), []
+        raise InputError(
+            f"{where}: --multiclass needs exactly one class of each image; leave it out for findings"
+        )
+    features, labels, results = (
+        embed_features(model.eval(), images, dummy_text),
+        torch.from_numpy(data.labels),
+        [],
+    )
     for repeat in retune.progress(range(config.repeats), desc="classification", unit="repeat"):
         for fraction, train in labelled_rows(data, config, repeat).items():
             rows = {"train": train, "val": data.where("val"), "test": data.where("test")}
@@ -163,7 +173,9 @@ def rows_by_fraction(results: Sequence[dict], key: str) -> list[list]:
     rows = []
     for fraction in dict.fromkeys(r["fraction"] for r in results):
         group = [r for r in results if r["fraction"] == fraction]
-        values = {name: np.array([r[key] for r in group if r["features"] == name], float) for name in FEATURES}
+        values = {
+            name: np.array([r[key] for r in group if r["features"] == name], float) for name in FEATURES
+        }
         gain = values["adaptor"] - values["bare backbone"]
         rows.append([f"{fraction:.0%} of the labels", f"{np.mean([r['n'] for r in group]):,.0f}",
                      *map(mean_and_deviation, values.values()), f"{gain.mean():+.3f}"])  # fmt: skip

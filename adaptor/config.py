@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 
 import retune
-from retune import InputError, setting
+from retune import InputError, check_values, setting
 
 OWN_SETS = ("siim", "rsna", "covidx")  # data sets that `adaptor.data` reads; the others are retune's
 YES_NO = ("yes", "no")
@@ -95,18 +95,12 @@ class Config:
     def __post_init__(self):
         counts = "demo_images text_tokens image_size encode_batch width heads feedforward epochs batch_size patience"
         counts += " repeats head_batch head_epochs mask_batch mask_epochs mask_images decoder_width"
-        retune.check_values(
-            self,
-            (f"{counts} lr head_lr mask_lr", *retune.POSITIVE),
-            ("seed workers", *retune.SEED),
-            (
-                "weight_decay head_weight_decay mask_weight_decay layers",
-                lambda value: 0 <= value < math.inf,
-                "not be negative",
-            ),
-            ("text_to_image", lambda value: 0 <= value <= 1, "be from 0 to 1"),
-            ("dropout", lambda value: 0 <= value < 1, "be at least 0 and below 1"),
-        )
+        check_values(self, f"{counts} lr head_lr mask_lr", lambda value: 0 < value < math.inf, "be positive")
+        decays = "weight_decay head_weight_decay mask_weight_decay layers"
+        check_values(self, decays, lambda value: 0 <= value < math.inf, "not be negative")
+        check_values(self, "seed workers", lambda value: 0 <= value < 2**32, "be from 0 to 4294967295")
+        check_values(self, "text_to_image", lambda value: 0 <= value <= 1, "be from 0 to 1")
+        check_values(self, "dropout", lambda value: 0 <= value < 1, "be at least 0 and below 1")
         if bad := [f for f in self.fractions or () if not 0 < f <= 1]:
             raise InputError(f"--fractions {bad[0]} must be above 0 and at most 1")
 
@@ -127,7 +121,13 @@ PUBLISHED = {  # what differs from them for a data set; MIMIC-CXR is where they 
     "mimic": {"text_tokens": 112},
     "chexpert": {},
     "covidx": {"patience": 5},
-    "rsna": {"head_lr": 5e-5, "head_weight_decay": 1e-4, "head_batch": 512, "head_epochs": 100, "image_size": 224},
+    "rsna": {
+        "head_lr": 5e-5,
+        "head_weight_decay": 1e-4,
+        "head_batch": 512,
+        "head_epochs": 100,
+        "image_size": 224,
+    },
     "siim": {"mask_epochs": 100, "image_size": 896, "balance": "yes"},
 }
 # (ours) for sets on which the authors' schedule would take a few hundred steps

@@ -28,29 +28,17 @@ RETUNE_SETTINGS = ("data", "data_dir", "labels_csv", "classes", "view", "uncerta
 def load_data(config) -> Radiographs:
     """retune's data sets, and RSNA's, SIIM's and COVIDx's."""
     if config.data not in OWN_SETS:
-        return retune.load_radiographs(retune.Config(**{key: getattr(config, key) for key in RETUNE_SETTINGS}))
+        return retune.load_radiographs(
+            retune.Config(**{key: getattr(config, key) for key in RETUNE_SETTINGS})
+        )
     if config.data_dir is None or not Path(config.data_dir).is_dir():
-        raise InputError(f"--data {config.data} needs its folder; --data-dir {config.data_dir} is not a folder")
+        raise InputError(
+            f"--data {config.data} needs its folder; --data-dir {config.data_dir} is not a folder"
+        )
     data = load_covidx(config) if config.data == "covidx" else load_masked(config)
-    home: dict[str, str] = {}
-    for patient, split, row in zip(data.patients, data.split, data.rows):
-        if home.setdefault(patient, split) != split:
-            raise InputError(f"{row}: patient {str(patient)!r} is in {home[patient]} and in {split}")
-    for part in ("train", "val", "test"):
-        if part not in data.split:
-            raise InputError(f"--data {config.data}: the {part} split is empty; give more images")
+    retune.check_patients(data)
+    retune.check_splits(data)
     return data
-
-
-def find_table(config, patterns: Sequence[str]) -> Path:
-    """--labels-csv, or the only file of --data-dir that matches the first pattern which any file matches."""
-    if config.labels_csv:
-        return Path(config.labels_csv)
-    found = next(filter(None, (sorted(Path(config.data_dir).glob(p)) for p in patterns)), [])
-    if len(found) != 1:
-        problem = f"{len(found)} files match {' or '.join(patterns)}"
-        raise InputError(f"{config.data_dir}: {problem}; name the label file with --labels-csv")
-    return found[0]
 
 
 # ------------------------------------------------------------------------------------------------ RSNA and SIIM
@@ -58,11 +46,11 @@ def find_table(config, patterns: Sequence[str]) -> Path:
 
 def read_masked_table(config) -> tuple[Path, pd.DataFrame, str, str]:
     """(file, table, column of image ids, finding) of SIIM or RSNA."""
+    pattern = {"siim": "*rle*.csv", "rsna": "*train_labels*.csv"}[config.data]
+    path = Path(config.labels_csv or retune.one_file(Path(config.data_dir), [pattern]))
     if config.data == "siim":
-        path = find_table(config, ["*rle*.csv"])
         table = read_table(path, ["ImageId", "EncodedPixels"])
         return path, table.assign(EncodedPixels=table["EncodedPixels"].str.strip()), "ImageId", "Pneumothorax"
-    path = find_table(config, ["*train_labels*.csv"])
     table = read_table(path, ["patientId", "x", "y", "width", "height", "Target"])
     return path, table, "patientId", "Pneumonia"
 
@@ -114,7 +102,9 @@ def load_covidx(config) -> Radiographs:
     training patients, by hash (the authors: a fifth of the images).
     """
     lists = {part: Path(config.data_dir).glob(f"{part}*.txt") for part in ("train", "test", "val")}
-    lines = [line for part, paths in lists.items() for path in sorted(paths) for line in read_list(part, path)]
+    lines = [
+        line for part, paths in lists.items() for path in sorted(paths) for line in read_list(part, path)
+    ]
     if not {"train", "test"} <= {part for _, _, _, part, _ in lines}:
         raise InputError(f"{config.data_dir}: no train*.txt or test*.txt with COVIDx's lists of images")
     names, patients, found, split, rows = map(list, zip(*lines))
@@ -140,7 +130,9 @@ def read_list(part: str, path: Path) -> list[tuple[str, str, str, str, str]]:
         if words:
             source = words[-1] if place == -2 else "?"
             name = f"{part}/{' '.join(words[1:place])}"
-            found.append((name, f"{source}/{words[0]}", COVIDX[words[place].lower()], part, f"{path} row {i}"))
+            found.append(
+                (name, f"{source}/{words[0]}", COVIDX[words[place].lower()], part, f"{path} row {i}")
+            )
     return found
 
 
@@ -206,7 +198,9 @@ def find_masks(config, data: Radiographs) -> Callable[[int, int, int], np.ndarra
             if config.data == "siim":
                 union |= rle_to_mask(table["EncodedPixels"][i], height, width, where)
             else:
-                union |= box_to_mask(table.loc[i, ["x", "y", "width", "height"]].tolist(), height, width, where)
+                union |= box_to_mask(
+                    table.loc[i, ["x", "y", "width", "height"]].tolist(), height, width, where
+                )
         return union[None]
 
     return masks
@@ -224,4 +218,8 @@ def transform_mask(mask: np.ndarray, resize, crop, **_) -> torch.Tensor:
 
 def read_pixels(image) -> torch.Tensor:
     """An image of a data set, a path or an array [H, W], as uint8 [1 or 3, H, W]."""
-    return retune.read_image(image) if isinstance(image, Path) else torch.from_numpy(np.array(image))[None]
+    return (
+        retune.read_image(image)
+        if isinstance(image, (str, Path))
+        else torch.from_numpy(np.array(image))[None]
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -24,7 +25,7 @@ class PatchDecoder(nn.Module):
         self.start = round(size / 2**self.doublings)
         channels = [dim, *(max(8, first // 2**i) for i in range(4))]
         self.first = block(dim, dim, padding=0 if self.start == grid - 2 else 1)
-        self.blocks = nn.ModuleList(block(a, b, padding=1) for a, b in zip(channels[:-1], channels[1:]))
+        self.blocks = nn.ModuleList(block(a, b, padding=1) for a, b in itertools.pairwise(channels))
         self.last = nn.Conv2d(channels[-1], classes, 3, padding=1)
         initialise(self)
 
@@ -56,9 +57,10 @@ class UNetDecoder(nn.Module):
         if factor:  # one module, whose weights serve every further doubling, as the authors have it
             self.neck.extend([nn.ConvTranspose2d(512, 512, 2, stride=2, bias=False)] * int(factor))
         wide, skips = [512, 512, 256, 128, 64], [1024, 512, 256, 64]
-        self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in zip(wide[:-1], wide[1:]))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in itertools.pairwise(wide))
         self.blocks = nn.ModuleList(
-            nn.Sequential(block(b + skip, b, padding=1), block(b, b, padding=1)) for b, skip in zip(wide[1:], skips)
+            nn.Sequential(block(b + skip, b, padding=1), block(b, b, padding=1))
+            for b, skip in zip(wide[1:], skips)
         )
         self.last_up = nn.ConvTranspose2d(64, 32, 2, stride=2)
         self.last = nn.Conv2d(32, classes, 1)

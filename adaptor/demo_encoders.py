@@ -93,7 +93,9 @@ def train_image(encoder: DualEncoder, images: Sequence, steps: int) -> None:
         nn.Conv2d(64, 32, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2),
         nn.Conv2d(32, 1, 3, padding=1),
     )  # fmt: skip
-    optimizer, schedule = one_cycle_optimizer([*encoder.image.parameters(), *decoder.parameters()], steps, 4e-3)
+    optimizer, schedule = one_cycle_optimizer(
+        [*encoder.image.parameters(), *decoder.parameters()], steps, 4e-3
+    )
     for _ in progress(range(steps), desc="image tower", unit="step"):
         clean = pixels[torch.randint(len(pixels), (BATCH,))]  # [B, 3, 64, 64]
         contrast, brightness = 1 + 0.3 * torch.randn(BATCH, 1, 1, 1), 0.3 * torch.randn(BATCH, 1, 1, 1)
@@ -113,7 +115,9 @@ def train_text(encoder: DualEncoder, reports: Sequence[str], steps: int) -> None
     ids, attention = tokens["input_ids"], tokens["attention_mask"]
     mask_id, words = encoder.tokenizer.mask_token_id, len(encoder.tokenizer)
     decoder = nn.Linear(128, words)
-    optimizer, schedule = one_cycle_optimizer([*encoder.text.parameters(), *decoder.parameters()], steps, 2e-3)
+    optimizer, schedule = one_cycle_optimizer(
+        [*encoder.text.parameters(), *decoder.parameters()], steps, 2e-3
+    )
     for _ in progress(range(steps), desc="text tower", unit="step"):
         batch = torch.randint(len(ids), (BATCH,))
         longest = int(attention[batch].sum(1).max())

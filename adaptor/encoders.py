@@ -89,7 +89,10 @@ def load_backbones(config) -> DualEncoder:
     """
     image, image_state, transform = load_side("image", config.image_encoder, config.image_pool, config)
     text, text_state, tokenizer = load_side("text", config.text_encoder, config.text_pool, config)
-    tower_ids = {"image": fingerprint(image_state, image["pool"]), "text": fingerprint(text_state, text["pool"])}
+    tower_ids = {
+        "image": fingerprint(image_state, image["pool"]),
+        "text": fingerprint(text_state, text["pool"]),
+    }
     if config.image_size:
         transform = transform | {"resize": config.image_size, "crop": config.image_size}
         resize_positions(image, image_state, config.image_size)
@@ -102,7 +105,7 @@ def load_backbones(config) -> DualEncoder:
     set_last_stride(encoder)
     expected, given = encoder.state_dict(), image_state | text_state
     state = {k: v for k, v in given.items() if k in expected}  # unused poolers and classifiers stay behind
-    encoder.load_weights(state, name)
+    retune.load_weights(encoder, state, name, ignore="num_batches_tracked")
     encoder.tower_ids = tower_ids
     encoder.config["dim"] = encoder.dim = output_width(
         "image", config, lambda: encoder.encode_images(blank_pixels(encoder))
@@ -115,7 +118,7 @@ def output_width(side: str, config, encode) -> int:
     """The last dimension of what `encode` returns; InputError when the tower gives no embedding."""
     try:
         return encode().shape[-1]
-    except Exception as error:  # noqa: BLE001 - a tower of another kind fails in its own way
+    except Exception as error:
         name = config.image_encoder if side == "image" else config.text_encoder
         reason = f"{type(error).__name__}: {one_line(error)}"
         message = f"gives no hidden states for {side}s ({reason}); name another {side} model"
@@ -128,7 +131,7 @@ def load_side(side: str, name: str, pool: str | None, config) -> tuple[dict, dic
         name = find_package(side, name)
     library, _, rest = name.partition(":")
     folder = retune.HERE / "demo" / "tiny" if name == "tiny" else Path(name)
-    if name == "demo" or retune.is_ours(folder):
+    if name == "demo" or is_encoder_folder(folder):
         encoder = demo_encoder(Path(config.cache_dir)) if name == "demo" else DualEncoder.load(str(folder))
         part = copy.deepcopy(encoder.config[side]) | {"head": []}
         part["pool"] = pool or ("mean" if part["pool"] == "none" else part["pool"])
@@ -138,6 +141,12 @@ def load_side(side: str, name: str, pool: str | None, config) -> tuple[dict, dic
         model, _, file = rest.partition("=")
         return IMAGE_LIBRARIES[library](model, file, pool)
     return load_transformers(side, name, pool)
+
+
+def is_encoder_folder(folder: Path) -> bool:
+    """Whether `DualEncoder.save` wrote it."""
+    config = folder / "config.json"
+    return config.is_file() and {"dim", "image", "text", "transform"} <= set(retune.read_json(config))
 
 
 def find_package(side: str, name: str) -> str:
@@ -163,8 +172,10 @@ def read_state(option: str, file: str) -> dict[str, torch.Tensor]:
             return load_file(file)
         state = torch.load(file, weights_only=True, map_location="cpu")
         return state.get("state_dict", state)
-    except Exception as error:  # noqa: BLE001 - a user's file
-        raise InputError(f"--image-encoder {option}={file}: no readable weights ({one_line(error)})") from None
+    except Exception as error:
+        raise InputError(
+            f"--image-encoder {option}={file}: no readable weights ({one_line(error)})"
+        ) from None
 
 
 # ----------------------------------------------------------------------------------------------- transformers
@@ -181,17 +192,23 @@ def load_transformers(side: str, name: str, pool: str | None) -> tuple[dict, dic
             extra = open_tokenizer(name, options)
         else:
             extra = read_transform(ImageProcessingMixin.get_image_processor_dict(name, **options)[0])
-    except Exception as error:  # noqa: BLE001 - a user's files
+    except Exception as error:
         message = f"not a transformers {side} model that can be read ({one_line(error)})"
         raise InputError(f"--{side}-encoder {name}: {message}") from None
     untrained = [key for key in missing if key.startswith("pooler.")]
     if pool == "pooler" and untrained:
         raise InputError(f"--{side}-pool pooler: {name} has no trained pooler; use cls or mean")
     if unknown := [key for key in missing if key not in untrained and "mask_token" not in key]:
-        raise InputError(f"--{side}-encoder {name}: {len(unknown)} tensors are missing: {', '.join(unknown[:3])}")
+        raise InputError(
+            f"--{side}-encoder {name}: {len(unknown)} tensors are missing: {', '.join(unknown[:3])}"
+        )
     model = {k: v for k, v in tower.config.to_diff_dict().items() if k not in NOT_MODEL}
     trained_pooler = not untrained and any(key.startswith("pooler.dense") for key in tower.state_dict())
-    part = {"model": model, "pool": pool or published_pool(side, name, tower.config, trained_pooler), "head": []}
+    part = {
+        "model": model,
+        "pool": pool or published_pool(side, name, tower.config, trained_pooler),
+        "head": [],
+    }
     part["pool"] = part["pool"].replace("token0", "cls")
     if side == "text":
         longest = getattr(tower.config, "max_position_embeddings", 512)
@@ -304,10 +321,12 @@ def load_timm(model: str, file: str, pool: str | None) -> tuple[dict, dict, dict
     except ImportError:
         raise InputError(f"--image-encoder timm:{model} needs timm: pip install timm") from None
     if model not in timm.list_models(pretrained=False) and not timm.is_model(model):
-        raise InputError(f"--image-encoder timm:{model}: no such model; {retune.suggest(model, timm.list_models())}")
+        raise InputError(
+            f"--image-encoder timm:{model}: no such model; {retune.suggest(model, timm.list_models())}"
+        )
     try:
         network = timm.create_model(model, pretrained=not file)
-    except Exception as error:  # noqa: BLE001 - the network, the hub
+    except Exception as error:
         raise InputError(f"--image-encoder timm:{model}: {one_line(error)}") from None
     state = network.state_dict()
     if file:
@@ -353,8 +372,15 @@ def load_torchvision(model: str, file: str, pool: str | None) -> tuple[dict, dic
     nodes = {node.split(".")[0] for node in get_graph_node_names(network)[1]}
     node = next((n for n in ("layer4", "features", "trunk_output") if n in nodes), None)
     if node is None:
-        raise InputError(f"--image-encoder {name}: its feature map is unknown; use a ResNet, ConvNeXt or Swin")
-    part = {"library": "torchvision", "model": {"name": model, "node": node}, "pool": pool or "mean", "head": []}
+        raise InputError(
+            f"--image-encoder {name}: its feature map is unknown; use a ResNet, ConvNeXt or Swin"
+        )
+    part = {
+        "library": "torchvision",
+        "model": {"name": model, "node": node},
+        "pool": pool or "mean",
+        "head": [],
+    }
     mean, std = IMAGENET
     transform = {"resize": 224, "crop": 224, "interpolation": "bilinear", "mean": mean, "std": std}
     return part, {f"image.tower.{k}": v for k, v in network.state_dict().items()}, transform
@@ -388,7 +414,13 @@ def load_autoencoder(model: str, file: str, pool: str | None) -> tuple[dict, dic
         raise InputError(f"--image-encoder torchxrayvision:{model}={file}: is not this autoencoder")
     state[first] = state[first].repeat(1, 3, 1, 1) / 3  # the grey channel comes three times
     part = {"model": dict(AUTOENCODER), "pool": pool or "mean", "head": [], "last_stride": 6}
-    transform = {"resize": 224, "crop": 224, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5 / 1024] * 3}
+    transform = {
+        "resize": 224,
+        "crop": 224,
+        "interpolation": "bilinear",
+        "mean": [0.5] * 3,
+        "std": [0.5 / 1024] * 3,
+    }
     return part, state, transform
 
 

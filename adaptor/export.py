@@ -43,7 +43,7 @@ def export_pair(model: Adaptor, encoder: DualEncoder, directory: str) -> None:
             state |= {f"{side}.head.{i}.{key}": value for key, value in module.state_dict().items()}
     with retune.seeded(0):
         pair = DualEncoder(config, encoder.tokenizer)
-    pair.load_weights({k: v.cpu() for k, v in state.items()}, "the aligned pair")
+    retune.load_weights(pair, {key: value.cpu() for key, value in state.items()}, "the aligned pair")
     pair.save(directory)
 
 

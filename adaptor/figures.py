@@ -66,7 +66,9 @@ def draw_overlay(path: Path, data, source, decoder, adapt, rows: np.ndarray, ima
     colours = [f"C{c}" for c in range(len(data.class_names))]
     for column, row in enumerate(picked):
         grey = source.images.transform(read_pixels(data.images[row]))[0].numpy()
-        for line, (outlines, title) in enumerate(((masks[column].cpu(), "true"), (predicted[column], "predicted"))):
+        for line, (outlines, title) in enumerate(
+            ((masks[column].cpu(), "true"), (predicted[column], "predicted"))
+        ):
             axes[line, column].imshow(grey, cmap="gray")
             for mask, colour in zip(outlines, colours):
                 if mask.any():

@@ -6,7 +6,7 @@
         --data mimic --data-dir MIMIC-CXR-JPG --view frontal
 
 Every other option is one of `python -m adaptor`. A pair or ablation that is finished is not run again.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def main(argv: Sequence[str]) -> None:
 def run_grid(base: Config, arguments: argparse.Namespace) -> None:
     """Run every pair and ablation in a folder of its own, then write grid.md, grid.json and the figure."""
     root = base.folder
-    images, texts = (
-        installed(getattr(arguments, f"{side}_encoders"), side) for side in ("image", "text")
-    )
-    pairs = {f"{short(i)} + {short(t)}": {"image_encoder": i, "text_encoder": t} for i in images for t in texts}
+    images, texts = (installed(getattr(arguments, f"{side}_encoders"), side) for side in ("image", "text"))
+    pairs = {
+        f"{short(i)} + {short(t)}": {"image_encoder": i, "text_encoder": t} for i in images for t in texts
+    }
     first = next(iter(pairs.values()))
     tables = {"pairs": run_all(base, root, pairs)}
     if not arguments.no_ablations:
@@ -96,7 +96,9 @@ def run_all(base: Config, root: Path, variants: dict[str, dict]) -> list[dict]:
     """One row per variant: what differs from `base`, its scores, parameters and seconds."""
     rows = []
     for name, change in variants.items():
-        label = "-".join(short(str(value)) if "encoder" in key else f"{key}-{value}" for key, value in change.items())
+        label = "-".join(
+            short(str(value)) if "encoder" in key else f"{key}-{value}" for key, value in change.items()
+        )
         log(f"\n--- {name}")
         metrics = run(dataclasses.replace(base, **change, output=str(root / label)))
         rows.append(grid_row(name, metrics))
@@ -107,7 +109,9 @@ def grid_row(name: str, metrics: dict) -> dict:
     """Retrieval and classification of a run, parameters and seconds; `mean` is at the middle labelled share."""
     fractions = sorted(metrics["config"]["fractions"])
     middle = fractions[len(fractions) // 2]
-    key, words = ("accuracy", "accuracy") if metrics["config"]["multiclass"] else ("auroc_macro", "macro AUROC")
+    key, words = (
+        ("accuracy", "accuracy") if metrics["config"]["multiclass"] else ("auroc_macro", "macro AUROC")
+    )
     scores = {fraction: {} for fraction in fractions}
     for result in metrics["classification"]:
         scores[result["fraction"]].setdefault(result["features"], []).append(result["test"][key])

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import retune
 from adaptor.encoders import Side, embed
 from retune import DualEncoder, InputError, Radiographs, gather, log
-
-SECTION = re.compile(r"^[ \t]*([A-Z][A-Z /,()]+):", re.MULTILINE)  # a title in a report
 
 
 def read_report(path: Path) -> str:
@@ -27,7 +26,7 @@ def read_report(path: Path) -> str:
     if not path.is_file():
         return ""
     text = path.read_text(encoding="utf-8", errors="replace")
-    _, *parts = SECTION.split(text)  # title, text, title, text, ...
+    _, *parts = retune.SECTION.split(text)  # title, text, title, text, ...
     sections = dict(zip(parts[::2], parts[1::2]))
     chosen = [sections[title] for title in ("IMPRESSION", "FINDINGS") if title in sections]
     return " ".join(re.findall(r"\w+", " ".join(chosen or [text]).lower()))
@@ -55,7 +54,9 @@ def make_texts(config, data: Radiographs) -> tuple[list[str], str]:
     reports = None if config.texts == "labels" else find_reports(config, data)
     if reports is None:
         if config.texts == "reports":
-            raise InputError(f"--texts reports: the data set {config.data} has no reports; use --texts labels")
+            raise InputError(
+                f"--texts reports: the data set {config.data} has no reports; use --texts labels"
+            )
         return [caption(row, data.class_names) for row in data.labels], "captions made from the labels"
     if "" in reports and not config.skip_unpaired:
         row = data.rows[reports.index("")]

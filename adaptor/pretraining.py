@@ -20,6 +20,16 @@ from adaptor.pairs import Pairs
 from retune import DualEncoder, InputError, Radiographs, markdown_table
 
 
+class Resumable(nn.ModuleDict):
+    """What retune's checkpoints take: a module, with nothing to remember beside its weights."""
+
+    def memory(self) -> dict:
+        return {}
+
+    def load_memory(self, tensors: dict) -> None:
+        pass
+
+
 def train_epochs(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, epochs: int, patience: int,
     one_epoch: Callable,
@@ -31,7 +41,8 @@ def train_epochs(
     killed process goes on with the same bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    done, _ = retune.load_checkpoint(folder, model, optimizer)
+    resumable = Resumable({"model": model})
+    done, _ = retune.load_checkpoint(folder, resumable, optimizer)
     history = retune.read_json(folder / "history.json")[:done] if done else []
     bar = retune.progress(range(done, epochs), initial=done, total=epochs, desc=folder.name, unit="epoch")
     for k in bar:
@@ -42,7 +53,7 @@ def train_epochs(
         retune.write_json(folder / "history.json", history)
         if best_epoch(history) == k:
             retune.save_tensors(folder / "best.safetensors", model.state_dict(), {"epoch": k})
-        retune.save_checkpoint(folder, model, optimizer, k + 1, 0.0)
+        retune.save_checkpoint(folder, resumable, optimizer, k + 1, 0.0)
     retune.load_weights(model, retune.load_tensors(folder / "best.safetensors")[0], folder)
     return history
 
@@ -83,7 +94,9 @@ def pretrain(
 
     The best epoch by validation loss is kept. `towers` are trained with the adaptor (ablation).
     """
-    trained = model if towers is None else nn.ModuleDict({"adaptor": model, "towers": towers.requires_grad_(True)})
+    trained = (
+        model if towers is None else nn.ModuleDict({"adaptor": model, "towers": towers.requires_grad_(True)})
+    )
     optimizer = torch.optim.AdamW(trained.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     n = len(pairs.rows["train"][0])
     if n < 2:

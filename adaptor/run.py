@@ -33,7 +33,7 @@ TUNED = "towers.safetensors"  # towers of a run that trained them too
 def run(config: Config) -> dict:
     """Everything the configuration asks for; what its folder already holds is not done again."""
     if config.export:
-        retune.new_folder(config.export)  # refused now rather than after hours
+        retune.check_new_folder(config.export)  # refused now rather than after hours
     if config.unfreeze and config.pretrained:
         raise InputError("--unfreeze trains, --pretrained does not: give one of the two")
     data, rank = load_data(config), ranks()[0]
@@ -45,8 +45,7 @@ def run(config: Config) -> dict:
     # an earlier adaptor is measured on reports alone: with captions, the wording would be what is measured
     texts, source = make_texts(config, data) if not config.pretrained or data.reports else ([], "not used")
     print_summary(config, data, encoder, preset, source, device)
-    folder = config.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = retune.make_folder(config)
     with retune.locked(folder, wait=False) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
             retune.check_same_config(folder, identify(config, data, texts, encoder))
@@ -58,14 +57,18 @@ def run(config: Config) -> dict:
         if config.export and rank == 0:
             load_tuned(config, encoder)
             export_pair(load_adaptor(folder, encoder), encoder, config.export)
-            log(f"aligned pair: {config.export}; next: python retune.py --encoder {config.export} --scenario class")
+            log(
+                f"aligned pair: {config.export}; next: python retune.py --encoder {config.export} --scenario class"
+            )
     return metrics
 
 
 def print_summary(config: Config, data, encoder, preset: str, texts: str, device: str) -> None:
     """What the run will do: data, towers and how they are read, the adaptor, the preset."""
     counts = ", ".join(f"{len(data.where(split)):,} {split}" for split in ("train", "val", "test"))
-    log(f"{data.note}\n{config.data}: {counts} images of {len(set(data.patients)):,} patients; texts: {texts}".strip())
+    log(
+        f"{data.note}\n{config.data}: {counts} images of {len(set(data.patients)):,} patients; texts: {texts}".strip()
+    )
     log(f"towers: {config.image_encoder} ({encoder.dim}), {config.text_encoder} ({encoder.text_dim})")
     log(pooling_note(config, encoder))
     log(f"adaptor: {config.layers} layers of width {config.width}, {config.heads} heads; {device}")
@@ -118,7 +121,9 @@ def run_stages(config: Config, data: Radiographs, texts, encoder: DualEncoder, d
     return metrics
 
 
-def embed_images(encoder: DualEncoder, data: Radiographs, config: Config, device: str) -> tuple[np.memmap, Radiographs]:
+def embed_images(
+    encoder: DualEncoder, data: Radiographs, config: Config, device: str
+) -> tuple[np.memmap, Radiographs]:
     """(image embeddings [N, d_image], the data without the unreadable images)."""
     images = embed(Side(encoder, "image", encoder.dim), data, config, device)
     if bad := retune.embedding_facts(images)["unreadable"]:
@@ -175,7 +180,12 @@ def segment_and_draw(model, encoder, data, masks, config: Config, device: str) -
     def draw(source, decoder, adaptor, rows) -> None:
         if can_draw():
             draw_overlay(
-                config.folder / "overlay.png", data, source, decoder, lambda x: adapt(adaptor, x, "adaptor"), rows
+                config.folder / "overlay.png",
+                data,
+                source,
+                decoder,
+                lambda x: adapt(adaptor, x, "adaptor"),
+                rows,
             )
 
     return segment(model, encoder, data, masks, config, device, draw)

@@ -6,6 +6,7 @@ tower's maps too, the frozen tower runs with every batch, as in the authors' cod
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -109,10 +110,16 @@ class Source:
             rows = [self.place[int(row)] for row in batch]
             tokens = gather(self.tokens, torch.tensor(rows), like).unflatten(1, (-1, self.side.width))
             masks = np.unpackbits(self.bits[rows], axis=1, count=self.images.classes * side**2)
-            yield tokens, None, torch.from_numpy(masks).to(self.device).float().view(len(rows), -1, side, side)
+            yield (
+                tokens,
+                None,
+                torch.from_numpy(masks).to(self.device).float().view(len(rows), -1, side, side),
+            )
 
 
-def turn_and_scale(pixels: torch.Tensor, masks: torch.Tensor, options: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def turn_and_scale(
+    pixels: torch.Tensor, masks: torch.Tensor, options: dict
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Half of the images turned by up to 10 degrees and scaled by up to 10%, with their masks; black around."""
     n = len(pixels)
     chosen = (torch.rand(n) < 0.5).float()
@@ -167,18 +174,16 @@ def training_rows(data: Radiographs, config: Config, repeat: int) -> dict[float,
 # --------------------------------------------------------------------------------------------------- Training
 
 
-def open_source(encoder: DualEncoder, data: Radiographs, masks: Callable, rows, config: Config, device: str) -> Source:
+def open_source(
+    encoder: DualEncoder, data: Radiographs, masks: Callable, rows, config: Config, device: str
+) -> Source:
     """The frozen features of image rows: stored tokens, or live ones where images are augmented."""
     side, images = PatchSide(encoder, config.image_encoder), MaskedImages(data, masks, encoder)
     place = {int(row): i for i, row in enumerate(rows)}
     source = Source(images, side, config, device, place)
     if config.augment == "yes" or config.decoder == "unet":
         return source
-    subset = Radiographs(
-        [data.images[i] for i in rows], data.labels[rows], data.class_names, data.patients[rows], data.split[rows],
-        [data.names[i] for i in rows], [data.rows[i] for i in rows],
-        key=data.key and f"{data.key} rows {rows.tolist()}",
-    )  # fmt: skip
+    subset = dataclasses.replace(data.take(rows), key=data.key and f"{data.key} rows {rows.tolist()}")
     source.tokens = embed(side, subset, config, device)
     bar = retune.progress(rows, desc="masks", unit="image")
     source.bits = np.stack([np.packbits(images[int(row)][1].numpy()) for row in bar])
@@ -212,7 +217,9 @@ def train_decoder(
 
     def one_epoch(k: int) -> dict:
         decoder.train()
-        optimizer.param_groups[0]["lr"] = config.mask_lr * (1 + math.cos(math.pi * k / config.mask_epochs)) / 2
+        optimizer.param_groups[0]["lr"] = (
+            config.mask_lr * (1 + math.cos(math.pi * k / config.mask_epochs)) / 2
+        )
         order = rows["train"][torch.randperm(len(rows["train"])).numpy()]
         batches = [order[i : i + config.mask_batch] for i in range(0, len(order), config.mask_batch)]
         losses = []
@@ -230,7 +237,9 @@ def train_decoder(
 
 
 @torch.no_grad()
-def measure_decoder(decoder, model, source: Source, name: str, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def measure_decoder(
+    decoder, model, source: Source, name: str, rows: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(Dice [n, C], whether the finding is there [n, C]) of the given rows."""
     decoder.eval()
     scores, present = [], []
@@ -301,5 +310,11 @@ def segmentation_table(results: Sequence[dict]) -> str:
                 values = [r["findings"][name][key] for r in largest if r["features"] == kind]
                 cells.append(None if None in values else float(np.mean(values)))
         rows.append(cells)
-    header = ["test Dice, all labels", "images", "with it", *FEATURES, *(f"{kind}, with it" for kind in FEATURES)]
+    header = [
+        "test Dice, all labels",
+        "images",
+        "with it",
+        *FEATURES,
+        *(f"{kind}, with it" for kind in FEATURES),
+    ]
     return "\n\n".join([*tables, markdown_table(header, rows)])
