@@ -8,8 +8,6 @@
     python -m adaptor xrays --nih DIR                                    # real X-rays through the whole chain
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

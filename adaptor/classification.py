@@ -1,10 +1,8 @@
-"""Classification on frozen embeddings, the first downstream task.
+"""Classification on frozen embeddings: the authors' head on 1%, 10% and 100% of the training patients' labels.
 
-The authors' head is trained on 1%, 10% and 100% of the training patients' labels, on the adaptor's image
-embeddings and on the bare backbone's; multi-label (or binary, which is one finding) and multi-class.
+It is trained on the adaptor's image embeddings and on the bare backbone's; multi-label (or binary, which is one
+finding) and multi-class.
 """
-
-from __future__ import annotations
 
 import copy
 import math
@@ -19,7 +17,7 @@ from torch import nn
 import retune
 from adaptor.config import Config
 from adaptor.model import Adaptor
-from retune import InputError, Radiographs, gather, markdown_table
+from retune import InputError, Radiographs, markdown_table
 
 FEATURES = ("adaptor", "bare backbone")
 
@@ -40,11 +38,10 @@ def labelled_rows(data: Radiographs, config: Config, repeat: int) -> dict[float,
 
 def labelled_shares(data: Radiographs, config: Config) -> list[str]:
     """The least labelled share that each image is in, first repeat; "" outside the training split."""
-    share = [""] * len(data.images)
+    share = np.full(len(data.images), "", object)
     for fraction, rows in sorted(labelled_rows(data, config, 0).items(), reverse=True):
-        for row in rows:
-            share[row] = f"{fraction:g}"
-    return share
+        share[rows] = f"{fraction:g}"
+    return share.tolist()
 
 
 def build_head(dim: int, classes: int) -> nn.Sequential:
@@ -62,19 +59,25 @@ def train_head(features: torch.Tensor, labels: torch.Tensor, rows: dict, config:
     better validation (accuracy, or macro AUROC) end the training.
     """
     key = "accuracy" if config.multiclass else "auroc_macro"
-    train, best, best_state, stale = torch.from_numpy(rows["train"]), -math.inf, None, 0
+    best, best_state, stale = -math.inf, None, 0
+    train = torch.from_numpy(rows["train"])
     with retune.seeded(seed):
         head = build_head(features.shape[1], labels.shape[1]).to(features.device)
         optimizer = torch.optim.AdamW(
-            head.parameters(), lr=config.head_lr, weight_decay=config.head_weight_decay
+            head.parameters(), config.head_lr, weight_decay=config.head_weight_decay
         )
-        steps = config.head_epochs * math.ceil(len(train) / config.head_batch)
-        period = max(1, int(0.4 * steps))
+        period = max(1, int(0.4 * config.head_epochs * math.ceil(len(train) / config.head_batch)))
         schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, period, eta_min=1e-8)
         for _ in range(config.head_epochs):
-            train_head_epoch(head, features, labels, train, config, optimizer, schedule)
-            value = measure_head(head, features, labels, rows["val"], config)[key]
-            stale += 1
+            head.train()
+            for batch in train[torch.randperm(len(train))].split(config.head_batch):
+                batch = batch.repeat(2) if len(batch) == 1 else batch  # batch norm needs two
+                loss = head_loss(head(features[batch]), labels[batch].to(features.device), config.multiclass)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            value, stale = measure_head(head, features, labels, rows["val"], config)[key], stale + 1
             if best_state is None or value > best:
                 best, best_state, stale = value, copy.deepcopy(head.state_dict()), 0
             if stale >= config.patience:
@@ -83,20 +86,10 @@ def train_head(features: torch.Tensor, labels: torch.Tensor, rows: dict, config:
     return measure_head(head, features, labels, rows["test"], config)
 
 
-def train_head_epoch(head, features, labels, train, config: Config, optimizer, schedule) -> None:
-    head.train()
-    for batch in train[torch.randperm(len(train))].split(config.head_batch):
-        if len(batch) > 1 or len(train) == 1:
-            batch = batch.repeat(2) if len(batch) == 1 else batch  # batch norm needs two
-            logits, target = head(features[batch]), labels[batch].to(features.device)
-            if config.multiclass:
-                loss = F.cross_entropy(logits, target.argmax(1))
-            else:
-                loss = retune.prompt_contrastive_loss(logits, target)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        schedule.step()
+def head_loss(logits: torch.Tensor, labels: torch.Tensor, multiclass: bool) -> torch.Tensor:
+    if multiclass:
+        return F.cross_entropy(logits, labels.argmax(1))
+    return retune.prompt_contrastive_loss(logits, labels)
 
 
 @torch.inference_mode()
@@ -111,9 +104,7 @@ def measure_head(head: nn.Module, features, labels, rows: np.ndarray, config: Co
 
 
 @torch.no_grad()
-def embed_features(
-    model: Adaptor, images: np.ndarray, dummy_text: torch.Tensor | None
-) -> dict[str, torch.Tensor]:
+def embed_features(model: Adaptor, images: np.ndarray, dummy_text: torch.Tensor | None) -> dict:
     """Features [N, d] under each name of FEATURES, on the model's device: adapted (normalised), and bare.
 
     dummy_text [d_text] goes through the adaptor with every image (the authors' ablation); with one token a
@@ -121,28 +112,24 @@ def embed_features(
     """
     adapted, bare = [], []
     for rows in torch.arange(len(images)).split(4096):
-        x = gather(images, rows, model.log_scale)
+        x = retune.gather(images, rows, model.log_scale)
+        bare.append(model.centre("image", x))  # in the same scale
         if dummy_text is None:
             adapted.append(model.features(x))
         else:
             adapted.append(F.normalize(model(x, dummy_text.to(x).expand(len(x), -1))[0], dim=-1))
-        bare.append(model.centre("image", x))  # in the same scale
     return dict(zip(FEATURES, (torch.cat(adapted), torch.cat(bare))))
 
 
-def classify(
-    model: Adaptor, images: np.ndarray, data: Radiographs, config: Config, dummy_text=None
-) -> list[dict]:
+def classify(model: Adaptor, images: np.ndarray, data: Radiographs, config: Config, dummy_text=None) -> list:
     """The head on the frozen adaptor and on the bare backbone, for each labelled share and repeat."""
     file = config.folder / "classification.json"
     if file.exists():
         return retune.read_json(file)
     wrong = np.flatnonzero(np.nan_to_num(data.labels).sum(1) != 1)
     if config.multiclass and len(wrong):
-        where = data.rows[int(wrong[0])]
-        raise InputError(
-            f"{where}: --multiclass needs exactly one class of each image; leave it out for findings"
-        )
+        problem = "--multiclass needs exactly one class of each image; leave it out for findings"
+        raise InputError(f"{data.rows[int(wrong[0])]}: {problem}")
     features, labels, results = (
         embed_features(model.eval(), images, dummy_text),
         torch.from_numpy(data.labels),
@@ -151,11 +138,10 @@ def classify(
     for repeat in retune.progress(range(config.repeats), desc="classification", unit="repeat"):
         for fraction, train in labelled_rows(data, config, repeat).items():
             rows = {"train": train, "val": data.where("val"), "test": data.where("test")}
+            known = {"fraction": fraction, "repeat": repeat, "n": len(train)}
             for name in FEATURES:
                 metrics = train_head(features[name], labels, rows, config, config.seed + repeat)
-                patients = len(set(data.patients[train]))
-                results.append({"fraction": fraction, "repeat": repeat, "features": name, "n": len(train),
-                                "patients": patients, "test": metrics})  # fmt: skip
+                results.append(known | {"features": name, "test": metrics})
     retune.write_json(file, results)
     return retune.read_json(file)
 
@@ -164,22 +150,19 @@ def classification_table(results: Sequence[dict], multiclass: bool) -> str:
     """Mean and deviation over the repeats, per labelled share."""
     key, name = ("accuracy", "accuracy") if multiclass else ("auroc_macro", "macro AUROC")
     flat = [result | {"value": result["test"][key]} for result in results]
-    header = [f"classification, test {name}", "images", *FEATURES, "difference"]
-    return markdown_table(header, rows_by_fraction(flat, "value"))
+    return table_by_fraction(f"classification, test {name}", flat, "value")
 
 
-def rows_by_fraction(results: Sequence[dict], key: str) -> list[list]:
-    """A row per labelled share: images, mean ± deviation of each kind of features, their difference."""
+def table_by_fraction(title: str, results: Sequence[dict], key: str) -> str:
+    """A line per labelled share: images, mean ± deviation of each kind of features, their difference."""
     rows = []
     for fraction in dict.fromkeys(r["fraction"] for r in results):
         group = [r for r in results if r["fraction"] == fraction]
-        values = {
-            name: np.array([r[key] for r in group if r["features"] == name], float) for name in FEATURES
-        }
-        gain = values["adaptor"] - values["bare backbone"]
-        rows.append([f"{fraction:.0%} of the labels", f"{np.mean([r['n'] for r in group]):,.0f}",
-                     *map(mean_and_deviation, values.values()), f"{gain.mean():+.3f}"])  # fmt: skip
-    return rows
+        values = [np.array([r[key] for r in group if r["features"] == name], float) for name in FEATURES]
+        gain = f"{(values[0] - values[1]).mean():+.3f}"
+        n = f"{np.mean([r['n'] for r in group]):,.0f}"
+        rows.append([f"{fraction:.0%} of the labels", n, *map(mean_and_deviation, values), gain])
+    return markdown_table([title, "images", *FEATURES, "difference"], rows)
 
 
 def mean_and_deviation(values: np.ndarray) -> str:

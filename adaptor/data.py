@@ -1,12 +1,8 @@
-"""Data sets that only Adaptor uses (SIIM, RSNA, COVIDx), and masks: phantoms', run-lengths, boxes.
+"""Data sets that only Adaptor uses (SIIM, RSNA, COVIDx), and masks: phantoms', run-lengths, boxes."""
 
-A mask follows its image through the encoder's resize and crop: Dice is measured on the pixels that the encoder
-sees.
-"""
-
-from __future__ import annotations
-
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +11,12 @@ import torch
 
 import retune
 from adaptor.config import OWN_SETS
-from retune import InputError, Radiographs, read_table
+from retune import InputError, Radiographs
 
 SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg")
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}  # the authors' shares of RSNA and SIIM
-COVIDX = {"normal": "Normal", "pneumonia": "Pneumonia", "covid-19": "COVID-19",
-          "negative": "Negative", "positive": "COVID-19"}  # fmt: skip
+COVIDX = {"normal": "Normal", "pneumonia": "Pneumonia", "covid-19": "COVID-19", "negative": "Negative",
+          "positive": "COVID-19"}  # fmt: skip
 RETUNE_SETTINGS = ("data", "data_dir", "labels_csv", "classes", "view", "uncertain", "blank", "size",
                    "demo_images", "cache_dir")  # fmt: skip
 
@@ -41,18 +37,33 @@ def load_data(config) -> Radiographs:
     return data
 
 
+def read_pixels(image) -> torch.Tensor:
+    """An image of a data set, a path or an array [H, W], as uint8 [1 or 3, H, W]."""
+    return (
+        retune.read_image(image)
+        if isinstance(image, (str, Path))
+        else torch.from_numpy(np.array(image))[None]
+    )
+
+
+def load_images(images: Sequence, rows: Sequence[int], use: Callable, *more: Sequence) -> list:
+    """use(image, ...) of every row, read by threads; `more` are further arguments, one per row."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda row, *rest: use(read_pixels(images[int(row)]), *rest), rows, *more))
+
+
 # ------------------------------------------------------------------------------------------------ RSNA and SIIM
 
 
-def read_masked_table(config) -> tuple[Path, pd.DataFrame, str, str]:
-    """(file, table, column of image ids, finding) of SIIM or RSNA."""
-    pattern = {"siim": "*rle*.csv", "rsna": "*train_labels*.csv"}[config.data]
+def read_masked_table(config) -> tuple[Path, pd.DataFrame]:
+    """(file, table) of SIIM or RSNA; `image` names each row's image."""
+    siim = config.data == "siim"
+    pattern = "*rle*.csv" if siim else "*train_labels*.csv"
     path = Path(config.labels_csv or retune.one_file(Path(config.data_dir), [pattern]))
-    if config.data == "siim":
-        table = read_table(path, ["ImageId", "EncodedPixels"])
-        return path, table.assign(EncodedPixels=table["EncodedPixels"].str.strip()), "ImageId", "Pneumothorax"
-    table = read_table(path, ["patientId", "x", "y", "width", "height", "Target"])
-    return path, table, "patientId", "Pneumonia"
+    columns = ["ImageId", "EncodedPixels"] if siim else ["patientId", "x", "y", "width", "height", "Target"]
+    table = retune.read_table(path, columns)
+    table = table.assign(**{name: table[name].str.strip() for name in columns})
+    return path, table.assign(image=table[columns[0]])
 
 
 def load_masked(config) -> Radiographs:
@@ -61,35 +72,34 @@ def load_masked(config) -> Radiographs:
     The files name no split: 70/15/15% of patients by hash, unless the table has a `split` column of your own.
     SIIM names no patient: each image counts as one.
     """
-    path, table, column, finding = read_masked_table(config)
+    path, table = read_masked_table(config)
     files = {f.stem: f for f in sorted(Path(config.data_dir).rglob("*")) if f.suffix.lower() in SUFFIXES}
-    rsna = config.data == "rsna"
-    positive = table["Target"].eq("1") if rsna else ~table["EncodedPixels"].isin(("", "-1"))
-    first = table.drop_duplicates(column)
-    ids = first[column].tolist()
-    rows = [f"{path} row {i + 2}" for i in first.index]
+    siim = config.data == "siim"
+    positive = ~table["EncodedPixels"].isin(("", "-1")) if siim else table["Target"].eq("1")
+    first = table.drop_duplicates("image")
+    ids, rows = first["image"].tolist(), [f"{path} row {i + 2}" for i in first.index]
     for name, row in zip(ids, rows):
         if name not in files:
-            where = f"anywhere under {config.data_dir}"
-            raise InputError(f"{row}: no image {name}{'|'.join(SUFFIXES)} {where}")
-    labels = positive.groupby(table[column], sort=False).any()[ids].to_numpy(np.float32)[:, None]
-    split, source = retune.patient_split(ids, SHARES), "no official split: 70/15/15% by hash"
+            raise InputError(f"{row}: no image {name}{'|'.join(SUFFIXES)} anywhere under {config.data_dir}")
+    labels = positive.groupby(table["image"], sort=False).any()[ids].to_numpy(np.float32)[:, None]
+    split, note = retune.patient_split(ids, SHARES), f"{config.data}: no official split: 70/15/15% by hash"
     if "split" in table:
-        split, source = own_split(table, column, path, first.index), "split: the table's own"
-    note = "" if rsna else "; each image counts as a patient of its own"
-    return Radiographs([files[name] for name in ids], labels, (finding,), ids, split, ids, rows,
-                       note=f"{config.data}: {source}{note}")  # fmt: skip
+        split, note = own_split(table, path), f"{config.data}: the table's own split"
+    note += "; each image counts as a patient of its own" if siim else ""
+    images, finding = [files[name] for name in ids], "Pneumothorax" if siim else "Pneumonia"
+    return Radiographs(images, labels, (finding,), ids, split, ids, rows, note=note)
 
 
-def own_split(table: pd.DataFrame, column: str, path: Path, first: pd.Index) -> list[str]:
+def own_split(table: pd.DataFrame, path: Path) -> list[str]:
     """The `split` column [n images]; InputError for another word, or two splits of one image."""
-    for i, value in enumerate(table["split"]):
-        if value not in SHARES:
-            raise InputError(f"{path} row {i + 2}: split {value!r} is not train, val or test")
-    mixed = table.groupby(column, sort=False)["split"].nunique()
-    if (mixed > 1).any():
-        raise InputError(f"{path}: image {mixed.idxmax()} is in more than one split")
-    return table["split"][first].tolist()
+    split = table["split"].str.strip()
+    if not (known := split.isin(list(SHARES))).all():
+        row = int((~known).argmax())
+        raise InputError(f"{path} row {row + 2}: split {split[row]!r} is not train, val or test")
+    by_image = split.groupby(table["image"], sort=False)
+    if (by_image.nunique() > 1).any():
+        raise InputError(f"{path}: image {by_image.nunique().idxmax()} is in more than one split")
+    return by_image.first().tolist()
 
 
 # --------------------------------------------------------------------------------------------------- COVIDx
@@ -101,15 +111,13 @@ def load_covidx(config) -> Radiographs:
     Images are in the folders `train`, `test` and `val`. Without a list for validation it is a fifth of the
     training patients, by hash (the authors: a fifth of the images).
     """
-    lists = {part: Path(config.data_dir).glob(f"{part}*.txt") for part in ("train", "test", "val")}
-    lines = [
-        line for part, paths in lists.items() for path in sorted(paths) for line in read_list(part, path)
-    ]
-    if not {"train", "test"} <= {part for _, _, _, part, _ in lines}:
+    lists = {part: sorted(Path(config.data_dir).glob(f"{part}*.txt")) for part in ("train", "test", "val")}
+    if not lists["train"] or not lists["test"]:
         raise InputError(f"{config.data_dir}: no train*.txt or test*.txt with COVIDx's lists of images")
+    lines = [line for part, paths in lists.items() for path in paths for line in read_list(part, path)]
     names, patients, found, split, rows = map(list, zip(*lines))
     note = "covidx: official lists"
-    if "val" not in split:
+    if not lists["val"]:
         held_out = retune.patient_split(patients, {"train": 0.8, "val": 0.2})
         split = [h if part == "train" else part for h, part in zip(held_out, split)]
         note += "; validation: a fifth of the training patients, by hash"
@@ -128,11 +136,9 @@ def read_list(part: str, path: Path) -> list[tuple[str, str, str, str, str]]:
         if words and place is None:
             raise InputError(f"{path} row {i}: {line[:60]!r} is not 'patient file class source'")
         if words:
-            source = words[-1] if place == -2 else "?"
-            name = f"{part}/{' '.join(words[1:place])}"
-            found.append(
-                (name, f"{source}/{words[0]}", COVIDX[words[place].lower()], part, f"{path} row {i}")
-            )
+            patient = f"{words[-1] if place == -2 else '?'}/{words[0]}"  # sources number their own patients
+            image = f"{part}/{' '.join(words[1:place])}"
+            found.append((image, patient, COVIDX[words[place].lower()], part, f"{path} row {i}"))
     return found
 
 
@@ -146,21 +152,15 @@ def rle_to_mask(text: str, height: int, width: int, row: str = "") -> np.ndarray
     InputError when the runs are not such pairs or leave the image.
     """
     mask = np.zeros(height * width, bool)
-    if text in ("", "-1"):
-        return mask.reshape(height, width)
-    try:
-        numbers = [int(word) for word in text.split()]
-    except ValueError:
-        numbers = [-1]
-    if len(numbers) % 2 or min(numbers) < 0:
+    words = [] if text == "-1" else text.split()
+    if len(words) % 2 or not all(word.isdecimal() for word in words):
         raise InputError(f"{row}: run-lengths {text[:40]!r} are not pairs of numbers from 0 up")
-    if sum(numbers) > mask.size:
+    edges = np.cumsum([int(word) for word in words])
+    if len(edges) and edges[-1] > mask.size:
         size = f"a {height} x {width} image"
-        raise InputError(f"{row}: runs end at pixel {sum(numbers):,} of {size}: another size's mask")
-    end = 0
-    for gap, length in zip(numbers[::2], numbers[1::2]):
-        mask[end + gap : end + gap + length] = True
-        end += gap + length
+        raise InputError(f"{row}: runs end at pixel {edges[-1]:,} of {size}: another size's mask")
+    for start, end in zip(edges[::2], edges[1::2]):
+        mask[start:end] = True
     return mask.reshape(width, height).T
 
 
@@ -188,8 +188,8 @@ def find_masks(config, data: Radiographs) -> Callable[[int, int, int], np.ndarra
         return lambda row, height, width: phantoms.masks(int(row))[columns]
     if config.data not in ("siim", "rsna"):
         return None
-    path, table, column, _ = read_masked_table(config)
-    lines = table.groupby(column, sort=False).indices
+    path, table = read_masked_table(config)
+    lines = table.groupby("image", sort=False).indices
 
     def masks(row: int, height: int, width: int) -> np.ndarray:
         union = np.zeros((height, width), bool)
@@ -214,12 +214,3 @@ def transform_mask(mask: np.ndarray, resize, crop, **_) -> torch.Tensor:
     size = [resize] if isinstance(resize, int) else list(resize)
     mask = functional.resize(torch.from_numpy(mask), size, interpolation=InterpolationMode.NEAREST_EXACT)
     return mask if crop is None else functional.center_crop(mask, [crop, crop])
-
-
-def read_pixels(image) -> torch.Tensor:
-    """An image of a data set, a path or an array [H, W], as uint8 [1 or 3, H, W]."""
-    return (
-        retune.read_image(image)
-        if isinstance(image, (str, Path))
-        else torch.from_numpy(np.array(image))[None]
-    )

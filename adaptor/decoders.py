@@ -1,7 +1,5 @@
 """What segmentation trains: the two decoders of the paper, their losses, and Dice."""
 
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -10,12 +8,19 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def block(inputs: int, outputs: int, padding: int = 1) -> nn.Sequential:
+    """Convolution 3 x 3 with Kaiming's initialisation, batch norm, ReLU."""
+    convolution = nn.Conv2d(inputs, outputs, 3, padding=padding)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
 class PatchDecoder(nn.Module):
     """Patch tokens [B, T, d] on a square grid -> logits [B, C, size, size]; 10.40 M parameters at width 512.
 
     A first block at the tokens' width brings the grid to size / 16 (of 16 x 16 tokens its convolution without
     padding makes 14 x 14), four blocks of `first`, 1/2, 1/4, 1/8 of it double the map, a 3 x 3 convolution gives
-    the logits. Finer grids, where fewer doublings reach the size, have as many as needed (ours).
+    the logits. Grids that need fewer doublings have those alone, and no first block (ours).
     """
 
     def __init__(self, dim: int, first: int, classes: int, grid: int, size: int):
@@ -24,10 +29,12 @@ class PatchDecoder(nn.Module):
         self.doublings = max(0, min(4, round(math.log2(size / grid))))
         self.start = round(size / 2**self.doublings)
         channels = [dim, *(max(8, first // 2**i) for i in range(4))]
-        self.first = block(dim, dim, padding=0 if self.start == grid - 2 else 1)
-        self.blocks = nn.ModuleList(block(a, b, padding=1) for a, b in itertools.pairwise(channels))
+        self.first = nn.Identity()
+        if self.start != grid:
+            self.first = block(dim, dim, padding=0 if self.start == grid - 2 else 1)
+        self.blocks = nn.ModuleList(block(a, b) for a, b in itertools.pairwise(channels))
         self.last = nn.Conv2d(channels[-1], classes, 3, padding=1)
-        initialise(self)
+        nn.init.kaiming_normal_(self.last.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, tokens: torch.Tensor, maps: list[torch.Tensor] | None = None) -> torch.Tensor:
         x = self.first(tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid)))
@@ -48,51 +55,36 @@ class UNetDecoder(nn.Module):
 
     def __init__(self, dim: int, classes: int, size: int):
         super().__init__()
-        factor = math.log2(size / 224)
-        if factor < 0 or factor % 1:
+        if size not in (224, 448, 896):
             raise ValueError(f"the U-Net decoder takes images of 224, 448 or 896 pixels, not {size}")
-        self.neck = nn.ModuleList([
+        doubling = nn.ConvTranspose2d(
+            512, 512, 2, stride=2, bias=False
+        )  # one module for every further doubling
+        self.neck = nn.Sequential(
             nn.ConvTranspose2d(dim, 512, 3, bias=False), nn.ConvTranspose2d(512, 512, 3, stride=2, bias=False),
-        ])  # fmt: skip
-        if factor:  # one module, whose weights serve every further doubling, as the authors have it
-            self.neck.extend([nn.ConvTranspose2d(512, 512, 2, stride=2, bias=False)] * int(factor))
+            *[doubling] * (size // 448),
+        )  # fmt: skip
         wide, skips = [512, 512, 256, 128, 64], [1024, 512, 256, 64]
         self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in itertools.pairwise(wide))
         self.blocks = nn.ModuleList(
-            nn.Sequential(block(b + skip, b, padding=1), block(b, b, padding=1))
-            for b, skip in zip(wide[1:], skips)
+            nn.Sequential(block(b + skip, b), block(b, b)) for b, skip in zip(wide[1:], skips)
         )
         self.last_up = nn.ConvTranspose2d(64, 32, 2, stride=2)
         self.last = nn.Conv2d(32, classes, 1)
-        initialise(self)
+        nn.init.kaiming_normal_(self.last.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, embedding: torch.Tensor, maps: list[torch.Tensor]) -> torch.Tensor:
-        x = embedding[:, :, None, None]
-        for layer in self.neck:
-            x = layer(x)  # 1, 3, 7 pixels a side
+        x = self.neck(embedding[:, :, None, None])  # 1 -> 3 -> 7 (14, 28) pixels a side
         for up, stage, skip in zip(self.up, self.blocks, reversed(maps)):
             x = stage(torch.cat([up(x), skip], 1))
         return self.last(self.last_up(x))
 
 
-def block(inputs: int, outputs: int, padding: int) -> nn.Sequential:
-    """Convolution 3 x 3, batch norm, ReLU."""
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=padding), nn.BatchNorm2d(outputs), nn.ReLU())
-
-
-def initialise(decoder: nn.Module) -> None:
-    """Kaiming's normal initialisation of the convolutions, as the authors have it."""
-    for module in decoder.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
 @torch.no_grad()
 def unet_maps(tower: nn.Module, pixels: torch.Tensor) -> list[torch.Tensor]:
     """Maps of a transformers ResNet before its max-pooling and after each stage, finest first."""
-    x = tower.embedder.embedder(pixels)
-    maps = [x]
-    x = tower.embedder.pooler(x)
+    maps = [tower.embedder.embedder(pixels)]
+    x = tower.embedder.pooler(maps[0])
     for stage in tower.encoder.stages:
         x = stage(x)
         maps.append(x)

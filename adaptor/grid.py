@@ -1,16 +1,12 @@
-"""All image encoders with all text encoders, and the paper's ablations: one table and one figure, resumable.
+"""All image encoders with all text encoders, and the paper's ablations: tables and a figure, resumable.
 
-    python -m adaptor grid                                              # demo: its towers, published ones if there
-    python -m adaptor grid --image-encoders facebook/dinov2-small facebook/dinov2-base timm:swin_base_patch4_window7_224 \\
-        --text-encoders bert-base-uncased dmis-lab/biobert-v1.1 emilyalsentzer/Bio_ClinicalBERT \\
-        --data mimic --data-dir MIMIC-CXR-JPG --view frontal
+    python -m adaptor grid                                    # demo: its own towers, and published ones if installed
+    python -m adaptor grid --image-encoders facebook/dinov2-small facebook/dinov2-base --data mimic ... \\
+        --text-encoders bert-base-uncased dmis-lab/biobert-v1.1 emilyalsentzer/Bio_ClinicalBERT
 
-Every other option is one of `python -m adaptor`. A pair or ablation that is finished is not run again.
+Every other option is one of `python -m adaptor`. What is finished is not run again.
 """
 
-from __future__ import annotations
-
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +16,12 @@ import numpy as np
 import retune
 from adaptor.classification import mean_and_deviation
 from adaptor.config import Config
-from adaptor.encoders import has_package
-from adaptor.figures import can_draw, draw_scores
+from adaptor.encoders import is_installed
+from adaptor.figures import draw_scores
 from adaptor.run import run
 from retune import InputError, log
 
-IMAGE_ENCODERS = ("demo", "efficientnet-lite0")
-TEXT_ENCODERS = ("demo", "minilm")
-ABLATIONS = {  # FACTS of the paper's thesis: what differs from the first pair's run
+ABLATIONS = {  # what differs from the first pair's run
     "as published": {},
     "0 layers": {"layers": 0},
     "1 layer": {"layers": 1},
@@ -36,54 +30,41 @@ ABLATIONS = {  # FACTS of the paper's thesis: what differs from the first pair's
     "dummy text": {"dummy_text": True},
     "towers trained too": {"unfreeze": True},
 }
-DEMO = {"demo_images": 2000, "head_epochs": 30}  # minutes on two cores
 
 
 def main(argv: Sequence[str]) -> None:
     """The command `python -m adaptor grid`."""
     parser = retune.build_parser(Config, __doc__)
-    group = parser.add_argument_group("grid")
-    group.add_argument("--image-encoders", nargs="+", default=IMAGE_ENCODERS, help="image encoders")
-    group.add_argument("--text-encoders", nargs="+", default=TEXT_ENCODERS, help="text encoders")
-    group.add_argument("--no-ablations", action="store_true", help="pairs of encoders alone")
-    parser.set_defaults(output="runs/adaptor-grid-{data}", stages=["retrieval", "classification"])
+    parser.add_argument("--image-encoders", nargs="+", default=["demo", "efficientnet-lite0"])
+    parser.add_argument("--text-encoders", nargs="+", default=["demo", "minilm"])
+    parser.add_argument("--no-ablations", action="store_true", help="pairs of encoders alone")
+    parser.set_defaults(output="runs/adaptor-grid-{data}", stages=["classification"], demo_images=2000)
     arguments = parser.parse_args(argv)
-    if arguments.data == "demo":
-        for key, value in DEMO.items():
-            if getattr(arguments, key) in (None, parser.get_default(key)):
-                setattr(arguments, key, value)
-    run_grid(retune.parse_config(Config, arguments), arguments)
-
-
-def run_grid(base: Config, arguments: argparse.Namespace) -> None:
-    """Run every pair and ablation in a folder of its own, then write grid.md, grid.json and the figure."""
-    root = base.folder
-    images, texts = (installed(getattr(arguments, f"{side}_encoders"), side) for side in ("image", "text"))
+    base = retune.parse_config(Config, arguments)
+    images, texts = (installed(names) for names in (arguments.image_encoders, arguments.text_encoders))
     pairs = {
         f"{short(i)} + {short(t)}": {"image_encoder": i, "text_encoder": t} for i in images for t in texts
     }
     first = next(iter(pairs.values()))
-    tables = {"pairs": run_all(base, root, pairs)}
+    tables = {"encoders": run_all(base, pairs)}
     if not arguments.no_ablations:
         ablations = {name: first | change for name, change in ABLATIONS.items()}
-        ablations["as published"] = first  # the folder of the first pair
-        tables["ablations"] = run_all(base, root, ablations)
+        tables[f"ablations, {next(iter(pairs))}"] = run_all(base, ablations)
+    root = base.folder
     retune.write_json(root / "grid.json", tables)
     text = "\n\n".join(grid_table(name, rows) for name, rows in tables.items())
     retune.write_text(root / "grid.md", text + "\n")
-    if can_draw():
-        draw_scores(root / "parameters.png", tables["pairs"], tables["pairs"][0]["score"])
+    draw_scores(root / "parameters.png", tables["encoders"])
     log(f"\n{text}\n\nwritten to {root}")
 
 
-def installed(names: Sequence[str], side: str) -> list[str]:
+def installed(names: Sequence[str]) -> list[str]:
     """The encoders without those whose packages are missing, which are named."""
-    found = [name for name in names if has_package(name)]
     for name in names:
-        if name not in found:
-            log(f"{side} encoder {name} is left out: its package is not installed")
-    if not found:
-        raise InputError(f"--{side}-encoders: none of {', '.join(names)} is installed")
+        if not is_installed(name):
+            log(f"encoder {name} is left out: its package is not installed")
+    if not (found := [name for name in names if is_installed(name)]):
+        raise InputError(f"none of the encoders {', '.join(names)} is installed")
     return found
 
 
@@ -92,49 +73,44 @@ def short(encoder: str) -> str:
     return Path(encoder.split("=")[0]).name.replace(":", "-")
 
 
-def run_all(base: Config, root: Path, variants: dict[str, dict]) -> list[dict]:
+def run_all(base: Config, variants: dict[str, dict]) -> list[dict]:
     """One row per variant: what differs from `base`, its scores, parameters and seconds."""
     rows = []
     for name, change in variants.items():
-        label = "-".join(
-            short(str(value)) if "encoder" in key else f"{key}-{value}" for key, value in change.items()
-        )
+        folder = "-".join(short(str(v)) if "encoder" in key else f"{key}-{v}" for key, v in change.items())
         log(f"\n--- {name}")
-        metrics = run(dataclasses.replace(base, **change, output=str(root / label)))
-        rows.append(grid_row(name, metrics))
+        rows.append(
+            grid_row(name, run(dataclasses.replace(base, **change, output=str(base.folder / folder))))
+        )
     return rows
 
 
 def grid_row(name: str, metrics: dict) -> dict:
     """Retrieval and classification of a run, parameters and seconds; `mean` is at the middle labelled share."""
-    fractions = sorted(metrics["config"]["fractions"])
-    middle = fractions[len(fractions) // 2]
-    key, words = (
-        ("accuracy", "accuracy") if metrics["config"]["multiclass"] else ("auroc_macro", "macro AUROC")
-    )
-    scores = {fraction: {} for fraction in fractions}
+    config, cost, found = metrics["config"], metrics["cost"], metrics["retrieval"]["test"]
+    key, words = ("accuracy", "accuracy") if config["multiclass"] else ("auroc_macro", "macro AUROC")
+    scores = {f"{f:.0%}": {"adaptor": [], "bare backbone": []} for f in sorted(config["fractions"])}
     for result in metrics["classification"]:
-        scores[result["fraction"]].setdefault(result["features"], []).append(result["test"][key])
-    chosen = np.array(scores[middle]["adaptor"], float)
+        scores[f"{result['fraction']:.0%}"][result["features"]].append(result["test"][key])
+    middle = list(scores)[len(scores) // 2]
+    values = np.array(scores[middle]["adaptor"], float)
     return {
-        "name": name, "score": f"test {words} at {middle:.0%} of the labels", "mean": float(chosen.mean()),
-        "deviation": float(chosen.std(ddof=1)) if len(chosen) > 1 else 0.0,
-        "recall_5": [metrics["retrieval"]["test"][way]["recall_5"] for way in ("image_to_text", "text_to_image")],
-        "scores": scores, "parameters": metrics["cost"]["trainable_parameters"],
-        "seconds": metrics["cost"]["seconds"],
+        "name": name, "score": f"test {words}, {middle} of the labels", "mean": float(values.mean()),
+        "deviation": float(values.std(ddof=min(1, len(values) - 1))), "scores": scores,
+        "recall": [found[way]["recall_5"] for way in ("image_to_text", "text_to_image")],
+        "parameters": cost["trainable_parameters"], "seconds": cost["seconds"],
     }  # fmt: skip
 
 
 def grid_table(title: str, rows: Sequence[dict]) -> str:
     """Markdown: recall at 5 both ways, the score at every labelled share, parameters, seconds."""
-    fractions = list(rows[0]["scores"])
-    header = [title, "recall@5 i-t", "t-i", *(f"{fraction:.0%}" for fraction in fractions),
-              f"bare, {fractions[-1]:.0%}", "trained", "seconds"]  # fmt: skip
+    shares = list(rows[0]["scores"])
+    header = [title, "text R@5", "image R@5", *(f"{share} of labels" for share in shares), "bare, all labels"]
     lines = []
     for row in rows:
-        cells = [mean_and_deviation(np.array(row["scores"][f]["adaptor"], float)) for f in fractions]
-        bare = mean_and_deviation(np.array(row["scores"][fractions[-1]]["bare backbone"], float))
-        recalls = [float(value) for value in row["recall_5"]]
-        lines.append([row["name"], *recalls, *cells, bare, f"{row['parameters']:,}", f"{row['seconds']:.0f}"])
-    score = rows[0]["score"].rpartition(" at ")[0]
-    return f"{score} at each share of the labels\n\n{retune.markdown_table(header, lines)}"
+        cells = [mean_and_deviation(np.array(row["scores"][share]["adaptor"], float)) for share in shares]
+        bare = mean_and_deviation(np.array(row["scores"][shares[-1]]["bare backbone"], float))
+        lines.append(
+            [row["name"], *row["recall"], *cells, bare, f"{row['parameters']:,}", f"{row['seconds']:.0f}"]
+        )
+    return retune.markdown_table([*header, "trained", "seconds"], lines)

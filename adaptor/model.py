@@ -1,7 +1,5 @@
 """The method: projections, shared transformer layers, and the contrastive loss."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -79,14 +77,15 @@ class Adaptor(nn.Module):
         """Embeddings [.., d] in the scale of `standardise`; unchanged without it."""
         return (embeddings - getattr(self, f"{side}_mean")) / getattr(self, f"{side}_deviation")
 
-    def standardise(self, side: str, embeddings: torch.Tensor) -> None:
-        """Take each dimension's mean and deviation over the training embeddings [n, d] (ours).
+    def standardise(self, images: torch.Tensor, texts: torch.Tensor) -> None:
+        """Take each dimension's mean and deviation over the training embeddings [n, d] of both sides (ours).
 
         Embeddings of many towers are nearly parallel (the demo's autoencoder: mean cosine 0.99), and what
         tells them apart would be lost in the projection's normalisation until long training finds it.
         """
-        getattr(self, f"{side}_mean").copy_(embeddings.mean(0))
-        getattr(self, f"{side}_deviation").copy_(embeddings.std(0).clamp_min(1e-6))
+        for side, embeddings in (("image", images), ("text", texts)):
+            getattr(self, f"{side}_mean").copy_(embeddings.mean(0))
+            getattr(self, f"{side}_deviation").copy_(embeddings.std(0).clamp_min(1e-6))
 
 
 def contrastive_loss(

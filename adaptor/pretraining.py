@@ -1,10 +1,7 @@
 """Pre-training on image-report pairs, epochs that resume, and retrieval, which says what was learned."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +11,10 @@ from torch import nn
 
 import retune
 from adaptor.config import Config
-from adaptor.data import read_pixels
+from adaptor.data import load_images
 from adaptor.model import Adaptor, contrastive_loss
 from adaptor.pairs import Pairs
-from retune import DualEncoder, InputError, Radiographs, markdown_table
+from retune import InputError
 
 
 class Resumable(nn.ModuleDict):
@@ -31,9 +28,8 @@ class Resumable(nn.ModuleDict):
 
 
 def train_epochs(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, epochs: int, patience: int,
-    one_epoch: Callable,
-) -> list[dict]:  # fmt: skip
+    folder: Path, model, optimizer, seed: int, epochs: int, patience: int, one_epoch: Callable
+) -> list:
     """Call `one_epoch(k)` for each epoch that `folder` does not hold yet; the results of all, in order.
 
     Each result has a "score" on validation data. The model ends with the weights of the best one; `patience`
@@ -59,8 +55,8 @@ def train_epochs(
 
 
 def best_epoch(history: Sequence[dict]) -> int:
-    """The first epoch with the highest score; a score that does not exist is the lowest."""
-    scores = [-math.inf if e["score"] is None or math.isnan(e["score"]) else e["score"] for e in history]
+    """The first epoch with the highest score; 0 before the first."""
+    scores = [epoch["score"] for epoch in history]
     return scores.index(max(scores)) if scores else 0
 
 
@@ -70,33 +66,25 @@ def step_factor(step: int, steps: int, warmup: float = 0.02) -> float:
     return min((step + 1) / rise, (steps - step) / max(1, steps - rise))
 
 
-class LivePairs:
-    """Pairs read through towers that are trained too (ablation): images and words instead of embeddings."""
-
-    def __init__(self, pairs: Pairs, encoder: DualEncoder, data: Radiographs, workers: int):
-        self.encoder, self.images, self.workers = encoder, data.images, max(1, workers)
-        self.rows, self.words = pairs.rows, pairs.words
+class LivePairs(Pairs):
+    """Pairs read through towers that are trained too (ablation): `images` are files, `texts` the towers."""
 
     def read(self, split: str, chosen: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Pairs.read`, with a graph to the towers' weights."""
         image_rows, text_rows = (rows[chosen].tolist() for rows in self.rows[split])
-        with ThreadPoolExecutor(self.workers) as pool:
-            pixels = list(pool.map(lambda i: self.encoder.transform(read_pixels(self.images[i])), image_rows))
-        tokens = self.encoder.tokenize([self.words[i] for i in text_rows], truncate=True)
-        texts = self.encoder.text(*(tensor.to(like.device) for tensor in tokens.values()))
-        return self.encoder.image(torch.stack(pixels).to(like.device)), texts
+        pixels = torch.stack(load_images(self.images, image_rows, self.texts.transform))
+        tokens = self.texts.tokenize([self.words[i] for i in text_rows], truncate=True).values()
+        return self.texts.image(pixels.to(like.device)), self.texts.text(*(t.to(like.device) for t in tokens))
 
 
-def pretrain(
-    model: Adaptor, pairs: Pairs | LivePairs, config: Config, folder: Path, towers: DualEncoder | None = None
-) -> list[dict]:
+def pretrain(model: Adaptor, pairs: Pairs, config: Config) -> list[dict]:
     """Align the two sides on the training pairs; one dict of losses and validation retrieval per epoch.
 
-    The best epoch by validation loss is kept. `towers` are trained with the adaptor (ablation).
+    The best epoch by validation loss is kept. With `LivePairs` the towers are trained too.
     """
-    trained = (
-        model if towers is None else nn.ModuleDict({"adaptor": model, "towers": towers.requires_grad_(True)})
-    )
+    trained = nn.ModuleList([model])
+    if isinstance(pairs, LivePairs):
+        trained.append(pairs.texts.requires_grad_(True))
     optimizer = torch.optim.AdamW(trained.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     n = len(pairs.rows["train"][0])
     if n < 2:
@@ -119,18 +107,17 @@ def pretrain(
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        trained.eval()
-        found = validate(model, pairs, "val", config)
+        found = validate(trained.eval()[0], pairs, "val", config)
         return {"train_loss": float(np.mean(losses)), "score": -found["loss"], **found}
 
-    place = folder / "pretraining"
+    place = config.folder / "pretraining"
     history = train_epochs(place, trained, optimizer, config.seed, config.epochs, config.patience, one_epoch)
     trained.eval()
     return history
 
 
 @torch.no_grad()
-def validate(model: Adaptor, pairs: Pairs | LivePairs, split: str, config: Config) -> dict:
+def validate(model: Adaptor, pairs: Pairs, split: str, config: Config) -> dict:
     """Contrastive loss in batches of the training size, and retrieval over the whole split."""
     model.eval()
     chosen = torch.arange(len(pairs.rows[split][0])).split(config.batch_size)
@@ -139,9 +126,6 @@ def validate(model: Adaptor, pairs: Pairs | LivePairs, split: str, config: Confi
     image, text = (F.normalize(torch.cat(side), dim=-1).cpu() for side in zip(*sides))
     words = [pairs.words[row] for row in pairs.rows[split][1].tolist()]
     return {"loss": float(np.mean(losses)), **retrieval(image, text, words)}
-
-
-# -------------------------------------------------------------------------------------------------- Retrieval
 
 
 def retrieval(image: torch.Tensor, text: torch.Tensor, words: Sequence[str]) -> dict:
@@ -153,20 +137,18 @@ def retrieval(image: torch.Tensor, text: torch.Tensor, words: Sequence[str]) -> 
     """
     _, first, group = np.unique(np.asarray(words), return_index=True, return_inverse=True)
     group, distinct = torch.from_numpy(group), torch.arange(len(first))
-    sides = {
-        "image_to_text": (image, group, text[first], distinct),
-        "text_to_image": (text[first], distinct, image, group),
-    }
-    ways = {way: recall(*side) for way, side in sides.items()}
-    return {"n": len(words), "distinct_reports": len(first)} | ways
+    return {
+        "n": len(words), "distinct_reports": len(first),
+        "image_to_text": recall(image, group, text[first], distinct),
+        "text_to_image": recall(text[first], distinct, image, group),
+    }  # fmt: skip
 
 
 def recall(query: torch.Tensor, asked: torch.Tensor, candidates: torch.Tensor, offered: torch.Tensor) -> dict:
     """Recalls of queries [q, P] that ask for the group asked [q] among candidates [c, P] of groups offered [c]."""
     rank, wrong = [], []
     for part, wanted in zip(query.split(1024), asked.split(1024)):
-        scores = part @ candidates.T
-        right = wanted[:, None] == offered  # [b, c]
+        scores, right = part @ candidates.T, wanted[:, None] == offered  # [b, c]
         best = scores.masked_fill(~right, -math.inf).amax(1, keepdim=True)
         rank.append(1 + ((scores >= best) & ~right).sum(1))
         wrong.append((~right).sum(1))
@@ -183,11 +165,11 @@ def recall(query: torch.Tensor, asked: torch.Tensor, candidates: torch.Tensor, o
 
 def retrieval_table(found: dict) -> str:
     """Recall and median rank on the test pairs, both ways: by chance, before and after pre-training."""
-    ways = ("image_to_text", "text_to_image")
+    ways = {"image_to_text": "text of image", "text_to_image": "image of text"}
     stages = {"chance": {way: found["test"][way]["chance"] for way in ways}}
     stages |= {"before pre-training": found["before"]} if "before" in found else {}
     stages |= {"adaptor": found["test"]}
     columns = {f"recall_{k}": f"R@{k}" for k in (1, 5, 10)} | {"median_rank": "median rank"}
-    header = [f"{way.replace('_', ' ')} {short}" for way in ways for short in columns.values()]
+    header = [f"{ways[way]}, {short}" for way in ways for short in columns.values()]
     rows = [[name, *(m[way].get(key) for way in ways for key in columns)] for name, m in stages.items()]
-    return markdown_table([f"retrieval, {found['test']['n']:,} test pairs", *header], rows)
+    return retune.markdown_table([f"retrieval, {found['test']['n']:,} test pairs", *header], rows)
