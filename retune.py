@@ -1,9 +1,9 @@
 """RE-tune: incremental fine-tuning of biomedical vision-language models for multi-label chest X-rays.
 
 The whole method is in this module, in the order in which a run uses it: settings, prompts, radiographs, frozen
-encoders, embedding cache, model and loss, scenarios, metrics, training, report, command line, helpers.
-Data flow one way: files -> embeddings -> adaptors -> scores -> report. No other file but `prompts.json` is needed
-to train on a CSV of images with a folder of an encoder, and single classes and functions can be copied out.
+encoders, embedding cache, model and loss, scenarios, metrics, training, report, command line, helpers. Data flow
+one way: files -> embeddings -> adaptors -> scores -> report. With `prompts.json` beside it, it is the whole program
+for a CSV of images and a folder of an encoder; its classes and functions can also be copied out one by one.
 
     python retune.py --scenario data --epochs 5                       # embedded demo, nothing to download
     python retune.py --data csv --data-dir my_xrays --scenario class  # your own images
@@ -21,8 +21,9 @@ import csv
 import dataclasses
 import difflib
 import functools
+import gzip
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import json
 import math
@@ -44,7 +45,6 @@ from torch import nn
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-
 
 # ------------------------------------------------------------------------------------------------ 1. Settings
 
@@ -87,8 +87,8 @@ class Config:
     positives_only: bool = setting(False, "class, label: train on all positives of the new class only")
 
     method: str = setting("retune", "retune, a method of experiments/, or MODULE:CLASS", group="method")
-    set: tuple[str, ...] = setting((), "NAME=VALUE: what only the method has; --method NAME --help lists it",
-                                   nargs="+", metavar="NAME=VALUE")
+    set: tuple[str, ...] = setting((), "what only the method has; --method NAME --help lists it", nargs="+",
+                                   metavar="NAME=VALUE")
     whiten: bool = setting(False, "centre and half-whiten the image embeddings (ours)")
     adaptor: str = setting("mlp", "mlp (the paper's), linear, residual (ours)",
                            choices=("mlp", "linear", "residual"))
@@ -116,17 +116,15 @@ class Config:
         check_values(self, positive, lambda value: 0 < value < math.inf, "be positive")
         check_values(self, "seed workers", lambda value: 0 <= value < 2**32, "be from 0 to 4294967295")
         if self.data == "demo" and self.data_dir is not None:
-            raise InputError(
-                f"--data-dir {self.data_dir}: the demo reads no folder; say which --data it holds"
-            )
+            raise InputError(f"--data-dir {self.data_dir}: the demo reads none; say which --data it is")
 
     @property
     def root(self) -> Path:
         """The data set's folder, which must exist."""
-        if self.data_dir is None:
-            raise InputError(f"--data {self.data} needs the folder of the data set: --data-dir")
-        if not Path(self.data_dir).is_dir():
-            raise InputError(f"--data-dir {self.data_dir} is not a folder")
+        if self.data_dir is None or not Path(self.data_dir).is_dir():
+            raise InputError(
+                f"--data {self.data} needs its folder; --data-dir {self.data_dir} is not a folder"
+            )
         return Path(self.data_dir)
 
     @property
@@ -138,8 +136,7 @@ class Config:
 AUTHORS = {"epochs": 10, "lr": 1e-4, "batch_size": 6144}  # arXiv 2410.17827
 SMALL = {"epochs": 10, "lr": 1e-3, "batch_size": 64}  # (ours) enough steps for a small set to learn
 SMALL_SET = 20_000  # training images from which on the authors' settings hold
-# Settings that may differ when a run is resumed
-NOT_IN_IDENTITY = (
+MAY_DIFFER = (  # when a run is resumed
     "data_dir", "output", "cache_dir", "device", "workers", "encode_batch", "encoder_dir", "prompts", "figures",
     "skip_bad_images", "set",
 )  # fmt: skip
@@ -161,16 +158,15 @@ def resolve_defaults(config: Config, data: Radiographs) -> Config:
 def load_prompts(path: Path, class_names: Sequence[str], wording: str = "specific") -> dict[str, dict]:
     """Positive and negative prompts of every class, {class: {"positive": [...], "negative": [...]}}.
 
-    The JSON file maps a finding to such a pair or to the name of a synonymous finding; "default" holds
-    templates with `{finding}` for all others. Names match without regard to case, `_` and `-`.
-    `wording="generic"` uses the templates for every class (ours). InputError for a missing finding, an empty
-    list or bad JSON. The wording is ours, in the spirit of the authors' templates.
+    The JSON file maps a finding to such a pair or to the name of a synonymous finding; "default" holds templates
+    with `{finding}` for all others. Names match without regard to case, `_` and `-`. `wording="generic"` uses the
+    templates for every class (ours). The wording is ours, in the spirit of the authors' templates.
     """
-    content = read_json(path)
 
     def plain(name: str) -> str:
         return re.sub("[_-]", " ", name).lower().strip()
 
+    content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: must be a JSON object of findings")
     entries = {plain(name): entry for name, entry in content.items()}
@@ -183,7 +179,7 @@ def load_prompts(path: Path, class_names: Sequence[str], wording: str = "specifi
         prompts[name] = {}
         for polarity in ("positive", "negative"):
             texts = entry.get(polarity)
-            good = isinstance(texts, list) and all(isinstance(t, str) and t.strip() for t in texts)
+            good = isinstance(texts, list) and all(isinstance(text, str) and text.strip() for text in texts)
             if not good or not texts:
                 raise InputError(f"{path}: {polarity!r} of {name!r} must be a list of texts, at least one")
             prompts[name][polarity] = [text.replace("{finding}", plain(name)) for text in texts]
@@ -203,9 +199,8 @@ class Radiographs:
     images: paths, or uint8 [N, H, W] (an array, or what yields [H, W] by row and draws it on demand).
     labels: float32 [N, C], 1 / 0 / nan; nan is unknown: never trained on, never scored.
     patients, split: [N] texts; split is "train", "val" or "test". names: [N], what reports call an image.
-    rows: [N], where each image's labels stand ("labels.csv row 7"). reports: [N] texts, if there are any.
-    view, sex, age, part: [N] texts, if known. note: what the loader decided, for the user to read.
-    key: identifies images that are not files.
+    rows: [N], where each image's labels stand ("labels.csv row 7"). reports, view, sex, age, part: [N] texts, if
+    known. note: what the loader decided, for the user to read. key: identifies images that are not files.
     """
 
     images: Sequence
@@ -213,8 +208,8 @@ class Radiographs:
     class_names: Sequence[str]
     patients: Sequence[str]
     split: Sequence[str]
-    names: Sequence[str] | None = None
-    rows: Sequence[str] | None = None
+    names: Sequence[str] = ()
+    rows: Sequence[str] = ()
     reports: Sequence[str] | None = None
     note: str = ""
     key: str | None = None
@@ -228,28 +223,17 @@ class Radiographs:
         self.labels = np.asarray(self.labels, np.float32)
         self.patients = np.asarray(self.patients, str)
         self.split = np.asarray(self.split, "<U10")
-        self.names = [f"image-{i:06d}" for i in range(n)] if self.names is None else list(self.names)
-        self.rows = [f"row {i + 2}" for i in range(n)] if self.rows is None else list(self.rows)
-        if {len(self.labels), len(self.patients), len(self.split), len(self.names), len(self.rows)} != {n}:
-            raise InputError(f"labels, patients, split, names, rows: give one for each of {n} images")
-        if self.labels.shape != (n, len(self.class_names)):
-            raise InputError(
-                f"labels {self.labels.shape} are not {n} images x {len(self.class_names)} classes"
-            )
+        self.names = list(self.names) or [f"image-{i:06d}" for i in range(n)]
+        self.rows = list(self.rows) or [f"row {i + 2}" for i in range(n)]
+        lengths = {len(values) for values in (self.patients, self.split, self.names, self.rows)}
+        if lengths != {n} or self.labels.shape != (n, len(self.class_names)):
+            raise InputError(f"labels {self.labels.shape}, columns of {lengths} rows do not fit {n} images")
         if not (np.isnan(self.labels) | (self.labels == 0) | (self.labels == 1)).all():
             raise InputError("labels must be 1, 0 or nan")
 
     def where(self, split: str) -> np.ndarray:
         """Rows of one split, int64, in file order."""
         return np.flatnonzero(self.split == split)
-
-    def take(self, rows: np.ndarray) -> Radiographs:
-        """The data set of some rows [n] of it."""
-        columns = ("images", "names", "rows", "reports", *GROUPS)
-        lists = {name: getattr(self, name) for name in columns if getattr(self, name) is not None}
-        lists = {name: [values[i] for i in rows] for name, values in lists.items()}
-        arrays = {name: getattr(self, name)[rows] for name in ("labels", "patients", "split")}
-        return dataclasses.replace(self, **lists, **arrays)
 
 
 def patient_split(patients: Sequence[str], shares: dict[str, float]) -> np.ndarray:
@@ -263,58 +247,57 @@ def patient_split(patients: Sequence[str], shares: dict[str, float]) -> np.ndarr
     return np.array(list(shares))[np.searchsorted(edges, position, side="right")][patient]
 
 
-def read_table(path: Path, required: Sequence[str] = ()):
-    """A CSV (or .gz) as a pandas frame of texts, blank where nothing stands; frame row i is file row i + 2."""
+def read_table(path: str | Path, required: Sequence[str] = ()):
+    """A CSV (or .gz) as a pandas frame of texts whose index says where a row stands: "labels.csv row 7"."""
     import pandas
 
-    plain = {"header": None, "dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
-    plain |= {"index_col": False, "skip_blank_lines": False}
     try:
-        header = [name.strip() for name in pandas.read_csv(path, nrows=1, **plain).fillna("").iloc[0]]
-        with warnings.catch_warnings(action="error"):  # pandas warns where it drops surplus fields
-            table = pandas.read_csv(path, skiprows=1, names=list(range(len(header))), **plain)
+        opener = gzip.open if str(path).endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file)
+            header = [name.strip() for name in next(lines, [])]
+            widths = [len(line) for line in lines]
+        if duplicated := [name for name in header if header.count(name) > 1]:
+            raise ValueError(f"column {duplicated[0]!r} is duplicated")
+        filled = max((i + 1 for i, width in enumerate(widths) if width), default=0)  # blank lines may follow
+        options = {"skiprows": 1, "nrows": filled, "skip_blank_lines": False, "encoding": "utf-8-sig"}
+        table = pandas.read_csv(path, names=header or [""], dtype=str, keep_default_na=False, **options)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except pandas.errors.EmptyDataError:
-        raise InputError(f"{path}: the file is empty") from None
     except Exception as error:
         raise InputError(f"{path}: not a readable CSV ({one_line(error)})") from None
-    table.columns = header
-    if len(header) == 1 and (found := [d for d in (";", "\t", "|") if d in header[0]]):
+    if len(header) == 1 and (found := [d for d in ";\t|" if d in header[0]]):
         raise InputError(f"{path}: fields are separated by {found[0]!r}; save it with commas")
-    if duplicated := [name for name in header if header.count(name) > 1]:
-        raise InputError(f"{path}: column {duplicated[0]!r} is duplicated")
+    if not filled:
+        raise InputError(f"{path}: {'the table has a header and no rows' if header else 'the file is empty'}")
     if missing := [name for name in required if name not in header]:
         raise InputError(f"{path}: no column {missing[0]!r}; the columns are {', '.join(header)}")
-    filled = table.notna().to_numpy()
-    table = table.iloc[: int(filled.any(1).nonzero()[0].max(initial=-1)) + 1]  # blank lines at the end
-    if table.empty:
-        raise InputError(f"{path}: the table has a header and no rows")
-    if not (whole := filled[: len(table)].all(1)).all():
-        row = int(np.argmin(whole))
-        raise InputError(
-            f"{path} row {row + 2}: {filled[row].sum()} fields where the header has {len(header)}"
-        )
+    table.index = [f"{path} row {i + 2}" for i in range(filled)]
+    refuse_row(table, np.array(widths[:filled]) != len(header), f"has not {len(header)} fields as the header")
     return table
 
 
-LABEL_WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0, "": None, "nan": None}
+def refuse_row(table, bad: np.ndarray, reason: str, column: str = "") -> None:
+    """InputError for the first row [N] of a frame that is bad, with its value of a column."""
+    if np.any(bad):
+        i = int(np.argmax(bad))
+        value = f"{column} {table[column].iloc[i]!r} " if column else ""
+        raise InputError(f"{table.index[i]}: {value}{reason}")
+
+
+LABELS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0, "": None, "nan": None}
 
 
 def label_value(text: str) -> float | None | str:
     """1.0, 0.0, -1.0 (uncertain), None (blank), or the text itself when it is not a label."""
     plain = text.strip().lower()
-    if plain in LABEL_WORDS:
-        return LABEL_WORDS[plain]
     try:
-        return float(plain) if float(plain) in (1, 0, -1) else text
-    except ValueError:
+        return LABELS[plain] if plain in LABELS else {1.0: 1.0, 0.0: 0.0, -1.0: -1.0}[float(plain)]
+    except (KeyError, ValueError):
         return text
 
 
-def parse_labels(
-    table, classes: Sequence[str], path: Path, uncertain: str, blank: str
-) -> tuple[np.ndarray, str]:
+def parse_labels(table, classes: Sequence[str], uncertain: str, blank: str) -> tuple[np.ndarray, str]:
     """Label columns as float32 [N, C], and a note that counts what -1 and blank labels became.
 
     uncertain: ones | zeros | ignore (CheXpert's U-Ones, U-Zeros, U-Ignore); blank: zero | ignore.
@@ -326,34 +309,41 @@ def parse_labels(
     for j, name in enumerate(classes):
         codes, texts = table[name].factorize()
         values = [label_value(text) for text in texts]
-        for code, value in enumerate(values):
-            if value not in meaning:
-                where = f"{path} row {int(np.argmax(codes == code)) + 2}, column {name!r}"
-                raise InputError(
-                    f"{where}: label {value[:40]!r} is not 1, 0, -1, blank (--classes names findings)"
-                )
-            if value in counts:
-                counts[value] += int((codes == code).sum())
+        bad = np.array([value not in meaning for value in values])[codes]
+        refuse_row(table, bad, "is not 1, 0, -1, blank; --classes says which columns are findings", name)
         labels[:, j] = np.array([meaning[value] for value in values])[codes]
+        for value, count in zip(values, np.bincount(codes)):
+            counts[value] = counts.get(value, 0) + int(count)
     note = f"labels: {counts[-1.0]:,} uncertain (-1) -> {uncertain}, {counts[None]:,} blank -> {blank}"
     return labels, note
 
 
-def finding_columns(table, reserved: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The columns of a user's table that hold labels, and those that do not.
+def check_classes(config: Config, known: Sequence[str]) -> list[str]:
+    """--classes, each of which must be known; empty without it."""
+    chosen = list(config.classes or ())
+    for name in chosen:
+        if name not in known:
+            raise InputError(f"--classes {name!r}: {suggest(name, known)}")
+        if chosen.count(name) > 1:
+            raise InputError(f"--classes names {name!r} twice")
+    return chosen
 
-    A column of which most values are labels is a finding, so that a misspelt label is refused and not skipped.
-    """
-    findings, others = [], []
-    for name in table.columns:
-        if name.lower() in (*reserved, *GROUPS):
-            continue
-        counts = table[name].value_counts()
-        values = {text: label_value(text) for text in counts.index}
-        labels = sum(counts[text] for text, value in values.items() if isinstance(value, float))
-        texts = sum(counts[text] for text, value in values.items() if isinstance(value, str))
-        (findings if labels > texts or not labels + texts else others).append(name)
-    return findings, others
+
+def from_table(table, labels: np.ndarray, classes: Sequence[str], config: Config, note: str) -> Radiographs:
+    """The data set of a frame with `path`, `name`, `patient`, `split`, and what it knows of GROUPS and `report`."""
+    if config.view != "all" and "view" in table:
+        views = {"frontal": ["frontal", "pa", "ap"], "lateral": ["lateral", "ll"]}
+        wanted = table["view"].str.lower().isin(views.get(config.view, [config.view])).to_numpy()
+        if not wanted.any():
+            raise InputError(f"--view {config.view}: the views are {', '.join(sorted(set(table['view'])))}")
+        table = table[wanted]
+        labels = labels[wanted]
+    known = {name: table[name].tolist() for name in GROUPS if name in table}
+    reports = table["report"].tolist() if "report" in table else None
+    columns = (table[name].tolist() for name in ("patient", "split", "name"))
+    root = str(config.root)
+    images = [os.path.join(root, path) for path in table["path"].tolist()]
+    return Radiographs(images, labels, classes, *columns, table.index, reports, note, **known)
 
 
 def load_demo(config: Config) -> Radiographs:
@@ -361,85 +351,54 @@ def load_demo(config: Config) -> Radiographs:
     from demo import phantoms
 
     demo = phantoms.make_phantoms(config.demo_images, seed=0, domain="demo")
-    names = [f"phantom-{i:06d}" for i in range(len(demo.labels))]
-    source = hashlib.sha256(Path(phantoms.__file__).read_bytes()).hexdigest()
-    return Radiographs(
-        demo.images, demo.labels, demo.class_names, demo.patients, patient_split(demo.patients, SHARES),
-        names, reports=demo.reports, key=f"{config.demo_images} phantoms of {source}",
-        note="DEMO: synthetic phantoms, not patients; these numbers say nothing about clinical performance.",
-    )  # fmt: skip
+    names = [f"phantom-{i:06d}" for i in range(len(demo))]
+    key = f"{config.demo_images} phantoms of {file_checksum(phantoms.__file__)}"
+    note = "DEMO: synthetic phantoms, not patients; these numbers say nothing about clinical performance."
+    split = patient_split(demo.patients, SHARES)
+    columns = (demo.images, demo.labels, demo.class_names, demo.patients, split, names)
+    return Radiographs(*columns, reports=demo.reports, note=note, key=key)
 
 
 def load_csv(config: Config) -> Radiographs:
-    """Anybody's own data: `path`, a column per finding (1/0/-1/blank), optional `patient`, `split`, `report`,
-    `view`, `sex`, `age`, `part`.
+    """Anybody's own data: `path`, a column per finding (1/0/-1/blank), optional `patient`, `split`, `report`, GROUPS.
 
     Paths are absolute or relative to --data-dir, which holds the only CSV unless --labels-csv names one. Without
     `split`: 70/10/20% of the patients by hash. Without `patient` each image counts as a patient of its own.
     """
-    root = config.root
-    path = Path(config.labels_csv) if config.labels_csv else one_file(root, ["*.csv"])
+    path = config.labels_csv or only_file(config.root, "*.csv")
     table = read_table(path, ["path"])
-    classes, others = finding_columns(table, ("path", "patient", "split", "report"))
-    classes = check_classes(config, table.columns) or classes
+    table = table.rename(columns={name: name.lower() for name in table if name.lower() in GROUPS})
+    findings, others = [], []
+    for name in (name for name in table if name not in ("path", "patient", "split", "report", *GROUPS)):
+        kinds = table[name].map(lambda text: type(label_value(text)).__name__).value_counts()
+        # a column mostly of labels is a finding, so that its misspelt label is refused below
+        (findings if kinds.get("str", 0) <= kinds.get("float", 0) else others).append(name)
+    classes = check_classes(config, list(table)) or findings
     if not classes:
-        raise InputError(f"{path}: no finding columns; name some with --classes")
-    rows = [f"{path} row {i + 2}" for i in range(len(table))]
-    names = [text.strip() for text in table["path"]]
-    labels, note = parse_labels(table, classes, path, config.uncertain, config.blank or "ignore")
+        raise InputError(f"{path}: no column holds labels; findings can be named with --classes")
+    labels, note = parse_labels(table, classes, config.uncertain, config.blank or "ignore")
     if others and not config.classes:
         note += f"; left out columns that hold no labels: {', '.join(others)}"
     if "patient" not in table:
+        table["patient"] = table["path"]
         note += "; no `patient` column: each image counts as a patient of its own"
-    patients = [text.strip() for text in table["patient"]] if "patient" in table else names
-    split = patient_split(patients, SHARES)
-    if "split" in table:
-        split = [text.strip() for text in table["split"]]
-    for patient, part, row in zip(patients, split, rows):
-        if not patient or part not in ("train", "val", "test"):
-            raise InputError(f"{row}: patient {patient!r}, split {str(part)!r}; need an id; train, val, test")
-    known = {
-        name.lower(): [text.strip() for text in table[name]]
-        for name in table.columns
-        if name.lower() in GROUPS
-    }
-    reports = table["report"].tolist() if "report" in table else None
-    images = [join_path(root, name, row) for name, row in zip(names, rows)]
-    return Radiographs(images, labels, classes, patients, split, names, rows, reports, note, **known)
+    if "split" not in table:
+        table["split"] = patient_split(table["patient"].str.strip(), SHARES)
+    for name in ("path", "patient", "split"):
+        table[name] = table[name].str.strip()
+        refuse_row(table, table[name] == "", "is blank", name)
+    refuse_row(table, ~table["split"].isin(list(SHARES)), "is not train, val or test", "split")
+    return from_table(table.assign(name=table["path"]), labels, classes, config, note)
 
 
-def check_classes(config: Config, known: Sequence[str]) -> list[str]:
-    """--classes, each of which must be known; empty without it."""
-    for name in config.classes or ():
-        if name not in known:
-            raise InputError(f"--classes {name!r}: {suggest(name, known)}")
-    if len(set(config.classes or ())) < len(config.classes or ()):
-        raise InputError(f"--classes names a finding twice: {', '.join(config.classes)}")
-    return list(config.classes or ())
-
-
-def join_path(root: Path, text: str, row: str) -> str:
-    """The file that a table names: absolute, or relative to the data set's folder."""
-    if not text or "\0" in text:
-        raise InputError(f"{row}: {text!r} is not a path")
-    return os.path.join(root, text.replace("\\", "/"))
-
-
-def one_file(root: Path, patterns: Sequence[str]) -> Path:
-    """The only file of `root` that matches the first pattern which any file matches."""
-    found = next(filter(None, (sorted(root.glob(pattern)) for pattern in patterns)), [])
+def only_file(root: Path, pattern: str) -> Path:
+    """The only file of `root` that matches the pattern."""
+    found = sorted(root.glob(pattern))
     if len(found) != 1:
-        count = f"{len(found)} files match" if found else "no file matches"
-        raise InputError(f"{root}: {count} {' or '.join(patterns)}; name the label file with --labels-csv")
+        raise InputError(f"{root}: {len(found)} files match {pattern}; name the label file with --labels-csv")
     return found[0]
 
 
-CHEXPERT_FINDINGS = (
-    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
-    "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture",
-    "Support Devices",
-)  # fmt: skip
-COMPETITION_FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 NIH_FINDINGS = (
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
     "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia",
@@ -454,38 +413,37 @@ def load_nih(config: Config) -> Radiographs:
     Wang et al., "ChestX-ray8", CVPR 2017. Free to use; cite the paper and link to the NIH's download page.
     """
     root = config.root
-    path = Path(config.labels_csv) if config.labels_csv else one_file(root, ["Data_Entry_2017*.csv"])
+    path = config.labels_csv or only_file(root, "Data_Entry_2017*.csv")
     table = read_table(path, ["Image Index", "Finding Labels", "Patient ID"])
-    rows = [f"{path} row {i + 2}" for i in range(len(table))]
+    table = table.rename(columns={"Image Index": "name", "Patient ID": "patient", "View Position": "view",
+                                  "Patient Gender": "sex", "Patient Age": "age"})  # fmt: skip
     lists = {}
     for split, file in (("train", "train_val_list.txt"), ("test", "test_list.txt")):
         if not (root / file).is_file():
             raise InputError(f"{root / file}: no such file; the official lists decide the split")
         lists |= dict.fromkeys((root / file).read_text(encoding="utf-8", errors="replace").split(), split)
     codes, combinations = table["Finding Labels"].factorize()
-    present = np.zeros((len(combinations), len(NIH_FINDINGS)), np.float32)
-    for k, combination in enumerate(combinations):
-        for finding in combination.split("|"):
-            if finding in NIH_FINDINGS:
-                present[k, NIH_FINDINGS.index(finding)] = 1
-            elif finding != "No Finding":
-                row = rows[int(np.argmax(codes == k))]
-                raise InputError(f"{row}: unknown finding {finding!r}; {suggest(finding, NIH_FINDINGS)}")
-    names = table["Image Index"].tolist()
-    if missing := [i for i, name in enumerate(names) if name not in lists]:
-        row = missing[0]
-        raise InputError(f"{rows[row]}: {names[row]} is in neither train_val_list.txt nor test_list.txt")
-    held_out = patient_split(table["Patient ID"], {"train": 7 / 8, "val": 1 / 8})
-    split = [held_out[i] if lists[name] == "train" else "test" for i, name in enumerate(names)]
+    found = [combination.split("|") for combination in combinations]
+    unknown = np.array([not {*NIH_FINDINGS, "No Finding"}.issuperset(names) for names in found])[codes]
+    refuse_row(table, unknown, f"is not made of {', '.join(NIH_FINDINGS)}", "Finding Labels")
+    labels = np.array([[name in names for name in NIH_FINDINGS] for names in found], np.float32)[codes]
+    listed = table["name"].map(lists)
+    refuse_row(table, listed.isna(), "is in neither train_val_list.txt nor test_list.txt", "name")
+    held_out = patient_split(table["patient"], {"train": 7 / 8, "val": 1 / 8})
+    table["split"] = np.where(listed == "train", held_out, "test")
     folders = [d for d in [root / "images", *sorted(root.glob("images_*/images"))] if d.is_dir()]
-    home = {name: folder for folder in folders for name in os.listdir(folder)}
-    images = [join_path(home.get(name, root / "images"), name, row) for name, row in zip(names, rows)]
-    known = {"view": "View Position", "sex": "Patient Gender", "age": "Patient Age"}
-    known = {name: table[column].tolist() for name, column in known.items() if column in table}
+    home = {name: folder.relative_to(root) for folder in folders for name in os.listdir(folder)}
+    table["path"] = [f"{home.get(name, 'images')}/{name}" for name in table["name"]]
     note = "nih: labels mined from reports; every finding that is not named counts as absent"
-    return Radiographs(
-        images, present[codes], NIH_FINDINGS, table["Patient ID"], split, names, rows, note=note, **known
-    )
+    return from_table(table, labels, NIH_FINDINGS, config, note)
+
+
+CHEXPERT_FINDINGS = (
+    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
+    "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture",
+    "Support Devices",
+)  # fmt: skip
+COMPETITION_FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 
 
 def load_chexpert(config: Config) -> Radiographs:
@@ -496,183 +454,110 @@ def load_chexpert(config: Config) -> Radiographs:
     Without either, `valid.csv` is the test set and a twentieth of the training patients validate, and we say so.
     Irvin et al., AAAI 2019. Stanford's research use agreement; neither images nor labels may be passed on.
     """
-    home = chexpert_home(config.root)
-    paths = {name: home.get(name, config.root) / name for name in ("train.csv", "valid.csv")}
-    train = Path(config.labels_csv or paths["train.csv"])
-    test = next((home[n] / n for n in ("test_labels.csv", "groundtruth.csv") if n in home), None)
-    files = {"train": train, "val": paths["valid.csv"], "test": test}
-    if test is None:
-        files = {"train": train, "test": paths["valid.csv"]}
-    parts = [chexpert_part(config, home, split, path) for split, path in files.items()]
-    joined = {key: [value for part in parts for value in part[key]] for key in parts[0]}
-    note = "; ".join(joined.pop("note"))
+    import pandas
+
+    # an archive is CheXpert-v1.0-small, CheXpert-v1.0 or a batch of it, of which some hold patients without `train`
+    root = config.root
+    folders = [*sorted(root.glob("CheXpert-v1.0*")), root / "test", root]
+    home = {name: str(folder) for folder in folders if folder.is_dir() for name in os.listdir(folder)}
+    train = config.labels_csv or f"{home.get('train.csv', root)}/train.csv"
+    valid = f"{home.get('valid.csv', root)}/valid.csv"
+    test = next((f"{home[n]}/{n}" for n in ("test_labels.csv", "groundtruth.csv") if n in home), None)
+    files = {"train": train, "val": valid, "test": test} if test else {"train": train, "test": valid}
+    classes = config.classes or COMPETITION_FINDINGS
+    tables = [chexpert_table(path, classes, home).assign(split=split) for split, path in files.items()]
+    table = pandas.concat(tables)
+    labels, note = parse_labels(table, classes, config.uncertain, config.blank or "zero")
     if test is None:
         note += "; no test labels, so valid.csv is the test set and val is cut from train by patient"
-        held_out = patient_split(joined["patients"], {"train": 0.95, "val": 0.05})
-        joined["split"] = [h if part == "train" else part for h, part in zip(held_out, joined["split"])]
-    return Radiographs(**joined, class_names=config.classes or COMPETITION_FINDINGS, note=note)
+        held_out = patient_split(table["patient"], {"train": 0.95, "val": 0.05})
+        table["split"] = np.where(table["split"] == "train", held_out, table["split"])
+    return from_table(table, labels, classes, config, note)
 
 
-def chexpert_part(config: Config, home: dict[str, Path], split: str, path: Path) -> dict[str, Sequence]:
-    """The columns of one CheXpert table, a row per image.
+CHEXPERT_PATH = re.compile(r"(train|valid|test)/([^/]+)/(.+)")
 
-    What stands before the split (`CheXpert-v1.0/`, `CheXpert-v1.0-small/`) does not matter. The row of a study
-    (column `Study`) stands for each image in the study's folder, so that folder must be there.
+
+def chexpert_table(path: str, classes: Sequence[str], home: dict[str, str]):
+    """One CheXpert table, a row per image: `home` says which folder holds a split or a patient.
+
+    What stands before the split in a path (`CheXpert-v1.0-small/`) does not matter. The row of a study (column
+    `Study`) stands for each image in the study's folder, so that folder must be there.
     """
-    table = read_table(path)
-    classes = wanted_findings(config, path, table)
-    labels, note = parse_labels(table, classes, path, config.uncertain, config.blank or "zero")
+    table = read_table(path, classes)
     column = "Study" if "Study" in table else "Path"
     if column not in table:
-        raise InputError(f"{path}: no column 'Path' or 'Study'; the columns are {', '.join(table.columns)}")
-    names, images, index = [], [], []
-    for i, place in enumerate(table[column]):
-        folders = place.replace("\\", "/").split("/")
-        start = next(
-            (k for k, part in enumerate(folders) if part in ("train", "valid", "test")), len(folders)
-        )
-        folders = folders[start:]
-        if len(folders) < 3:
-            raise InputError(
-                f"{path} row {i + 2}: {place!r} is not <train|valid|test>/<patient>/<study>/<image>"
-            )
-        in_batch = folders[0] not in home and folders[1] in home
-        name = "/".join(folders)
-        file = f"{home.get(folders[in_batch], config.root)}/{'/'.join(folders[in_batch:])}"
-        found = [""] if column == "Path" else [f"/{image.name}" for image in sorted(Path(file).glob("*.jpg"))]
-        if not found:
-            raise InputError(f"{path} row {i + 2}: no .jpg in {file}, where this study's images belong")
-        names += [name + image for image in found]
-        images += [file + image for image in found]
-        index += [i] * len(found)
-    columns = {"view": "AP/PA", "sex": "Sex", "age": "Age"}
-    known = {
-        key: table[name].to_numpy()[index] if name in table else [""] * len(index)
-        for key, name in columns.items()
-    }
-    side = table["Frontal/Lateral"].to_numpy()[index] if "Frontal/Lateral" in table else None
-    if side is None:  # VisualCheXbert and groundtruth.csv name the view in the file alone
-        side = [name.rsplit("_", 1)[-1].split(".")[0] for name in names]
-    known["view"] = [fine if fine in ("AP", "PA") else s for fine, s in zip(known["view"], side)]
-    patients = [name.split("/", 2)[1] for name in names]
-    rows = [f"{path} row {i + 2}" for i in index]
-    return {
-        "names": names, "images": images, "rows": rows, "labels": labels[index], "patients": patients,
-        "split": [split] * len(names), "note": [f"{path.name} {note}"], **known,
-    }  # fmt: skip
-
-
-def wanted_findings(config: Config, path: Path, table) -> tuple[str, ...]:
-    """--classes or CheXpert's five competition findings; InputError when the label file lacks one."""
-    known = [name for name in CHEXPERT_FINDINGS if name in table]
-    for name in config.classes or COMPETITION_FINDINGS:
-        if name not in known:
-            raise InputError(f"{path}: no finding {name!r}; {suggest(name, known or CHEXPERT_FINDINGS)}")
-    return tuple(config.classes or COMPETITION_FINDINGS)
-
-
-def chexpert_home(root: Path) -> dict[str, Path]:
-    """Which folder holds each file, split or patient: `root`, its `test`, or an unpacked archive inside it.
-
-    An archive is `CheXpert-v1.0-small`, `CheXpert-v1.0`, or one of the four `CheXpert-v1.0 batch ...` of the full
-    resolution, of which three hold patients without a `train` folder.
-    """
-    home: dict[str, Path] = {}
-    for folder in (root, root / "test", *sorted(root.glob("CheXpert-v1.0*"))):
-        for name in os.listdir(folder) if folder.is_dir() else ():
-            if home.setdefault(name, folder) not in (folder, root) and name in ("train", "train.csv"):
-                raise InputError(f"{root}: {name} is in {home[name]} and {folder}; give one as --data-dir")
-    return home
+        raise InputError(f"{path}: no column 'Path' or 'Study'; the columns are {', '.join(table)}")
+    found = [CHEXPERT_PATH.search(place.replace("\\", "/")) for place in table[column].tolist()]
+    bad = np.array([match is None for match in found])
+    refuse_row(table, bad, "is not <train|valid|test>/<patient>/<study>/<image>", column)
+    paths = []
+    for match in found:
+        name, split, patient, rest = match.group(0, 1, 2, 3)
+        in_batch = split not in home and patient in home
+        paths.append(f"{home[patient]}/{patient}/{rest}" if in_batch else f"{home.get(split, '')}/{name}")
+    table = table.assign(
+        name=[match[0] for match in found], path=paths, patient=[match[2] for match in found]
+    )
+    if column == "Study":
+        images = [[image.name for image in sorted(Path(path).glob("*.jpg"))] for path in paths]
+        refuse_row(table, np.array([not names for names in images]), "holds no .jpg of this study", "path")
+        table = table.assign(image=images).explode("image")
+        for name in ("name", "path"):
+            table[name] += "/" + table["image"]
+    if "Frontal/Lateral" not in table:  # VisualCheXbert names the view in the file alone: view1_frontal.jpg
+        table["Frontal/Lateral"] = table["name"].str.extract(r"_(\w+)\.\w+$")[0]
+    fine = table.get("AP/PA", table["Frontal/Lateral"])
+    table["view"] = np.where(fine.isin(["AP", "PA"]), fine, table["Frontal/Lateral"])
+    table = table.rename(columns={"Sex": "sex", "Age": "age"})
+    return table[[name for name in (*classes, "name", "path", "patient", *GROUPS) if name in table]]
 
 
 MIMIC_SPLITS = {"train": "train", "validate": "val", "test": "test"}
-SECTION = re.compile(r"^[ \t]*([A-Z][A-Z /,()]+):", re.MULTILINE)  # a title in a report
 
 
 def load_mimic(config: Config) -> Radiographs:
     """MIMIC-CXR-JPG: 377,110 images of 227,835 studies of 65,379 patients, CheXpert's 14 findings per study.
 
     Labels of `mimic-cxr-2.0.0-chexpert.csv` (or --labels-csv: `-negbio`), the official split, views from the
-    metadata, gzipped or not. Reports (MIMIC-CXR) are read on demand when they lie in `files/` too.
+    metadata, gzipped or not.
     Johnson et al., arXiv 1901.07042. PhysioNet's credentialed licence; neither images nor labels may be passed on.
     """
-    root = config.root
 
     def release(kind: str) -> Path:
-        path = root / f"mimic-cxr-2.0.0-{kind}.csv"
+        path = config.root / f"mimic-cxr-2.0.0-{kind}.csv"
         return path if path.is_file() else path.with_suffix(".csv.gz")
 
-    path = Path(config.labels_csv or release("chexpert"))
-    studies = read_table(path, ["study_id"])
-    classes = wanted_findings(config, path, studies)
-    values, note = parse_labels(studies, classes, path, config.uncertain, config.blank or "zero")
-    if (duplicated := studies["study_id"].duplicated()).any():
-        row = int(duplicated.argmax())
-        raise InputError(f"{path} row {row + 2}: study {studies['study_id'][row]} is duplicated")
-    path = release("split")
-    table = read_table(path, ["dicom_id", "study_id", "subject_id", "split"])
-    if (bad := ~table["split"].isin(list(MIMIC_SPLITS))).any():
-        row = int(bad.argmax())
-        raise InputError(
-            f"{path} row {row + 2}: split {table['split'][row]!r} is not train, validate or test"
-        )
-    table["label_row"] = table["study_id"].map(dict(zip(studies["study_id"], range(len(studies)))))
-    unlabelled = table["label_row"].isna()
-    note += f"; left out {table['study_id'][unlabelled].nunique():,} studies without labels"
-    table = table[~unlabelled]
-    view = None
+    classes = config.classes or COMPETITION_FINDINGS
+    studies = read_table(config.labels_csv or release("chexpert"), ["study_id", *classes])
+    refuse_row(studies, studies["study_id"].duplicated(), "is duplicated", "study_id")
+    labels, note = parse_labels(studies, classes, config.uncertain, config.blank or "zero")
+    table = read_table(release("split"), ["dicom_id", "study_id", "subject_id", "split"])
+    refuse_row(table, ~table["split"].isin(list(MIMIC_SPLITS)), "is not train, validate or test", "split")
+    label_row = table["study_id"].map(dict(zip(studies["study_id"], range(len(studies)))))
+    note += f"; left out {table['study_id'][label_row.isna()].nunique():,} studies without labels"
+    table = table[label_row.notna()]
     if config.view != "all" or release("metadata").is_file():
         metadata = read_table(release("metadata"), ["dicom_id", "ViewPosition"])
-        view = (
-            table["dicom_id"]
-            .map(dict(zip(metadata["dicom_id"], metadata["ViewPosition"])))
-            .fillna("")
-            .tolist()
-        )
+        views = dict(zip(metadata["dicom_id"], metadata["ViewPosition"]))
+        table = table.assign(view=table["dicom_id"].map(views).fillna(""))
     columns = zip(table["subject_id"], table["study_id"], table["dicom_id"])
-    names = [f"files/p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg" for subject, study, dicom in columns]
-    images = [os.path.join(root, name) for name in names]
-    reports = (
-        MimicReports(images) if images and Path(images[0]).parent.with_suffix(".txt").is_file() else None
-    )
-    rows = [f"{path} row {i + 2}" for i in table.index]
-    labels = values[table["label_row"].astype(int)]
-    split = table["split"].map(MIMIC_SPLITS)
-    return Radiographs(
-        images, labels, classes, table["subject_id"], split, names, rows, reports, note, view=view
-    )
+    paths = [f"files/p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg" for subject, study, dicom in columns]
+    table = table.assign(name=paths, path=paths, patient=table["subject_id"])
+    table["split"] = table["split"].map(MIMIC_SPLITS)
+    return from_table(table, labels[label_row.dropna().astype(int)], classes, config, note)
 
 
-class MimicReports(Sequence):
-    """Each image's report, read when asked for: what stands under FINDINGS and IMPRESSION, else all of it."""
-
-    def __init__(self, images: Sequence[str]):
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> str:
-        text = Path(self.images[i]).parent.with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
-        _, *sections = SECTION.split(text)  # title, text, title, text, ...
-        chosen = [t for title, t in zip(sections[::2], sections[1::2]) if title in ("FINDINGS", "IMPRESSION")]
-        return " ".join(" ".join(chosen or [text]).split())
-
-
-ZENODO = "https://zenodo.org/records/10519652/files"
-CHESTMNIST_MD5 = {
-    28: "02c8a6516a18b556561a56cbdd36c4a8",
-    64: "9de6cd0b934ebb5b7426cfba5efbae16",
-    128: "db107e5590b27930b62dbaf558aebee3",
-    224: "45bd33e6f06c3e8cdb481c74a89152aa",
-}
+CHESTMNIST = "https://zenodo.org/records/10519652/files/{}?download=1"
+CHESTMNIST_MD5 = {28: "02c8a6516a18b556561a56cbdd36c4a8", 64: "9de6cd0b934ebb5b7426cfba5efbae16",
+                  128: "db107e5590b27930b62dbaf558aebee3", 224: "45bd33e6f06c3e8cdb481c74a89152aa"}  # fmt: skip
 
 
 def load_chestmnist(config: Config) -> Radiographs:
     """ChestMNIST: ChestX-ray14 at 28, 64, 128 or 224 pixels: 78,468 train, 11,219 val, 22,433 test; 14 findings.
 
     Reads `chestmnist.npz` or `chestmnist_<size>.npz` in --data-dir (else in --cache-dir), or downloads it there.
-    Its arrays are unpacked into --cache-dir, so that memory does not grow with --size. No patient ids.
+    It is unpacked into --cache-dir, so that memory does not grow with --size. No patient ids.
     Yang et al., "MedMNIST v2", Scientific Data 2023. CC BY 4.0.
     """
     import zipfile
@@ -680,45 +565,28 @@ def load_chestmnist(config: Config) -> Radiographs:
     from torchvision.datasets.utils import download_url
 
     folder = config.root if config.data_dir else Path(config.cache_dir)
-    name = "chestmnist.npz" if config.size == 28 else f"chestmnist_{config.size}.npz"
-    path = folder / name
-    if not path.exists():
-        try:
-            download_url(f"{ZENODO}/{name}?download=1", str(folder), name, CHESTMNIST_MD5[config.size])
-        except (OSError, RuntimeError) as error:
-            raise InputError(
-                f"{name} cannot be downloaded ({one_line(error)}); put the file at {path}"
-            ) from None
-    key = f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
-    unpacked = Path(config.cache_dir) / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
-    unpacked.mkdir(parents=True, exist_ok=True)
-    images, labels, split = [], [], []
+    path = folder / ("chestmnist.npz" if config.size == 28 else f"chestmnist_{config.size}.npz")
+    parts = ("train", "val", "test")
     try:
-        with locked(unpacked, wait=True), zipfile.ZipFile(path) as archive:
-            for part in ("train", "val", "test"):
-                file = unpacked / f"{part}_images.npy"
-                if not file.exists():
-                    with (
-                        atomic(file) as partial,
-                        archive.open(file.name) as source,
-                        open(partial, "wb") as target,
-                    ):
-                        shutil.copyfileobj(source, target, 1 << 20)
-                images.append(np.load(file, mmap_mode="r", allow_pickle=False))
-                with archive.open(f"{part}_labels.npy") as source:
-                    labels.append(np.lib.format.read_array(source, allow_pickle=False))
-                split += [part] * len(labels[-1])
-                wanted = (len(labels[-1]), config.size, config.size)
-                if (images[-1].shape, images[-1].dtype) != (wanted, np.uint8):
-                    raise ValueError(
-                        f"{part}_images is {images[-1].dtype} {images[-1].shape}, not uint8 {wanted}"
-                    )
+        if not path.exists():
+            download_url(CHESTMNIST.format(path.name), folder, path.name, CHESTMNIST_MD5[config.size])
+        key = f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
+        unpacked = Path(config.cache_dir) / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
+        if not unpacked.exists():
+            with atomic(unpacked) as partial, zipfile.ZipFile(path) as archive:
+                archive.extractall(partial)
+        images = [np.load(unpacked / f"{part}_images.npy", "r", allow_pickle=False) for part in parts]
+        labels = [np.load(unpacked / f"{part}_labels.npy", allow_pickle=False) for part in parts]
+        if any(array.shape != (len(y), config.size, config.size) for array, y in zip(images, labels)):
+            raise ValueError(f"images are {[array.shape for array in images]}")
+        split = np.repeat(parts, [len(y) for y in labels])
+        names = [f"{part}-{i:06d}" for i, part in enumerate(split)]
+        note = "chestmnist: official split; no patient ids, so each image counts as a patient of its own"
+        columns = (np.concatenate(labels), NIH_FINDINGS, names, split, names)
+        return Radiographs(torch.utils.data.ConcatDataset(images), *columns, note=note, key=key)
     except Exception as error:
-        raise InputError(f"{path}: not ChestMNIST at {config.size} pixels ({one_line(error)})") from None
-    names = [f"{part}-{i:06d}" for i, part in enumerate(split)]
-    note = "chestmnist: official split; no patient ids, so each image counts as a patient of its own"
-    joined = torch.utils.data.ConcatDataset(images)
-    return Radiographs(joined, np.concatenate(labels), NIH_FINDINGS, names, split, names, note=note, key=key)
+        reason = f"not ChestMNIST at {config.size} pixels ({one_line(error)})"
+        raise InputError(f"{path}: {reason}; put the published file there") from None
 
 
 DATASETS: dict[str, Callable[[Config], Radiographs]] = {
@@ -728,63 +596,36 @@ DATASETS: dict[str, Callable[[Config], Radiographs]] = {
 
 
 def load_radiographs(config: Config) -> Radiographs:
-    """The data set that `config` names, with its chosen classes and views; refuses what would falsify a result."""
+    """The data set that `config` names, with its chosen classes; refuses what would falsify a result."""
     data = DATASETS[config.data](config)
+    if config.view != "all" and data.view is None:
+        raise InputError(f"--view {config.view}: {config.data} does not name the views of its images")
     wanted = tuple(check_classes(config, data.class_names) or data.class_names)
     columns = [list(data.class_names).index(name) for name in wanted]
     data = dataclasses.replace(data, labels=data.labels[:, columns], class_names=wanted)
-    if config.view != "all":
-        data = choose_view(data, config)
-    check_patients(data)
-    check_splits(data)
-    if np.isnan(data.labels[data.where("train")]).all():
-        raise InputError(f"--data {config.data}: no training image has a known label of {', '.join(wanted)}")
-    return data
-
-
-FRONTAL = ("frontal", "pa", "ap")
-
-
-def choose_view(data: Radiographs, config: Config) -> Radiographs:
-    """The images of --view; InputError when the data set does not say how an image was taken."""
-    if data.view is None:
-        raise InputError(
-            f"--view {config.view}: the data set {config.data} does not name the views of its images"
-        )
-    views = {"frontal": FRONTAL, "lateral": ("lateral", "ll")}.get(config.view, (config.view,))
-    rows = np.flatnonzero([view.strip().lower() in views for view in data.view])
-    if not len(rows):
-        raise InputError(
-            f"--view {config.view}: no such image; the views are {', '.join(sorted(set(data.view)))}"
-        )
-    return data.take(rows)
-
-
-def check_patients(data: Radiographs) -> None:
-    """InputError for an image that is duplicated or a patient in two splits, naming the row."""
     first: dict[str, int] = {}
     home: dict[str, int] = {}
     split = data.split.tolist()
     for i, (name, patient) in enumerate(zip(data.names, data.patients.tolist())):
-        plain = os.path.normpath(name) if "./" in name or "//" in name else name
-        if first.setdefault(plain, i) != i:
-            raise InputError(
-                f"{data.rows[i]}: image {name!r} is duplicated, first in {data.rows[first[plain]]}"
-            )
-        if split[home.setdefault(patient, i)] != split[i]:
-            raise InputError(
-                f"{data.rows[i]}: patient {patient!r} is in {split[home[patient]]} and in {split[i]}"
-            )
+        name = os.path.normpath(name) if "./" in name or "//" in name else name
+        if first.setdefault(name, i) != i:
+            raise InputError(f"{data.rows[i]}: image {name!r} is also in {data.rows[first[name]]}")
+        if (other := split[home.setdefault(patient, i)]) != split[i]:
+            raise InputError(f"{data.rows[i]}: patient {patient!r} is in {other} and in {split[i]}")
+    check_splits(data)
+    return data
 
 
 def check_splits(data: Radiographs) -> None:
-    """InputError that names a split without images."""
+    """InputError that names a split without images, or training images without any label."""
     for split in ("train", "val", "test"):
         if not (data.split == split).any():
-            patients = f"{len(np.unique(data.patients)):,} patients are divided by a hash of their id"
+            count = len(np.unique(data.patients))
             raise InputError(
-                f"the {split} split has no readable images ({patients}): add patients or a split column"
+                f"the {split} split has no readable images; patients: {count:,}; add some, or a split"
             )
+    if np.isnan(data.labels[data.where("train")]).all():
+        raise InputError(f"no training image has a known label of {', '.join(data.class_names)}")
 
 
 def read_image(path: str | Path) -> torch.Tensor:
@@ -801,11 +642,8 @@ def read_image(path: str | Path) -> torch.Tensor:
         with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
             if image.mode[0] in "IF":
                 return stretch(torch.from_numpy(np.array(image, np.float32))[None])
-            image = image.convert("L" if image.mode in ("L", "LA", "1") else "RGB")
-            pixels = np.array(image).reshape(image.height, image.width, -1)  # [H, W, 1 or 3]
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-    except InputError:
-        raise
+            pixels = np.array(image.convert("L" if image.mode in ("L", "LA", "1") else "RGB"))
+        return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:
@@ -825,12 +663,12 @@ def read_dicom(path: str | Path) -> torch.Tensor:
         import pydicom
         from pydicom.pixels import apply_modality_lut, apply_voi_lut
     except ImportError:
-        raise InputError(f"{path}: DICOM needs pydicom 3 (pip install pydicom)") from None
+        raise ImportError("DICOM needs pydicom 3: pip install pydicom") from None
     image = pydicom.dcmread(path)
     frames = int(image.get("NumberOfFrames") or 1)
-    if frames != 1 or image.get("SamplesPerPixel", 1) != 1:
-        colour = f"{frames} frames of {image.get('SamplesPerPixel', 1)} channels"
-        raise ValueError(f"{colour}; one grey frame is read")
+    channels = image.get("SamplesPerPixel", 1)
+    if (frames, channels) != (1, 1):
+        raise ValueError(f"{frames} frames of {channels} channels; one grey frame is read")
     values = apply_voi_lut(apply_modality_lut(image.pixel_array, image), image, index=0)
     pixels = torch.from_numpy(values.astype(np.float32))[None]
     return stretch(-pixels if image.get("PhotometricInterpretation") == "MONOCHROME1" else pixels)
@@ -845,15 +683,12 @@ def transform_image(image: torch.Tensor, resize, crop, interpolation, mean, std)
     `resize`: length of the shorter side, or [height, width]; `crop`: side of the central square, or None. The
     resizing is antialiased and rounds to uint8, as PIL's does.
     """
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional
+    from torchvision.transforms.v2 import InterpolationMode, functional
 
     size = [resize] if isinstance(resize, int) else list(resize)
     image = functional.resize(image, size, interpolation=InterpolationMode(interpolation), antialias=True)
-    if crop is not None:
-        image = functional.center_crop(image, [crop, crop])
-    mean = torch.tensor(mean).view(3, 1, 1)
-    std = torch.tensor(std).view(3, 1, 1)
+    image = image if crop is None else functional.center_crop(image, [crop, crop])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
     return (image / 255 - mean) / std  # [1 or 3,h,w] - [3,1,1] -> [3,h,w]
 
 
@@ -865,11 +700,10 @@ class Normalize(nn.Module):
 
 
 POOLS = ("cls", "mean", "last", "pooler", "pre_norm_mean", "none")
-LAYERS = {"Normalize": Normalize} | {
-    name: getattr(nn, name)
-    for name in ("Linear", "Conv2d", "BatchNorm2d", "LayerNorm", "ReLU", "GELU", "AdaptiveAvgPool2d", "Flatten",
-                 "Unflatten", "TransformerEncoderLayer")
-}  # fmt: skip
+LAYERS = {"Linear": nn.Linear, "Conv2d": nn.Conv2d, "BatchNorm2d": nn.BatchNorm2d, "LayerNorm": nn.LayerNorm,
+          "ReLU": nn.ReLU, "GELU": nn.GELU, "AdaptiveAvgPool2d": nn.AdaptiveAvgPool2d, "Flatten": nn.Flatten,
+          "Unflatten": nn.Unflatten, "TransformerEncoderLayer": nn.TransformerEncoderLayer,
+          "Normalize": Normalize}  # fmt: skip
 
 
 class Tower(nn.Module):
@@ -881,11 +715,11 @@ class Tower(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        model, head = config["model"], config["head"]
+        model = config["model"]
         self.pool = config["pool"]
-        if unknown := {name for name, _ in head} - set(LAYERS) | {self.pool} - set(POOLS):
+        if unknown := {name for name, _ in config["head"]} - set(LAYERS) | {self.pool} - set(POOLS):
             raise InputError(f"encoder config: unknown {unknown}; pools: {POOLS}, head layers: {[*LAYERS]}")
-        self.head = nn.Sequential(*(LAYERS[name](**options) for name, options in head))
+        self.head = nn.Sequential(*(LAYERS[name](**options) for name, options in config["head"]))
         if config.get("library") == "torchvision":
             from torchvision.models import get_model
             from torchvision.models.feature_extraction import create_feature_extractor
@@ -932,7 +766,6 @@ class DualEncoder(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.dim = config["dim"]
-        self.known_fingerprint = ""
         self.image = Tower(config["image"])
         self.text = Tower(config["text"])
         self.transform = functools.partial(transform_image, **config["transform"])
@@ -944,16 +777,12 @@ class DualEncoder(nn.Module):
         return self.image(pixels).float()
 
     @torch.inference_mode()
-    def encode_texts(
-        self, texts: Sequence[str], truncate: bool = False, batch_size: int = 64
-    ) -> torch.Tensor:
+    def encode_texts(self, texts: Sequence[str], truncate: bool = False, batch: int = 64) -> torch.Tensor:
         """M texts -> float32 embeddings [M,D], not normalised; a text beyond the context is an InputError."""
         device = next(self.parameters()).device
-        embeddings = []
-        for start in range(0, len(texts), batch_size):
-            tokens = self.tokenize(texts[start : start + batch_size], truncate)
-            embeddings.append(self.text(*(tensor.to(device) for tensor in tokens.values())).float())
-        return torch.cat(embeddings)
+        batches = [texts[i : i + batch] for i in range(0, len(texts), batch)]
+        tokens = (self.tokenize(batch, truncate).values() for batch in batches)
+        return torch.cat([self.text(*(tensor.to(device) for tensor in pair)).float() for pair in tokens])
 
     def tokenize(self, texts: Sequence[str], truncate: bool = False) -> dict[str, torch.Tensor]:
         """M texts -> {"input_ids": [M,T], "attention_mask": [M,T]}, padded on the right.
@@ -974,16 +803,13 @@ class DualEncoder(nn.Module):
         return {"input_ids": tokens["input_ids"], "attention_mask": mask}
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the config without its name and of every tensor as float32; computed once."""
-        if self.known_fingerprint:
-            return self.known_fingerprint
+        """SHA-256 (hex) of the config without its name and of every tensor as float32."""
         config = {key: value for key, value in self.config.items() if key != "name"}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for key, tensor in sorted(self.state_dict().items()):
             digest.update(f"{key} {tuple(tensor.shape)}".encode())
             digest.update(tensor.float().cpu().contiguous().numpy())
-        self.known_fingerprint = digest.hexdigest()
-        return self.known_fingerprint
+        return digest.hexdigest()
 
     def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write config.json, model.safetensors (as `dtype`) and the tokenizer into a new or empty folder."""
@@ -1004,40 +830,34 @@ class DualEncoder(nn.Module):
         (BioViL: RE-tune's 512; its own is 480). InputError if a file is missing or unfit.
         """
         folder = Path(directory or (HERE / "demo" / "tiny" if name == "tiny" else name))
-        if directory is None and name != "tiny" and (name in HUB or not folder.is_dir()):
+        if directory is None and (name in HUB or not folder.is_dir()):
             folder = download(name)
         try:
             config, state, tokenizer = read_encoder(folder)
-            if name in HUB and config.get("name") != name:
-                raise InputError(f"{folder} holds the encoder {config.get('name')}, not {name}")
-            if crop is not None and config["image"].get("library") != "torchvision":
-                raise InputError(f"crop {crop}: the image size of {config['name']} is fixed, leave crop out")
+            config = {"name": folder.name if Path(name).is_dir() else name} | config
+            if name in HUB and config["name"] != name:
+                raise InputError(f"it is the encoder {config['name']}, not {name}")
             if crop is not None:
+                if config["image"].get("library") != "torchvision":
+                    raise InputError(f"the image size of {config['name']} is fixed, leave --crop out")
                 config = config | {"transform": config["transform"] | {"crop": crop}}
             with torch.random.fork_rng(devices=[]):
-                encoder = cls({"name": folder.name if Path(name).is_dir() else name} | config, tokenizer)
-            wanted = encoder.state_dict()
-            state = {k: tensor for k, tensor in state.items() if k in wanted or not re.search(UNUSED_KEYS, k)}
-            load_weights(encoder, state, folder, ignore="num_batches_tracked")
+                encoder = cls(config, tokenizer)
+            own = encoder.state_dict()
+            state = {k: value for k, value in state.items() if k in own or not re.search(UNUSED_KEYS, k)}
+            counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
+            load_weights(encoder, counters | state, folder)
             # A tokenizer or a transform that does not fit the towers fails here and not in the middle of a run.
             encoder.encode_texts(["", "no finding"])
             encoder.encode_images(encoder.transform(torch.zeros(1, 40, 60, dtype=torch.uint8))[None])
-        except InputError:
-            raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            raise InputError(f"{folder}: its files do not make an encoder ({reason})") from None
+            raise InputError(f"{folder}: does not hold the encoder {name} ({one_line(error)})") from None
         return encoder
 
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> list:
-    """A linear layer of a tower's head in config.json."""
+    """A linear layer of a head in config.json."""
     return ["Linear", {"in_features": inputs, "out_features": outputs, "bias": bias}]
-
-
-def convolution(inputs: int, outputs: int, bias: bool = True) -> list:
-    """A 1 x 1 convolution of a tower's head in config.json."""
-    return ["Conv2d", {"in_channels": inputs, "out_channels": outputs, "kernel_size": 1, "bias": bias}]
 
 
 # The published encoders in our format, their tensors' names (regular expressions) and their files.
@@ -1053,9 +873,11 @@ BIOMEDCLIP = {
 }
 BIOVIL = {  # its projection comes before the spatial mean; "strip" is what its own inference does to a prompt
     "name": "biovil", "dim": 128,
-    "image": {"library": "torchvision", "model": {"name": "resnet50", "node": "layer4"}, "pool": "none",
-              "head": [convolution(2048, 128, False), ["BatchNorm2d", {"num_features": 128}], ["ReLU", {}],
-                       convolution(128, 128), ["AdaptiveAvgPool2d", {"output_size": 1}], ["Flatten", {}]]},
+    "image": {"library": "torchvision", "model": {"name": "resnet50", "node": "layer4"}, "pool": "none", "head": [
+        ["Conv2d", {"in_channels": 2048, "out_channels": 128, "kernel_size": 1, "bias": False}],
+        ["BatchNorm2d", {"num_features": 128}], ["ReLU", {}],
+        ["Conv2d", {"in_channels": 128, "out_channels": 128, "kernel_size": 1, "bias": True}],
+        ["AdaptiveAvgPool2d", {"output_size": 1}], ["Flatten", {}]]},
     "text": {"model": {"model_type": "bert"}, "pool": "cls", "context_length": 512, "strip": "!?.",
              "head": [linear(768, 128), ["GELU", {}], ["LayerNorm", {"normalized_shape": 128, "eps": 1e-12}],
                       linear(128, 128)]},
@@ -1077,7 +899,6 @@ KEYS = {  # BiomedCLIP; BioViL; CLIP and SigLIP
     "vision_model": "image.tower", "text_model": "text.tower",
     "visual_projection": "image.head.0", "text_projection": "text.head.0",
 }
-# fmt: on
 BIOVIL_IMAGE = "biovil_image_resnet50_proj_size_128.pt"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -1085,6 +906,7 @@ HUB = {  # name: repository, revision, alternatives for the weights, the best fi
     "biomedclip": ("microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", None, OPEN_CLIP_WEIGHTS),
     "biovil": ("microsoft/BiomedVLP-CXR-BERT-specialized", "v1.1", WEIGHTS),
 }
+# fmt: on
 
 
 def download(name: str) -> Path:
@@ -1092,9 +914,7 @@ def download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     if name not in HUB and "/" not in name:
-        raise InputError(
-            f"unknown encoder {name!r}: use tiny, {', '.join(HUB)}, a folder, or a hub id OWNER/NAME"
-        )
+        raise InputError(f"unknown encoder {name!r}: use tiny, {', '.join(HUB)}, a folder, or OWNER/NAME")
     repository, revision, weights = HUB.get(name, (name, None, WEIGHTS))
     try:
         for pattern in weights:
@@ -1104,12 +924,12 @@ def download(name: str) -> Path:
                 break
         return folder
     except Exception as error:
-        where = f"fetch the files of {repository} elsewhere and name their folder with --encoder-dir"
-        raise InputError(f"encoder {name!r} cannot be downloaded: {where} ({one_line(error)})") from None
+        remedy = f"fetch the files of {repository} elsewhere and name their folder with --encoder-dir"
+        raise InputError(f"encoder {name!r} cannot be downloaded: {remedy} ({one_line(error)})") from None
 
 
 def read_encoder(folder: Path) -> tuple[dict, dict[str, torch.Tensor], object]:
-    """(config, tensors, tokenizer) of a folder in our format or as published; InputError on anything else."""
+    """(config, tensors, tokenizer) of a folder in our format or as published."""
     names = ("config.json", "open_clip_config.json")
     config, open_clip = (read_json(folder / name) if (folder / name).is_file() else {} for name in names)
     if {"dim", "image", "text", "transform"} <= set(config):
@@ -1123,7 +943,7 @@ def read_encoder(folder: Path) -> tuple[dict, dict[str, torch.Tensor], object]:
     if (folder / BIOVIL_IMAGE).is_file():
         state = read_weights(folder, BIOVIL_IMAGE) | read_weights(folder, *WEIGHTS)
         return BIOVIL, state, read_tokenizer(folder, bert=True)
-    raise InputError(f"{folder} holds no encoder: no known {' nor '.join(names)}, and no {BIOVIL_IMAGE}")
+    raise InputError(f"no known {' nor '.join(names)}, and no {BIOVIL_IMAGE}")
 
 
 def read_weights(folder: Path, *patterns: str) -> dict[str, torch.Tensor]:
@@ -1132,41 +952,31 @@ def read_weights(folder: Path, *patterns: str) -> dict[str, torch.Tensor]:
 
     files = next((found for found in (sorted(folder.glob(pattern)) for pattern in patterns) if found), [])
     if not files:
-        raise InputError(f"{folder} holds no weights: {' or '.join(patterns)} is missing")
+        raise InputError(f"no weights: {' or '.join(patterns)} is missing")
     state = {}
     for file in files:
-        try:
-            found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
-            for key, tensor in found.items():
-                for pattern, replacement in KEYS.items():
-                    key = re.sub(rf"^{pattern}(?=\.|$)", replacement, key)
-                thirds = (
-                    zip("qkv", tensor.chunk(3)) if ".attention.qkv." in key else ()
-                )  # timm's are one tensor
-                split = {key.replace("qkv", f"{part}_proj"): third.detach() for part, third in thirds}
-                state |= split or {key: tensor.detach()}
-        except Exception as error:
-            raise InputError(f"{file} is damaged or holds more than tensors: {one_line(error)}") from None
+        found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+        for key, tensor in found.items():
+            for pattern, replacement in KEYS.items():
+                key = re.sub(rf"^{pattern}(?=\.|$)", replacement, key)
+            thirds = zip("qkv", tensor.chunk(3)) if ".attention.qkv." in key else ()  # timm's are one tensor
+            split = {key.replace("qkv", f"{part}_proj"): third.detach() for part, third in thirds}
+            state |= split or {key: tensor.detach()}
     return state
 
 
 def read_tokenizer(folder: Path, bert: bool = False):
-    """The tokenizer of a folder, without network and without code from the hub."""
+    """The tokenizer of a folder, without network; BERT's by hand, as BioViL's config asks for code from the hub."""
     from transformers import AutoTokenizer, BertTokenizer
 
     names = ("vocab.txt", "tokenizer.json", "vocab.json", "spiece.model")
     files = [folder / name for name in names if (folder / name).is_file()]
     if not files:
-        raise InputError(f"{folder} holds no tokenizer: one of {', '.join(names)} is missing")
-    try:
-        if bert:  # by hand: BioViL's config asks AutoTokenizer to run code from the hub
-            vocabulary = str(files[0])
-            if files[0].suffix == ".json":
-                vocabulary = json.loads(files[0].read_text(encoding="utf-8"))["model"]["vocab"]
-            return BertTokenizer(vocab=vocabulary)
+        raise InputError(f"no tokenizer: one of {', '.join(names)} is missing")
+    if not bert:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise InputError(f"{folder}: its tokenizer cannot be read: {one_line(error)}") from None
+    is_json = files[0].suffix == ".json"
+    return BertTokenizer(vocab=read_json(files[0])["model"]["vocab"] if is_json else str(files[0]))
 
 
 def read_transformers(folder: Path, published: dict) -> dict:
@@ -1174,8 +984,8 @@ def read_transformers(folder: Path, published: dict) -> dict:
     from transformers import AutoImageProcessor
 
     kind = published["model_type"]
-    towers = {}
     wanted = "hidden_act|layer_norm_eps|num_.*|.*_size|.*_token_id|max_position_embeddings"  # shape a tower
+    towers = {}
     for part in ("vision", "text"):
         found = (published.get(f"{part}_config") or {}) | (published.get(f"{part}_config_dict") or {})
         model = {key: value for key, value in found.items() if re.fullmatch(wanted, key)}
@@ -1196,10 +1006,9 @@ def read_transformers(folder: Path, published: dict) -> dict:
         "resize": processor.size.shortest_edge or [processor.size.height, processor.size.width],
         "crop": processor.crop_size.height if processor.do_center_crop else None,
         "interpolation": {2: "bilinear", 3: "bicubic"}[processor.resample],
-        "mean": list(processor.image_mean),
-        "std": list(processor.image_std),
-    }
-    return {"name": folder.name, "dim": dim, "image": vision, "text": text, "transform": transform}
+        "mean": list(processor.image_mean), "std": list(processor.image_std),
+    }  # fmt: skip
+    return {"dim": dim, "image": vision, "text": text, "transform": transform}
 
 
 # ------------------------------------------------------------------------------------------ 5. Embedding cache
@@ -1234,9 +1043,9 @@ def embedding_key(encoder: DualEncoder, data: Radiographs, precision: str) -> st
         digest.update(np.ascontiguousarray(data.images).data)
     elif data.key is None:
         for path in data.images:
-            digest.update(os.path.realpath(path).encode("utf-8", "surrogateescape"))
             status = os.stat(path) if os.path.isfile(path) else None
-            digest.update(f"\0{status and (status.st_size, status.st_mtime_ns)}\0".encode())
+            facts = status and (status.st_size, status.st_mtime_ns)
+            digest.update(f"{os.path.realpath(path)}\0{facts}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:20]
 
 
@@ -1246,120 +1055,82 @@ def embed(
 ) -> np.memmap:  # fmt: skip
     """Embed every image once: a read-only memory map [N, D], float32, not normalised.
 
-    The rows are cut into chunks, each written whole into the cache key's folder; ranks take chunks in turn,
-    a restarted process skips finished ones, and the first rank joins them. An unreadable image raises
-    InputError, or with `skip_bad_images` is a row of nan, listed by `embedding_facts`.
+    Chunks of rows are written into the array in the cache key's folder, each followed by a file that says so; ranks
+    take chunks in turn and a restarted process skips finished ones. An unreadable image raises InputError, or with
+    `skip_bad_images` is a row of nan, listed by `embedding_facts`.
     """
     folder = Path(cache_dir) / embedding_key(encoder, data, precision)
     folder.mkdir(parents=True, exist_ok=True)
+    array = folder / "embeddings.npy"
     rank, world = ranks()
-    starts = range(0, len(data.images), CHUNK)
+    n = len(data.images)
+    chunks = {folder / f"chunk-{i:09d}.json": range(i, min(i + CHUNK, n)) for i in range(0, n, CHUNK)}
+    encoder.to(device)
     with locked(folder, wait=True) if rank == 0 else contextlib.nullcontext():
+        if rank == 0 and not array.exists():
+            for stale in folder.glob("*.json"):
+                stale.unlink()
+            with atomic(array) as partial:
+                np.lib.format.open_memmap(partial, "w+", np.float32, (n, encoder.dim)).flush()
         barrier()  # the other ranks start when the first one holds the folder
         if not (folder / "facts.json").exists():
-            encoder.to(device)
-            with progress(total=len(starts[rank::world]) * CHUNK, desc="embedding", unit="image") as bar:
-                for start in starts[rank::world]:
-                    rows = range(start, min(start + CHUNK, len(data.images)))
-                    bar.total = min(bar.total, len(data.images))
-                    file = folder / f"chunk-{start:09d}.npz"
-                    if not file.exists():
-                        options = (batch_size, workers, precision, device, skip_bad_images)
-                        write_chunk(file, encoder, data, rows, bar, *options)
+            todo = {file: rows for file, rows in list(chunks.items())[rank::world] if not file.exists()}
+            with progress(total=sum(map(len, todo.values())), desc="embedding", unit="image") as bar:
+                for file, rows in todo.items():
+                    start = time.perf_counter()
+                    options = (batch_size, workers, precision, device, skip_bad_images)
+                    block, bad = embed_rows(encoder, data, rows, bar, *options)
+                    with open(array, "r+b") as output:  # not through a map: a full disk is an error here
+                        output.seek((rows.start - n) * block.strides[0], os.SEEK_END)
+                        output.write(block.data)
+                    write_json(file, {"seconds": time.perf_counter() - start, "unreadable": bad})
             barrier()
             if rank == 0:
-                join_chunks(folder, len(data.images), encoder.dim)
+                parts = [read_json(file) for file in chunks]
+                facts = {"sha256": file_checksum(array), "seconds": sum(part["seconds"] for part in parts)}
+                facts["unreadable"] = {row: why for part in parts for row, why in part["unreadable"].items()}
+                write_json(folder / "facts.json", facts)
         barrier()
-    embeddings = open_embeddings(folder)
-    bad = embedding_facts(embeddings)["unreadable"]
-    if bad and not skip_bad_images:
-        raise InputError(f"{next(iter(bad.values()))}; --skip-bad-images leaves such out")
+    embeddings = np.load(array, mmap_mode="r", allow_pickle=False)
+    facts = embedding_facts(embeddings)
+    if file_checksum(array) != facts["sha256"]:
+        raise InputError(f"{folder}: damaged cache (its checksum differs); delete this folder to embed again")
+    if facts["unreadable"] and not skip_bad_images:
+        raise InputError(f"{next(iter(facts['unreadable'].values()))}; --skip-bad-images leaves such out")
     return embeddings
 
 
-def write_chunk(
-    file, encoder, data, rows: range, bar, batch_size, workers, precision, device, skip_bad
-) -> None:
-    """Embed some rows and write them, the seconds that it took, and unreadable rows with reasons."""
-    start = time.perf_counter()
+def embed_rows(
+    encoder, data, rows: range, bar, batch_size, workers, precision, device, skip_bad_images
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Embeddings [n, D] of some rows, nan where an image is unreadable, and those rows with their reasons."""
     block = np.full((len(rows), encoder.dim), np.nan, np.float32)
     bad: dict[int, str] = {}
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    loader = torch.utils.data.DataLoader(
-        Images(data.images, encoder.transform), batch_sampler=batches, num_workers=min(workers, len(batches)),
-        collate_fn=list, pin_memory=False, generator=torch.Generator(),
-    )  # fmt: skip
+    options = {"num_workers": min(workers, len(batches)), "collate_fn": list, "generator": torch.Generator()}
+    images = Images(data.images, encoder.transform)
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    for batch in loader:
-        for row, _, reason in (item for item in batch if item[1] is None):
-            bad[row] = f"{data.rows[row]}: {reason}"
-            if not skip_bad:
-                raise InputError(f"{bad[row]}; --skip-bad-images leaves such out")
+    for batch in torch.utils.data.DataLoader(images, batch_sampler=batches, **options):
+        bad |= {row: f"{data.rows[row]}: {reason}" for row, pixels, reason in batch if pixels is None}
+        if bad and not skip_bad_images:
+            raise InputError(f"{next(iter(bad.values()))}; --skip-bad-images leaves such out")
         good = [row - rows.start for row, pixels, _ in batch if pixels is not None]
         if good:
             pixels = torch.stack([pixels for _, pixels, _ in batch if pixels is not None]).to(device)
             with torch.autocast(device.split(":")[0], low, enabled=low is not None):
                 block[good] = encoder.encode_images(pixels).cpu().numpy()
-            if not np.isfinite(
-                np.linalg.norm(block[good], axis=1)
-            ).all():  # above 1e19 all cosines would be 0
-                where = data.rows[good[0] + rows.start]
-                raise InputError(f"{where}: its batch embeds to nan or huge numbers; use --precision fp32")
+            norms = np.linalg.norm(block[good], axis=1)
+            if not np.isfinite(norms).all():  # of numbers above 1e19 all cosines would be 0
+                first = data.rows[good[0] + rows.start]
+                raise InputError(f"{first}: its batch embeds to nan or huge numbers; use --precision fp32")
         bar.update(len(batch))
-    with atomic(file) as partial, open(partial, "wb") as output:
-        seconds = time.perf_counter() - start
-        np.savez(output, block=block, seconds=seconds, bad=np.array(json.dumps(bad)))
-
-
-def join_chunks(folder: Path, n: int, dim: int) -> None:
-    """Write embeddings.npy from the chunks, then facts.json, whose presence says that the cache is whole."""
-    seconds = 0.0
-    unreadable = {}
-    digest = hashlib.sha256()
-    header = {"descr": "<f4", "fortran_order": False, "shape": (n, dim)}
-    files = sorted(folder.glob("chunk-*.npz"))
-    # Written, not mapped: a full disk is an error here, and a killed process under a memory map.
-    with atomic(folder / "embeddings.npy") as partial, open(partial, "wb") as whole:
-        np.lib.format.write_array_header_1_0(whole, header)
-        for file in files:
-            try:
-                with np.load(file, allow_pickle=False) as chunk:
-                    block = chunk["block"]
-                    seconds += float(chunk["seconds"])
-                    unreadable |= json.loads(str(chunk["bad"]))
-            except Exception as error:
-                file.unlink()
-                raise InputError(
-                    f"{file}: damaged ({one_line(error)}), so it was removed; run again"
-                ) from None
-            whole.write(block.data)
-            digest.update(block.data)
-    write_json(
-        folder / "facts.json", {"sha256": digest.hexdigest(), "seconds": seconds, "unreadable": unreadable}
-    )
-    for file in files:
-        file.unlink()
+    return block, bad
 
 
 def embedding_facts(embeddings: np.memmap) -> dict:
-    """{"sha256", "seconds" spent, "unreadable": {row: reason}} of what `embed` returned."""
+    """{"sha256" of the file, "seconds" spent, "unreadable": {row: reason}} of what `embed` returned."""
     facts = read_json(Path(embeddings.filename).with_name("facts.json"))
     return facts | {"unreadable": {int(row): reason for row, reason in facts["unreadable"].items()}}
-
-
-def open_embeddings(folder: Path) -> np.memmap:
-    """Open the finished array after checking its checksum; InputError when it is damaged."""
-    try:
-        embeddings = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
-        digest = hashlib.sha256()
-        for i in range(0, len(embeddings), 8192):
-            digest.update(embeddings[i : i + 8192])
-        if digest.hexdigest() != embedding_facts(embeddings)["sha256"]:
-            raise ValueError("its checksum differs")
-    except Exception as error:
-        remedy = "delete this folder to embed again"
-        raise InputError(f"{folder}: damaged cache ({one_line(error)}); {remedy}") from None
-    return embeddings
 
 
 # ------------------------------------------------------------------------------------------- 6. Model and loss
@@ -1403,14 +1174,11 @@ class PromptBank:
 
     def __post_init__(self):
         self.group = self.group.long()
-        found = self.group.unique()
+        found = self.group.unique().tolist()
         self.groups = len(found)
-        if self.groups % 2 or not torch.equal(found.cpu(), torch.arange(self.groups)):
-            raise ValueError(
-                f"prompt groups {found.tolist()}: must be 0 to 2C - 1, none missing, two a class"
-            )
-        if self.group.shape != self.embeddings.shape[:1]:
-            raise ValueError(f"{len(self.group)} groups for prompt embeddings {tuple(self.embeddings.shape)}")
+        if self.groups % 2 or found != list(range(self.groups)) or len(self.group) != len(self.embeddings):
+            shapes = f"{tuple(self.group.shape)} for {tuple(self.embeddings.shape)}"
+            raise ValueError(f"prompt groups {found} {shapes}: give each prompt one of 0 to 2C - 1, all used")
 
     def to(self, target: str | torch.device | torch.dtype) -> PromptBank:
         """The bank on another device, or its embeddings in another dtype."""
@@ -1446,13 +1214,12 @@ class Whitening(nn.Module):
         self.register_buffer("matrix", torch.eye(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (F.normalize(x, dim=-1) - self.mean) @ self.matrix
+        return (F.normalize(x, dim=-1) - self.mean.to(x)) @ self.matrix.to(x)
 
     def estimate(self, embeddings: np.ndarray, rows: np.ndarray) -> None:
         """Take mean and covariance over rows [n] of embeddings [N, D], in float64."""
-        dim = len(self.mean)
-        total = torch.zeros(dim, dtype=torch.float64)
-        moment = torch.zeros(dim, dim, dtype=torch.float64)
+        total = torch.zeros(len(self.mean), dtype=torch.float64)
+        moment = torch.zeros(len(total), len(total), dtype=torch.float64)
         for piece in torch.from_numpy(rows).split(8192):
             x = F.normalize(gather(embeddings, piece, total), dim=-1)
             total += x.sum(0)
@@ -1461,7 +1228,7 @@ class Whitening(nn.Module):
         values, vectors = torch.linalg.eigh(moment / len(rows) - mean.outer(mean))
         values = values.clamp_min(0)
         softened = (values + values.mean()).clamp_min(1e-12)
-        scale = math.sqrt(dim / max(1e-12, float((values / softened).sum())))
+        scale = math.sqrt(len(mean) / max(1e-12, float((values / softened).sum())))
         self.mean.copy_(mean)
         self.matrix.copy_(scale * vectors * softened.rsqrt())
 
@@ -1546,9 +1313,7 @@ class RETune(Method):
         """Cosines (positive [B, C], negative [B, C]) of image embeddings [B, D], not normalised."""
         dtypes = {images.dtype, prompts.embeddings.dtype, *(p.dtype for p in self.parameters())}
         if len(dtypes) > 1:
-            raise ValueError(
-                f"images, prompts and adaptors must have one dtype, not {sorted(map(str, dtypes))}"
-            )
+            raise ValueError(f"images, prompts and adaptors differ in dtype: {sorted(map(str, dtypes))}")
         v = self.image_adaptor(images)  # [B, D]
         t = self.text_adaptor(prompts.embeddings)  # [M, D]
         if self.pool != "max":
@@ -1558,8 +1323,8 @@ class RETune(Method):
         cosine = (v @ F.normalize(t, dim=-1).T) / length  # [B, 2C or M]
         if self.pool == "max":
             # -2 is below every cosine; backward would count ties with it if it equalled one
-            group = prompts.group.expand(len(v), -1)
             lowest = cosine.new_full((len(v), prompts.groups), -2.0)
+            group = prompts.group.expand(len(v), -1)
             cosine = lowest.scatter_reduce(1, group, cosine, "amax", include_self=False)  # [B, 2C]
         return cosine[:, 0::2], cosine[:, 1::2]
 
@@ -1576,18 +1341,14 @@ class RETune(Method):
         return (positive - negative + 2) / 4 if diff else (positive + 1) / 2, decisions.to(positive.dtype)
 
 
-def prompt_contrastive_loss(logits: torch.Tensor, labels, count: int | None = None) -> torch.Tensor:
-    """Mean binary cross-entropy with logits over the known labels; both [B, C], nan is unknown.
-
-    All unknown gives 0 with a graph. `count` divides instead of the number known here: the whole batch's,
-    when this rank holds a part of it.
-    """
+def prompt_contrastive_loss(logits: torch.Tensor, labels) -> torch.Tensor:
+    """Mean binary cross-entropy with logits over the known labels; both [B, C], nan is unknown; 0 if all are."""
     labels = torch.as_tensor(labels).to(logits)
     if labels.shape != logits.shape:
         raise ValueError(f"labels {tuple(labels.shape)} must have the shape of logits {tuple(logits.shape)}")
     known = ~labels.isnan()
     loss = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
-    return (loss * known).sum() / max(1, int(known.sum()) if count is None else count)
+    return (loss * known).sum() / known.sum().clamp_min(1)
 
 
 # ------------------------------------------------------------------------------------------------ 7. Scenarios
@@ -1603,9 +1364,7 @@ class Task:
 
     def __post_init__(self):
         if np.asarray(self.rows).dtype.kind not in "iu":
-            raise ValueError(
-                f"task {self.name!r}: rows must be row numbers; of a mask take np.flatnonzero(mask)"
-            )
+            raise ValueError(f"task {self.name!r}: rows must be row numbers, as np.flatnonzero(mask) gives")
 
 
 def data_incremental(part: np.ndarray, parts: int, n_classes: int) -> list[Task]:
@@ -1614,9 +1373,7 @@ def data_incremental(part: np.ndarray, parts: int, n_classes: int) -> list[Task]
     return [Task(f"part {t + 1}", np.flatnonzero(part == t), everything) for t in range(parts)]
 
 
-def class_incremental(
-    part: np.ndarray, groups: Sequence[np.ndarray], class_names: Sequence[str]
-) -> list[Task]:
+def class_incremental(part: np.ndarray, groups: Sequence, class_names: Sequence[str]) -> list[Task]:
     """Part t of the images trains the t-th group of classes alone."""
     tasks = []
     for t, group in enumerate(groups):
@@ -1625,9 +1382,7 @@ def class_incremental(
     return tasks
 
 
-def label_incremental(
-    part: np.ndarray, groups: Sequence[np.ndarray], class_names: Sequence[str]
-) -> list[Task]:
+def label_incremental(part: np.ndarray, groups: Sequence, class_names: Sequence[str]) -> list[Task]:
     """Part t of the images trains the groups of classes 0 to t."""
     tasks = class_incremental(part, groups, class_names)
     seen = [sum((task.classes for task in tasks[: t + 1]), ()) for t in range(len(tasks))]
@@ -1647,26 +1402,23 @@ def make_tasks(
     `positives_only`: task t has all positives of its new classes instead, so an image with two comes twice.
     """
     names = list(class_names)
+    n = len(labels)
     if scenario not in ("data", "class", "label", "joint", "zero"):
         raise ValueError(f"scenario {scenario!r} is not data, class, label, joint or zero")
     if positives_only and scenario not in ("class", "label"):
         raise ValueError(f"--positives-only is for the scenarios class and label, not for {scenario}")
-    if unknown := [name for name in order or () if name not in names]:
-        raise ValueError(f"--class-order {unknown[0]!r} is not one of {', '.join(names)}")
-    columns = [names.index(name) for name in order or names]
-    if sorted(columns) != list(range(len(names))):
-        raise ValueError(f"--class-order must name each class once: {', '.join(names)}")
+    if order and sorted(order) != sorted(names):
+        raise ValueError(f"--class-order {' '.join(order)} must name each class once: {', '.join(names)}")
     if scenario == "zero":
         return []
     if scenario == "joint":
-        return [Task("joint", np.arange(len(labels)), tuple(range(len(names))))]
+        return [Task("joint", np.arange(n), tuple(range(len(names))))]
     parts = (5 if scenario == "data" else len(names)) if parts is None else parts
-    if parts < 1:
-        raise ValueError(f"--parts {parts} must be at least 1")
-    if scenario != "data" and parts > len(names):
-        raise ValueError(f"--parts {parts}: {scenario}-incremental has one per class at most ({len(names)})")
-    part = part_of_rows(len(labels), parts, seed, patients, contiguous)
-    groups = np.array_split(columns, parts)
+    most = len(names) if scenario != "data" else n if patients is None else len(set(patients))
+    if not 1 <= parts <= most:
+        raise ValueError(f"--parts {parts}: the scenario {scenario} can have 1 to {most} parts here")
+    part = part_of_rows(n, parts, seed, patients, contiguous)
+    groups = np.array_split([names.index(name) for name in order or names], parts)
     if scenario == "data":
         tasks = data_incremental(part, parts, len(names))
     else:
@@ -1679,15 +1431,11 @@ def make_tasks(
     return tasks
 
 
-def part_of_rows(
-    n: int, parts: int, seed: int, patients: Sequence[str] | None, contiguous: bool
-) -> np.ndarray:
+def part_of_rows(n: int, parts: int, seed: int, patients: Sequence | None, contiguous: bool) -> np.ndarray:
     """The part [N] of every row: whole patients in random order, or contiguous rows."""
     if contiguous:
         return np.arange(n) // max(1, math.ceil(n / parts))
     ids, patient = np.unique(np.arange(n) if patients is None else np.asarray(patients), return_inverse=True)
-    if parts > len(ids):
-        raise ValueError(f"--parts {parts} is larger than the number of training patients ({len(ids)})")
     part = np.empty(len(ids), np.int64)
     for t, chosen in enumerate(np.array_split(np.random.default_rng(seed).permutation(len(ids)), parts)):
         part[chosen] = t
@@ -1714,9 +1462,7 @@ def evaluate(scores, predictions, labels, class_names=None) -> dict:
 
     scores, predictions, labels = to_numpy(scores), to_numpy(predictions), to_numpy(labels).astype(float)
     names = list(class_names or map(str, range(labels.shape[1])))
-    if not np.isfinite(scores).all():
-        raise ValueError("scores are not finite: the embeddings hold huge numbers, or the weights diverged")
-    values = np.full((5, len(names)), np.nan)
+    values = np.full((5, len(names)), np.nan)  # AUROC, F1, average precision, precision, recall
     positives = np.zeros(len(names))
     for c, name in enumerate(names):
         known = ~np.isnan(labels[:, c])
@@ -1724,18 +1470,14 @@ def evaluate(scores, predictions, labels, class_names=None) -> dict:
         if len(np.unique(y)) < 2:
             warnings.warn(f"{name}: known labels in a split are all alike, so it is not scored", stacklevel=2)
             continue
-        precision, recall, f1, _ = precision_recall_fscore_support(
-            y, decision, average="binary", zero_division=0
-        )
+        recalled = precision_recall_fscore_support(y, decision, average="binary", zero_division=0)
+        precision, recall, f1, _ = recalled
         values[:, c] = roc_auc_score(y, score), f1, average_precision_score(y, score), precision, recall
         positives[c] = y.sum()
     scored = positives > 0
     complete = ~np.isnan(labels).any(1)
-    macro = np.full(5, np.nan)
-    weighted = np.full(5, np.nan)
-    if scored.any():
-        macro = values[:, scored].mean(1)
-        weighted = np.average(values[:, scored], axis=1, weights=positives[scored])
+    macro = values[:, scored].mean(1) if scored.any() else values[:, 0]
+    weighted = np.average(values[:, scored], axis=1, weights=positives[scored]) if scored.any() else macro
     exact = (predictions == labels)[complete].all(1).mean() if complete.any() else math.nan
     auroc, f1, ap = (dict(zip(names, row.tolist())) for row in values[:3])
     return {
@@ -1762,9 +1504,9 @@ def bootstrap_ci(
     scored = np.zeros(resamples)
     for c in range(labels.shape[1]):
         positive, negative = (np.flatnonzero(labels[:, c] == value) for value in (1, 0))
-        negative = negative[np.argsort(scores[negative, c], kind="stable")]
         if not len(positive) or not len(negative):
             continue
+        negative = negative[np.argsort(scores[negative, c], kind="stable")]
         ranked = scores[negative, c]
         below, upto = (np.searchsorted(ranked, scores[positive, c], side) for side in ("left", "right"))
         for block in np.array_split(np.arange(resamples), 1 + resamples * len(labels) // 4_000_000):
@@ -1809,6 +1551,8 @@ def continual_metrics(auroc: np.ndarray, tasks: Sequence[Task], zero: np.ndarray
 
 def gather(embeddings: np.ndarray, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Rows [B] of a memory map [N, D] as a tensor [B, D] of the dtype and on the device of `like`."""
+    if rows.dtype == torch.bool:
+        raise ValueError("rows must be row numbers, as np.flatnonzero(mask) gives, not a mask")
     return torch.from_numpy(np.take(embeddings, rows.numpy(), axis=0)).to(like)
 
 
@@ -1819,82 +1563,54 @@ def fit(
     """Train on one task: its rows of embeddings [N, D] and labels [N, C], the loss on its classes alone.
 
     Every epoch is a fresh permutation of all rows; batches come straight from the memory map. Works in the dtype
-    and on the device of the prompts. Under torchrun each rank takes its share of the same global batch and
-    gradients are summed, which is one process's step. InputError for a loss that is not finite.
+    and on the device of the prompts. InputError for a loss that is not finite.
     """
-    rank, world = ranks()
     rows = torch.from_numpy(task.rows)
     columns = list(task.classes)
     targets = torch.as_tensor(labels)[rows][:, columns].to(bank.embeddings.dtype)  # [n, classes]
     if columns == list(range(labels.shape[1])):
         columns = slice(None)  # a view of all; a list would copy in every step
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps = epochs * math.ceil(len(rows) / batch_size)
-    with progress(total=steps, desc=f"training {task.name}", unit="step") as bar:
-        for batch in (
-            b for _ in range(epochs) for b in torch.randperm(len(rows), generator=generator).split(batch_size)
-        ):
-            bar.update()
-            count = int((~targets[batch].isnan()).sum())
-            if not count:
-                continue  # momentum alone would move the weights
-            batch = batch[rank::world]
-            images = model.whitening(gather(embeddings, rows[batch], bank.embeddings))
-            logits = model.logits(images, bank)
-            loss = prompt_contrastive_loss(logits[:, columns], targets[batch], count)
-            loss = loss + model.penalty(images, logits) / world
-            if not math.isfinite(loss.item()):
-                raise InputError(f"task {task.name!r}, step {bar.n}: the loss is {loss.item()}; lower --lr")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            sum_gradients(parameters)
-            optimizer.step()
-    if not all(p.isfinite().all() for p in parameters):  # by the last step, which no loss came after
+    orders = (torch.randperm(len(rows), generator=generator) for _ in range(epochs))
+    batches = (batch for order in orders for batch in order.split(batch_size))
+    batches = progress(batches, total=steps, desc=f"training {task.name}", unit="step")
+    for step, batch in enumerate(batches, 1):
+        if targets[batch].isnan().all():
+            continue  # momentum alone would move the weights
+        images = model.whitening(gather(embeddings, rows[batch], bank.embeddings))
+        logits = model.logits(images, bank)
+        loss = prompt_contrastive_loss(logits[:, columns], targets[batch]) + model.penalty(images, logits)
+        if not math.isfinite(loss.item()):
+            raise InputError(f"task {task.name!r}, step {step}: the loss is {loss.item()}; lower --lr")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    if not all(p.isfinite().all() for p in model.parameters()):  # by the last step, which no loss came after
         raise InputError(f"task {task.name!r}: its weights are no longer finite; lower --lr")
-
-
-def sum_gradients(parameters: list[nn.Parameter]) -> None:
-    """Add up the gradients of all ranks, in one message."""
-    if ranks()[1] > 1:
-        flat = torch.cat([p.grad.flatten() for p in parameters])
-        torch.distributed.all_reduce(flat)
-        for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad.copy_(gradient.view_as(p))
 
 
 @torch.inference_mode()
 def score_rows(model: Method, bank: PromptBank, embeddings: np.ndarray, rows: np.ndarray, rule: str) -> tuple:
     """(scores, decisions), [n, C] each, of rows [n] of the embeddings [N, D]."""
-    scores, decisions = [], []
+    parts = []
     for piece in torch.from_numpy(rows).split(8192):
         images = model.whitening(gather(embeddings, piece, bank.embeddings))
-        score, decision = model.scores(images, bank, rule)
-        scores.append(to_numpy(score))
-        decisions.append(to_numpy(decision))
-    if not all(np.isfinite(score).all() for score in scores):
+        parts.append([to_numpy(values) for values in model.scores(images, bank, rule)])
+    scores, decisions = (np.concatenate(part) for part in zip(*parts))
+    if not np.isfinite(scores).all():
         raise InputError("scores are not finite: the embeddings hold huge numbers, or the weights diverged")
-    return np.concatenate(scores), np.concatenate(decisions)
-
-
-def measure_split(model, bank, embeddings, data: Radiographs, split: str, rule: str) -> dict:
-    """metrics.json's M of one split, with the bootstrap interval."""
-    rows = data.where(split)
-    scores, decisions = score_rows(model, bank, embeddings, rows, rule)
-    metrics = evaluate(scores, decisions, data.labels[rows], data.class_names)
-    return metrics | {"auroc_macro_ci": list(bootstrap_ci(scores, data.labels[rows], data.patients[rows]))}
+    return scores, decisions
 
 
 def load_method(name: str) -> type[Method]:
     """The class that `--method` names: retune, a method of `experiments/`, or MODULE:CLASS of one's own."""
     if name == "retune":
         return RETune
-    target = name
-    if ":" not in name:
-        known = importlib.import_module("experiments").METHODS
-        if name not in known:
-            raise InputError(f"--method {name!r}: {suggest(name, ['retune', *known])}; or MODULE:CLASS")
-        target = known[name]
-    module, _, attribute = target.partition(":")
+    has_experiments = importlib.util.find_spec("experiments") is not None
+    known = importlib.import_module("experiments").METHODS if has_experiments else {}
+    if ":" not in name and name not in known:
+        raise InputError(f"--method {name!r}: {suggest(name, ['retune', *known])}; or MODULE:CLASS")
+    module, _, attribute = known.get(name, name).partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -1907,19 +1623,16 @@ def load_method(name: str) -> type[Method]:
 
 
 def method_options(method: type[Method], given: Iterable[str]) -> dict[str, object]:
-    """The keyword parameters that `--set NAME=VALUE` gives a method, typed as their defaults; all others as they are."""
+    """A method's keyword parameters as `--set NAME=VALUE` gives them, typed as their defaults, else the defaults."""
     parameters = {} if method is RETune else inspect.signature(method.__init__).parameters
     options = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
-    for pair in given:
-        name, _, value = pair.partition("=")
-        if name not in options:
-            known = f"takes {', '.join(options)}" if options else "takes no --set"
-            raise InputError(f"--set {pair}: {method.__name__} {known}")
+    for name, _, value in (pair.partition("=") for pair in given):
         try:
-            options[name] = type(options[name])(value)
-        except ValueError:
-            wanted = type(options[name]).__name__
-            raise InputError(f"--set {pair}: {value!r} is not of type {wanted}") from None
+            kind = type(options[name])
+            options[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            takes = ", ".join(f"{key}={default}" for key, default in options.items()) or "no --set"
+            raise InputError(f"--set {name}={value}: {method.__name__} takes {takes}") from None
     return options
 
 
@@ -1928,10 +1641,7 @@ def build_model(config: Config, dim: int, n_classes: int, options: dict | None =
     method = load_method(config.method)
     options = method_options(method, config.set) if options is None else options
     with seeded(config.seed):
-        try:
-            model = method.build(config, dim, n_classes, **options)
-        except ValueError as error:
-            raise InputError(f"--method {config.method}: {error}") from error
+        model = method.build(config, dim, n_classes, **options)
     if config.whiten or method.whitens:
         model.whitening = Whitening(dim)
     return model
@@ -1939,17 +1649,8 @@ def build_model(config: Config, dim: int, n_classes: int, options: dict | None =
 
 # What is needed to build a run's model again, saved with its weights
 MODEL_KEYS = (
-    "method",
-    "whiten",
-    "adaptor",
-    "adapt",
-    "pool",
-    "negatives",
-    "logit_scale",
-    "score",
-    "crop",
-    "seed",
-)
+    "method", "whiten", "adaptor", "adapt", "pool", "negatives", "logit_scale", "score", "crop", "seed",
+)  # fmt: skip
 
 
 def load_model(path: Path, config: Config) -> tuple[Method, dict]:
@@ -1966,27 +1667,12 @@ def load_model(path: Path, config: Config) -> tuple[Method, dict]:
     return model.eval(), known
 
 
-def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path, ignore: str = " ") -> None:
-    """Copy tensors into a model; InputError when names or shapes differ, but for missing names that `ignore` ends."""
-    present = {key: value for key, value in model.state_dict().items() if key.endswith(ignore)}
+def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Copy tensors into a model; InputError when names or shapes differ."""
     try:
-        model.load_state_dict(present | tensors)
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         raise InputError(f"{path}: does not fit this model ({' '.join(str(error).split())})") from None
-
-
-@dataclass
-class Results:
-    """A run's folder and the content of its metrics.json."""
-
-    folder: Path
-    metrics: dict
-
-
-CHANGED = {
-    "data_fingerprint": "labels changed (or the images, patients or split)",
-    "encoder_fingerprint": "encoder changed",
-}
 
 
 def check_same_config(folder: Path, identity: dict) -> None:
@@ -1996,33 +1682,34 @@ def check_same_config(folder: Path, identity: dict) -> None:
     if not path.exists():
         return write_json(path, identity)
     old = read_json(path)
-    differ = []
-    for key in (key for key in identity if key not in NOT_IN_IDENTITY and old.get(key) != identity[key]):
+    differ = {"data_fingerprint": "labels changed (or the images, patients or split)",
+              "encoder_fingerprint": "the encoder changed"}  # fmt: skip
+    found = []
+    for key in (key for key in identity if key not in MAY_DIFFER and old.get(key) != identity[key]):
         before, now = str(old.get(key)), str(identity[key])
         start = max(0, len(os.path.commonprefix([before, now])) - 30)
-        differ.append(CHANGED.get(key, f"{key} {before[start:][:60]}, now {now[start:][:60]}"))
-    if differ:
-        raise InputError(f"{folder}: holds another run ({'; '.join(differ)}); use another --output")
+        found.append(differ.get(key, f"{key} {before[start : start + 60]}, now {now[start : start + 60]}"))
+    if found:
+        raise InputError(f"{folder}: holds another run ({'; '.join(found)}); use another --output")
 
 
 def scenario_tasks(config: Config, data: Radiographs) -> list[Task]:
     """The tasks of the scenario, with rows counted in the whole data set."""
     train = data.where("train")
+    options = (config.class_order, config.contiguous, config.positives_only)
+    known = (data.labels[train], data.class_names, config.parts, config.seed, data.patients[train])
     try:
-        tasks = make_tasks(
-            config.scenario, data.labels[train], data.class_names, config.parts, config.seed,
-            data.patients[train], config.class_order, config.contiguous, config.positives_only,
-        )  # fmt: skip
+        tasks = make_tasks(config.scenario, *known, *options)
     except ValueError as error:
         raise InputError(str(error)) from None
     return [dataclasses.replace(task, rows=train[task.rows]) for task in tasks]
 
 
-def run(config: Config, load_data: Callable | None = None, load_encoder: Callable | None = None) -> Results:
-    """A whole scenario: embed, zero-shot, each task, metrics after each; resumes at an unfinished task.
+def run(config: Config, load_data: Callable | None = None, load_encoder: Callable | None = None) -> dict:
+    """A whole scenario: embed, zero-shot, each task, metrics after each; returns metrics.json.
 
     What the run's folder holds decides what is left to do: finished tasks are loaded and measured again, so
-    that an interrupted run ends with the same metrics, bit for bit.
+    that an interrupted run ends with the same metrics, bit for bit. Of several ranks all embed and one trains.
     """
     data = (load_data or load_radiographs)(config)
     data = dataclasses.replace(data, split=data.split.copy())
@@ -2038,62 +1725,70 @@ def run(config: Config, load_data: Callable | None = None, load_encoder: Callabl
         "method_options": method_options(load_method(config.method), config.set), "prompt_texts": prompts,
         "encoder_fingerprint": encoder.fingerprint(), "data_fingerprint": digest.hexdigest(),
     }  # fmt: skip
-    folder = make_folder(config)
+    folder = config.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder}: cannot be written ({error.strerror})") from None
     with locked(folder, wait=False) if ranks()[0] == 0 else contextlib.nullcontext():
         if ranks()[0] == 0:
             check_same_config(folder, identity)
         if (folder / "metrics.json").exists():
             (folder / "resume.safetensors").unlink(missing_ok=True)
             log(f"{folder}: finished before; delete it to run again")
-            return Results(folder, read_json(folder / "metrics.json"))
+            return read_json(folder / "metrics.json")
         embeddings = embed(
             encoder, data, Path(config.cache_dir), batch_size=config.encode_batch, workers=config.workers,
             precision=config.precision, device=device, skip_bad_images=config.skip_bad_images,
         )  # fmt: skip
-        if bad := embedding_facts(embeddings)["unreadable"]:
+        if ranks()[0] != 0:
+            return {}
+        facts = embedding_facts(embeddings)
+        if bad := facts["unreadable"]:
             log(f"left out {len(bad)} unreadable images, the first: {next(iter(bad.values()))}")
             data.split[list(bad)] = "unreadable"
             check_splits(data)
             tasks = scenario_tasks(config, data)
         bank = embed_prompts(encoder, prompts).to(device)
-        results = train_and_measure(config, identity, data, tasks, embeddings, bank)
-        if ranks()[0] == 0:
-            seconds = embedding_facts(embeddings)["seconds"]
-            results.metrics["cost"] |= {
-                "encoder_parameters": sum(p.numel() for p in encoder.parameters()),
-                "embed_seconds": seconds, "images_per_second": len(embeddings) / seconds,
-            }  # fmt: skip
-            report(results, data, tasks)
-    return results
+        metrics = train_and_measure(config, identity, data, tasks, embeddings, bank)
+        metrics["cost"] |= {
+            "encoder_parameters": sum(p.numel() for p in encoder.parameters()),
+            "embed_seconds": facts["seconds"], "images_per_second": len(embeddings) / facts["seconds"],
+        }  # fmt: skip
+        report(folder, metrics, data, tasks)
+    return metrics
 
 
-def train_and_measure(config, identity, data, tasks, embeddings, bank) -> Results:
+def train_and_measure(config, identity, data, tasks, embeddings, bank) -> dict:
     """Zero-shot, then every task: train it or load what an earlier process saved, and measure."""
     folder = config.folder
     dim = embeddings.shape[1]
-    device = bank.embeddings.device
     labels = torch.from_numpy(data.labels)
 
-    def measure(model: Method) -> dict:
-        splits = ("val", "test") if ranks()[0] == 0 else ()
-        return {split: measure_split(model, bank, embeddings, data, split, config.score) for split in splits}
-
     def build() -> Method:
-        return build_model(config, dim, len(data.class_names)).to(device)
+        return build_model(config, dim, len(data.class_names)).to(bank.embeddings.device)
+
+    def measure(model: Method) -> dict:
+        metrics = {}
+        for split in ("val", "test"):
+            rows = data.where(split)
+            scores, decisions = score_rows(model, bank, embeddings, rows, config.score)
+            metrics[split] = evaluate(scores, decisions, data.labels[rows], data.class_names)
+            metrics[split]["auroc_macro_ci"] = bootstrap_ci(scores, data.labels[rows], data.patients[rows])
+        return metrics
 
     zero_model = RETune(dim, adapt="none", pool=config.pool, negatives=config.negatives)
     zero_shot = measure(zero_model)
-    metadata = {
-        "classes": data.class_names, "prompts": identity["prompt_texts"], "dim": dim, "encoder": config.encoder,
-        "encoder_fingerprint": identity["encoder_fingerprint"], "method_options": identity["method_options"],
-    } | {key: identity[key] for key in MODEL_KEYS}  # fmt: skip
+    keys = ("encoder", "encoder_fingerprint", "method_options", *MODEL_KEYS)
+    known = {"classes": data.class_names, "prompts": identity["prompt_texts"], "dim": dim}
+    known |= {key: identity[key] for key in keys}
     if not tasks:  # the encoder alone; saved, so that --predict scores with it
-        metadata |= {"method": "retune", "adapt": "none", "whiten": False, "method_options": {}}
+        known |= {"method": "retune", "adapt": "none", "whiten": False, "method_options": {}}
     model = build() if tasks else zero_model
     optimizer = None
     if parameters := [p for p in model.parameters() if p.requires_grad]:
-        make_optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer]
-        optimizer = make_optimizer(parameters, lr=config.lr, fused=True)
+        optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer]
+        optimizer = optimizer(parameters, lr=config.lr, fused=True)
     done, seconds = load_checkpoint(folder, model, optimizer)
     after_task = []
     for k, task in enumerate(tasks, 1):
@@ -2104,36 +1799,31 @@ def train_and_measure(config, identity, data, tasks, embeddings, bank) -> Result
             after_task.append(measure(finished))
             continue
         start = time.perf_counter()
-        if k == 1 and isinstance(model.whitening, Whitening):
-            model.whitening.estimate(embeddings, task.rows)
-        learn_task(model, bank, embeddings, labels, task, optimizer, config, k)
+        learn_task(config, model, bank, embeddings, labels, task, k, optimizer)
         seconds += time.perf_counter() - start
-        if ranks()[0] == 0:
-            save_tensors(file, model.state_dict(), metadata)
-            save_checkpoint(folder, model, optimizer, k, seconds)
+        save_tensors(file, model.state_dict(), known)
+        save_checkpoint(folder, model, optimizer, k, seconds)
         after_task.append(measure(model))
-    if ranks()[0] != 0:
-        return Results(folder, {})
-    save_tensors(folder / "adaptors.safetensors", model.state_dict(), metadata)
+    save_tensors(folder / "adaptors.safetensors", model.state_dict(), known)
     if memory := model.memory():
         save_tensors(folder / "statistics.safetensors", memory, {})
     auroc = np.array([[m["test"]["auroc"][c] for c in data.class_names] for m in (zero_shot, *after_task)])
-    cost = {
-        "trainable_parameters": sum(p.numel() for p in parameters), "train_seconds": seconds,
-        "peak_memory_mb": peak_memory_mb(), "stored_bytes": model.stored_bytes(),
-        "train_patients": len(np.unique(data.patients[data.where("train")])),
-    }  # fmt: skip
-    return Results(folder, to_json({
+    return to_json({
         "config": identity, "classes": data.class_names,
         "tasks": [{"name": task.name, "classes": [data.class_names[c] for c in task.classes],
                    "n_train": len(task.rows)} for task in tasks],
         "zero_shot": zero_shot, "after_task": after_task,
-        "continual": continual_metrics(auroc[1:], tasks, auroc[0]), "cost": cost,
-    }))  # fmt: skip
+        "continual": continual_metrics(auroc[1:], tasks, auroc[0]),
+        "cost": {"trainable_parameters": sum(p.numel() for p in parameters), "train_seconds": seconds,
+                 "peak_memory_mb": peak_memory_mb(), "stored_bytes": model.stored_bytes(),
+                 "train_patients": len(np.unique(data.patients[data.where("train")]))},
+    })  # fmt: skip
 
 
-def learn_task(model, bank, embeddings, labels, task: Task, optimizer, config: Config, k: int) -> None:
-    """The k-th task with the method's hooks around its training."""
+def learn_task(config: Config, model: Method, bank, embeddings, labels, task, k: int, optimizer) -> None:
+    """The k-th task: the method's hooks around its training by gradient, if it has anything to train."""
+    if k == 1 and isinstance(model.whitening, Whitening):
+        model.whitening.estimate(embeddings, task.rows)
     seen, known = model.before_task(task, labels, bank)
     if optimizer is not None:
         generator = torch.Generator().manual_seed(10_007 * config.seed + k)
@@ -2144,32 +1834,26 @@ def learn_task(model, bank, embeddings, labels, task: Task, optimizer, config: C
 
 def save_checkpoint(folder: Path, model: Method, optimizer, task: int, seconds: float) -> None:
     """Save what the task after `task` starts from: weights, the method's memory, the optimiser's state."""
-    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
-    tensors |= {f"memory.{key}": value for key, value in model.memory().items()}
-    for i, state in optimizer.state_dict()["state"].items() if optimizer else ():
-        tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items() if value is not None}
-    save_tensors(folder / "resume.safetensors", tensors, {"task": task, "seconds": seconds})
+    state = {"task": task, "seconds": seconds, "model": model.state_dict(), "memory": model.memory()}
+    state["optimizer"] = optimizer.state_dict() if optimizer else None
+    with atomic(folder / "resume.pt") as partial:
+        torch.save(state, partial)
 
 
 def load_checkpoint(folder: Path, model: Method, optimizer) -> tuple[int, float]:
     """Load what `save_checkpoint` wrote: (finished tasks, seconds they took); (0, 0.0) in a new folder."""
-    path = folder / "resume.safetensors"
+    path = folder / "resume.pt"
     if not path.exists():
         return 0, 0.0
-    tensors, metadata = load_tensors(path)
-    parts: dict[str, dict] = {"model": {}, "memory": {}, "optimizer": {}}
-    for key, tensor in tensors.items():
-        part, _, name = key.partition(".")
-        parts[part][name] = tensor
-    load_weights(model, parts["model"], path)
-    model.load_memory(parts["memory"])
-    if optimizer is not None:
-        state: dict[int, dict] = {}
-        for name, tensor in parts["optimizer"].items():
-            i, _, key = name.partition(".")
-            state.setdefault(int(i), {})[key] = tensor
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return metadata["task"], metadata["seconds"]
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        model.load_state_dict(state["model"])
+        model.load_memory(state["memory"])
+        if optimizer:
+            optimizer.load_state_dict(state["optimizer"])
+        return state["task"], state["seconds"]
+    except Exception as error:
+        raise InputError(f"{path}: damaged ({one_line(error)}); delete its folder and run again") from None
 
 
 def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
@@ -2185,8 +1869,8 @@ def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
     encoder = DualEncoder.load(name, config.encoder_dir, crop=known["crop"]).to(device)
     if encoder.fingerprint() != known["encoder_fingerprint"]:
         raise InputError(f"{path}: trained on another encoder than {name}; name the right one with --encoder")
-    model = model.to(device)
     bank = embed_prompts(encoder, known["prompts"]).to(device)
+    model.to(device)
     predictions = []
     for image in progress(images, desc="predicting", unit="image"):
         _, pixels, reason = Images([image], encoder.transform)[0]
@@ -2195,8 +1879,8 @@ def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
         if pixels is None:
             predictions.append({"image": image, "error": reason})
             continue
-        embedding = encoder.encode_images(pixels[None].to(device))
         with torch.inference_mode():
+            embedding = encoder.encode_images(pixels[None].to(device))
             scores, decisions = model.scores(model.whitening(embedding), bank, known["score"])
         findings = zip(known["classes"], scores[0].tolist(), decisions[0].tolist())
         findings = {finding: {"score": round(s, 6), "present": d > 0} for finding, s, d in findings}
@@ -2215,24 +1899,12 @@ def print_summary(config: Config, data: Radiographs, tasks: Sequence[Task], devi
     log(data.note or f"{config.data}: every label is known")
     log(f"{counts} images of {len(np.unique(data.patients)):,} patients")
     log("positive: " + ", ".join(f"{name} {share}" for name, share in zip(data.class_names, shares)))
-    ours = " (ours)" if config.adaptor == "residual" else ""
-    settings = {
-        "adaptor": f"{config.adaptor}{ours} on {config.adapt}", "optimizer": config.optimizer,
-        "lr": f"{config.lr:g}", "batch": config.batch_size, "epochs a task": config.epochs,
-        "logit scale": f"{config.logit_scale:g}", "pool": config.pool, "score": config.score,
-        "negative prompts": "yes" if config.negatives else "no", "whitening": "(ours)" if config.whiten else "no",
-        "seed": config.seed, "device": device,
-    }  # fmt: skip
     log(f"{config.method}, {config.scenario}, {len(tasks)} tasks; encoder {config.encoder}")
-    log(", ".join(f"{name} {value}" for name, value in settings.items()) + "\n")
-    if config.precision == "bf16" and device == "cpu" and not cpu_has_bf16():
-        log("this CPU has no bf16 instructions: --precision bf16 is several times slower than fp32")
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 itself; True where the operating system does not tell."""
-    path = Path("/proc/cpuinfo")
-    return not path.exists() or "bf16" in path.read_text()
+    names = "adaptor adapt pool negatives score logit_scale whiten optimizer lr batch_size epochs seed"
+    log(", ".join(f"{name} {getattr(config, name)}" for name in names.split()) + f", device {device}\n")
+    has_bf16 = not os.path.exists("/proc/cpuinfo") or "bf16" in Path("/proc/cpuinfo").read_text()
+    if config.precision == "bf16" and device == "cpu" and not has_bf16:
+        log("this CPU has no bf16 instructions: --precision fp32 is several times faster")
 
 
 def markdown_table(header: Sequence, rows: Iterable[Sequence]) -> str:
@@ -2280,32 +1952,27 @@ def summary(metrics: dict) -> str:
 
 def seeds_summary(runs: Sequence[dict]) -> str:
     """Mean and standard deviation over the seeds of the last task's test measures."""
-    names = ("auroc_macro", "ap_macro", "f1_macro", "accuracy")
-    values = {name: [stages(run)[-1][1][name] for run in runs] for name in names}
-    values |= {name: [run["continual"][name] for run in runs] for name in runs[0]["continual"]}
     rows = []
-    for name, found in values.items():
-        known = np.array([v for v in found if v is not None])
-        cell = f"{known.mean():.3f} ± {known.std(ddof=1):.3f}" if len(known) == len(runs) else "-"
+    for name in ("auroc_macro", "ap_macro", "f1_macro", "accuracy", *runs[0]["continual"]):
+        found = [(stages(run)[-1][1] | run["continual"])[name] for run in runs]
+        cell = "-" if None in found else f"{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f}"
         rows.append([name.replace("_", " "), cell])
-    header = ["last task, test split", f"mean ± standard deviation, {len(runs)} seeds"]
-    return markdown_table(header, rows)
+    return markdown_table(["last task, test split", f"mean ± standard deviation of {len(runs)} seeds"], rows)
 
 
-def report(results: Results, data: Radiographs, tasks: Sequence[Task]) -> None:
+def report(folder: Path, metrics: dict, data: Radiographs, tasks: Sequence[Task]) -> None:
     """Write splits.csv, figures, table.md and, last, metrics.json, which says that the run is whole."""
-    folder = results.folder
-    metrics = results.metrics
     seen = [[] for _ in data.names]
     for k, task in enumerate(tasks, 1):
         for row in task.rows.tolist():
             seen[row].append(str(k))
     write_splits(folder / "splits.csv", data, "task", map(" ".join, seen))
-    for key, title in (("auroc", "test AUROC"), ("f1", "test F1")) if metrics["config"]["figures"] else ():
-        heatmap(folder / f"{key}.png", metrics, key, title)
+    if metrics["config"]["figures"]:
+        heatmap(folder / "auroc.png", metrics, "auroc", "test AUROC", 0.5)
+        heatmap(folder / "f1.png", metrics, "f1", "test F1", 0.0)
     write_text(folder / "table.md", summary(metrics) + "\n")
     write_json(folder / "metrics.json", metrics)
-    (folder / "resume.safetensors").unlink(missing_ok=True)
+    (folder / "resume.pt").unlink(missing_ok=True)
 
 
 def write_splits(path: Path, data: Radiographs, title: str, column: Iterable[str]) -> None:
@@ -2315,28 +1982,23 @@ def write_splits(path: Path, data: Radiographs, title: str, column: Iterable[str
         csv.writer(file).writerows([("image", "patient", "split", title), *lines])
 
 
-def heatmap(path: Path, metrics: dict, key: str, title: str) -> None:
+def heatmap(path: Path, metrics: dict, key: str, title: str, low: float) -> None:
     """Task x class picture, zero-shot on top, values in the cells; grey, so that any printer will do."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return log(f"{path.name} is not drawn: it needs matplotlib (pip install matplotlib)")
     config = metrics["config"]
-    names = [name for name, _ in stages(metrics)]
     grid = np.array([list(m[key].values()) for _, m in stages(metrics)], dtype=float)  # [T + 1, C]
-    size = (
-        3.2 + min(0.95 * grid.shape[1], 60),
-        1.7 + min(0.4 * len(grid), 60),
-    )  # inches; cells of any number
+    size = (3.2 + min(0.95 * grid.shape[1], 60), 1.7 + min(0.4 * len(grid), 60))  # inches
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
-    low, high = (0.5, 1.0) if key == "auroc" else (0.0, 1.0)
-    picture = axes.imshow(grid, cmap="Greys", vmin=low, vmax=high, aspect="auto")
+    picture = axes.imshow(grid, cmap="Greys", vmin=low, vmax=1, aspect="auto")
     for (t, c), value in np.ndenumerate(grid) if max(grid.shape) <= 64 else ():
-        color = "white" if value > (low + 1.5 * high) / 2.5 else "black"
+        color = "white" if value > (low + 1.5) / 2.5 else "black"
         axes.text(c, t, "-" if math.isnan(value) else f"{value:.3f}", ha="center", va="center", color=color)
     axes.set_xticks(range(grid.shape[1]), metrics["classes"], rotation=25, ha="right")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(grid)), [name for name, _ in stages(metrics)])
     axes.axhline(0.5, color="black", linewidth=2)
     encoder = Path(config["encoder"]).name
     axes.set_title(f"{title}: {config['data']}, {encoder}, {config['scenario']}", fontsize=10)
@@ -2375,14 +2037,13 @@ def parse_config(config_class: type, arguments: argparse.Namespace):
 def run_seeds(config: Config, seeds: Sequence[int]) -> None:
     """Run every seed and print its table; of several, also the mean and deviation."""
     configs = [dataclasses.replace(config, seed=seed) for seed in dict.fromkeys(seeds)]
-    if len({config.folder for config in configs}) < len(configs):
+    if len({chosen.folder for chosen in configs}) < len(configs):
         raise InputError(f"{len(configs)} runs need a folder each; --output must contain {{seed}}")
     runs = []
     for chosen in configs:
-        results = run(chosen)
-        if ranks()[0] == 0:
-            runs.append(results.metrics)
-            log(f"{summary(results.metrics)}\n\nwritten to {results.folder}\n")
+        if metrics := run(chosen):
+            runs.append(metrics)
+            log(f"{summary(metrics)}\n\nwritten to {chosen.folder}\n")
     if len(runs) > 1:
         log(seeds_summary(runs))
 
@@ -2391,35 +2052,17 @@ def print_predictions(predictions: list[dict], as_json: bool) -> None:
     """A table of image x finding with score and decision, or JSON."""
     if as_json:
         return print(json.dumps(predictions, indent=1))
+    names = list(dict.fromkeys(name for p in predictions for name in p.get("findings", ())))
     rows = []
     for p in predictions:
         found = p.get("findings", {}).values()
-        rows.append([p["image"], *(f"{f['score']:.3f} {'yes' if f['present'] else ' no'}" for f in found)])
-    names = max((list(p.get("findings", {})) for p in predictions), key=len)
-    print(
-        markdown_table(
-            ["image", *names], [row + ["unreadable"] * (1 + len(names) - len(row)) for row in rows]
-        )
-    )
+        cells = [f"{f['score']:.3f} {'yes' if f['present'] else ' no'}" for f in found]
+        rows.append([p["image"], *(cells or ["unreadable"] * len(names))])
+    print(markdown_table(["image", *names], rows))
 
 
-def join_ranks() -> None:
-    """Meet the other processes when torchrun started this one; encoding may keep them apart for hours."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(days=7))
-
-
-def print_method(name: str) -> None:
-    """What a method is and what --set gives it."""
-    method = load_method(name)
-    print(inspect.getdoc(method))
-    for option, default in method_options(method, ()).items():
-        print(f"  --set {option}={default}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0, or 2 with one line on standard error for bad input."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of this module."""
     parser = build_parser(Config, __doc__)
     other = parser.add_argument_group("instead of a run")
     other.add_argument("--predict", nargs="+", metavar="IMAGE", help="score images with a run's adaptors")
@@ -2427,29 +2070,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     other.add_argument("--json", action="store_true", help="predictions as JSON")
     other.add_argument("--convert", metavar="ENCODER", help="write an encoder in our folder format, to --to")
     other.add_argument("--to", type=Path, metavar="FOLDER", help="a new folder")
-    argv = sys.argv[1:] if argv is None else list(argv)
+    return parser
+
+
+def execute(argv: Sequence[str]) -> None:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--method", default="retune")
+    parser.add_argument("--help", "-h", action="store_true")
+    asked = parser.parse_known_args(argv)[0]
+    if asked.help and asked.method != "retune":
+        method = load_method(asked.method)
+        options = "".join(f"\n  --set {name}={value}" for name, value in method_options(method, ()).items())
+        return print(inspect.getdoc(method) + options)
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    if bool(arguments.predict) != bool(arguments.run) or bool(arguments.convert) != bool(arguments.to):
+        parser.error("--predict needs --run and --convert needs --to")
+    seeds = np.atleast_1d(arguments.seed).tolist()
+    arguments.seed = seeds[0]
+    config = parse_config(Config, arguments)
+    if arguments.convert:
+        DualEncoder.load(arguments.convert, config.encoder_dir, config.crop).save(arguments.to)
+        print(f"written to {arguments.to}")
+    elif arguments.predict:
+        print_predictions(predict(arguments.predict, arguments.run, config), arguments.json)
+    else:
+        join_ranks()
+        run_seeds(config, seeds)
+
+
+def main(argv: Sequence[str] | None = None, action: Callable[[Sequence[str]], None] = execute) -> int:
+    """Carry out a command line: 0, or 2 with one line on standard error for bad input, or 130 after Ctrl-C."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        shown = functools.cache(lambda text: print(f"warning: {text}", file=sys.stderr))  # each text once
+        warnings.showwarning = lambda message, *_: shown(str(message))
         try:
-            if "--method" in argv and {"--help", "-h"} & set(argv):
-                print_method(argv[argv.index("--method") + 1 :][0])
-                return 0
-            arguments = parser.parse_args(argv)
-            if bool(arguments.predict) != bool(arguments.run) or bool(arguments.convert) != bool(
-                arguments.to
-            ):
-                parser.error("--predict needs --run and --convert needs --to")
-            seeds = np.atleast_1d(arguments.seed).tolist()
-            arguments.seed = seeds[0]
-            config = parse_config(Config, arguments)
-            if arguments.convert:
-                DualEncoder.load(arguments.convert, config.encoder_dir, config.crop).save(arguments.to)
-                print(f"written to {arguments.to}")
-            elif arguments.predict:
-                print_predictions(predict(arguments.predict, arguments.run, config), arguments.json)
-            else:
-                join_ranks()
-                run_seeds(config, seeds)
+            action(sys.argv[1:] if argv is None else list(argv))
         except KeyboardInterrupt:
             print("\nstopped; the same command continues where it was", file=sys.stderr)
             return 130
@@ -2483,18 +2140,6 @@ def output_folder(config) -> Path:
         return Path(config.output.format(**values))
     except (KeyError, ValueError, IndexError, AttributeError) as error:
         raise InputError(f"--output {config.output}: {error} is not a setting of a run") from None
-
-
-def make_folder(config) -> Path:
-    """The run's folder, which can be written."""
-    folder = output_folder(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"no permission to write in {folder}")
-    except OSError as error:
-        raise InputError(f"--output {folder}: cannot be written ({one_line(error)})") from None
-    return folder
 
 
 def check_new_folder(directory: str | Path) -> Path:
@@ -2538,18 +2183,11 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
     """Hold `folder` for this process: wait for another one, or raise InputError at once."""
     import filelock
 
-    lock = filelock.FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        with filelock.FileLock(folder / ".lock", timeout=-1 if wait else 0):
+            yield
     except filelock.Timeout:
-        if not wait:
-            raise InputError(f"{folder}: another process is writing here; use another --output") from None
-        log(f"{folder}: waiting for another process")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        raise InputError(f"{folder}: another process is writing here; use another --output") from None
 
 
 def to_json(value):
@@ -2583,17 +2221,22 @@ def read_json(path: Path):
         raise InputError(f"{path}: not valid JSON ({one_line(error)})") from None
 
 
+def file_checksum(path: str | Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
     """Write tensors and what describes them as safetensors, atomically."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    try:
-        with atomic(path) as partial:  # one entry, since the order of several changes from process to process
-            save_file(plain, partial, {"retune": json.dumps(metadata)})
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from None
+    with atomic(path) as partial:  # one entry, since the order of several changes from process to process
+        save_file(plain, partial, {"retune": json.dumps(metadata)})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -2620,15 +2263,15 @@ def seeded(seed: int) -> Iterator[None]:
 
 def pick_device(name: str) -> str:
     """auto: this rank's GPU, else Apple's, else the CPU."""
-    if name != "auto":
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(f"--device {name}: cannot be used ({str(error).splitlines()[0]})") from None
-        return name
-    if torch.cuda.is_available():
+    if name == "auto" and torch.cuda.is_available():
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "auto":
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: cannot be used ({one_line(error)})") from None
+    return name
 
 
 def peak_memory_mb() -> float | None:
@@ -2639,6 +2282,13 @@ def peak_memory_mb() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KB; in bytes on macOS
     return peak / (1 << (20 if sys.platform == "darwin" else 10))
+
+
+def join_ranks() -> None:
+    """Meet the other processes when torchrun started this one; encoding may keep them apart for hours."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=7))
 
 
 def ranks() -> tuple[int, int]:
