@@ -5,39 +5,30 @@
                       --text-encoder emilyalsentzer/Bio_ClinicalBERT     # your data, any encoders
     python -m adaptor --export pair && python retune.py --encoder pair --scenario class
     python -m adaptor grid                                               # all pairs of encoders, ablations
-    python -m adaptor xrays --nih DIR                                    # real X-rays through the whole chain
 """
 
 import sys
-from collections.abc import Sequence
 
 import retune
-from adaptor import grid, xrays
+from adaptor import grid
 from adaptor.config import Config
 from adaptor.run import run, summary
-from retune import InputError
-
-COMMANDS = {"grid": grid.main, "xrays": xrays.main}
 
 
-def align(argv: Sequence[str]) -> None:
+def align(argv: list[str]) -> None:
     """One run: pre-training, downstream tasks, export."""
     config = retune.parse_config(Config, retune.build_parser(Config, __doc__).parse_args(argv))
     retune.join_ranks()
-    metrics = run(config)
-    if metrics:
+    if metrics := run(config):
         retune.log(f"\n{summary(metrics)}\n\nwritten to {config.folder}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """The command line: 0, or 2 with one line on standard error for bad input."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv and argv[0] in COMMANDS:
-            COMMANDS[argv[0]](argv[1:])
-        else:
-            align(argv)
-    except (InputError, OSError) as error:
+        grid.main(argv[1:]) if argv[:1] == ["grid"] else align(argv)
+    except (retune.InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

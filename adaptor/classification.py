@@ -1,8 +1,6 @@
-"""Classification on frozen embeddings: the authors' head on 1%, 10% and 100% of the training patients' labels.
-
-It is trained on the adaptor's image embeddings and on the bare backbone's; multi-label (or binary, which is one
-finding) and multi-class.
-"""
+"""Classification on frozen embeddings: the authors' head on 1%, 10% and 100% of the training patients'
+labels. It is trained on the adaptor's image embeddings and on the bare backbone's; multi-label (or binary,
+which is one finding) and multi-class."""
 
 import copy
 import math
@@ -16,10 +14,8 @@ from torch import nn
 
 import retune
 from adaptor.config import Config
-from adaptor.model import Adaptor
+from adaptor.model import FEATURES, Adaptor
 from retune import InputError, Radiographs, markdown_table
-
-FEATURES = ("adaptor", "bare backbone")
 
 
 def nested_subsets(patients: Sequence[str], fractions: Sequence[float], seed: int) -> list[np.ndarray]:
@@ -53,26 +49,26 @@ def build_head(dim: int, classes: int) -> nn.Sequential:
 
 
 def train_head(features: torch.Tensor, labels: torch.Tensor, rows: dict, config: Config, seed: int) -> dict:
-    """Train a head on rows["train"], keep its best epoch on rows["val"], and measure that on rows["test"].
-
-    features [N, d], labels [N, C]. AdamW, cosine restarts after 40% of the steps; `patience` epochs without a
-    better validation (accuracy, or macro AUROC) end the training.
-    """
+    """Train on rows["train"] of features [N, d] and labels [N, C], keep the best epoch on rows["val"],
+    measure rows["test"]. AdamW, cosine restarts after 40% of the steps, as the authors."""
     key = "accuracy" if config.multiclass else "auroc_macro"
     best, best_state, stale = -math.inf, None, 0
     train = torch.from_numpy(rows["train"])
     with retune.seeded(seed):
         head = build_head(features.shape[1], labels.shape[1]).to(features.device)
-        optimizer = torch.optim.AdamW(
-            head.parameters(), config.head_lr, weight_decay=config.head_weight_decay
-        )
+        decay = {"weight_decay": config.head_weight_decay}
+        optimizer = torch.optim.AdamW(head.parameters(), config.head_lr, **decay)
         period = max(1, int(0.4 * config.head_epochs * math.ceil(len(train) / config.head_batch)))
         schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, period, eta_min=1e-8)
         for _ in range(config.head_epochs):
             head.train()
             for batch in train[torch.randperm(len(train))].split(config.head_batch):
                 batch = batch.repeat(2) if len(batch) == 1 else batch  # batch norm needs two
-                loss = head_loss(head(features[batch]), labels[batch].to(features.device), config.multiclass)
+                logits, target = head(features[batch]), labels[batch].to(features.device)
+                if config.multiclass:
+                    loss = F.cross_entropy(logits, target.argmax(1))
+                else:
+                    loss = retune.prompt_contrastive_loss(logits, target)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -84,12 +80,6 @@ def train_head(features: torch.Tensor, labels: torch.Tensor, rows: dict, config:
                 break
     head.load_state_dict(best_state)
     return measure_head(head, features, labels, rows["test"], config)
-
-
-def head_loss(logits: torch.Tensor, labels: torch.Tensor, multiclass: bool) -> torch.Tensor:
-    if multiclass:
-        return F.cross_entropy(logits, labels.argmax(1))
-    return retune.prompt_contrastive_loss(logits, labels)
 
 
 @torch.inference_mode()
@@ -105,20 +95,15 @@ def measure_head(head: nn.Module, features, labels, rows: np.ndarray, config: Co
 
 @torch.no_grad()
 def embed_features(model: Adaptor, images: np.ndarray, dummy_text: torch.Tensor | None) -> dict:
-    """Features [N, d] under each name of FEATURES, on the model's device: adapted (normalised), and bare.
-
-    dummy_text [d_text] goes through the adaptor with every image (the authors' ablation); with one token a
-    modality it cannot change the image.
-    """
-    adapted, bare = [], []
-    for rows in torch.arange(len(images)).split(4096):
-        x = retune.gather(images, rows, model.log_scale)
-        bare.append(model.centre("image", x))  # in the same scale
-        if dummy_text is None:
-            adapted.append(model.features(x))
-        else:
-            adapted.append(F.normalize(model(x, dummy_text.to(x).expand(len(x), -1))[0], dim=-1))
-    return dict(zip(FEATURES, (torch.cat(adapted), torch.cat(bare))))
+    """Features [N, d] of each of FEATURES. dummy_text [d_text]: goes through the adaptor with each image."""
+    rows = [torch.arange(len(images))[i : i + 4096] for i in range(0, len(images), 4096)]
+    found = {kind: [] for kind in FEATURES}
+    for x in (retune.gather(images, part, model.log_scale) for part in rows):
+        for kind in FEATURES:
+            found[kind].append(model.features(x, kind))
+        if dummy_text is not None:
+            found[FEATURES[0]][-1] = F.normalize(model(x, dummy_text.to(x).expand(len(x), -1))[0], dim=-1)
+    return {kind: torch.cat(parts) for kind, parts in found.items()}
 
 
 def classify(model: Adaptor, images: np.ndarray, data: Radiographs, config: Config, dummy_text=None) -> list:
@@ -130,11 +115,8 @@ def classify(model: Adaptor, images: np.ndarray, data: Radiographs, config: Conf
     if config.multiclass and len(wrong):
         problem = "--multiclass needs exactly one class of each image; leave it out for findings"
         raise InputError(f"{data.rows[int(wrong[0])]}: {problem}")
-    features, labels, results = (
-        embed_features(model.eval(), images, dummy_text),
-        torch.from_numpy(data.labels),
-        [],
-    )
+    features, labels = embed_features(model.eval(), images, dummy_text), torch.from_numpy(data.labels)
+    results = []
     for repeat in retune.progress(range(config.repeats), desc="classification", unit="repeat"):
         for fraction, train in labelled_rows(data, config, repeat).items():
             rows = {"train": train, "val": data.where("val"), "test": data.where("test")}
@@ -146,11 +128,33 @@ def classify(model: Adaptor, images: np.ndarray, data: Radiographs, config: Conf
     return retune.read_json(file)
 
 
+def probe(images: np.ndarray, data: Radiographs) -> list[list]:
+    """Rows [what, test AUROC, 2.5%, 97.5%] of a linear probe on the bare embeddings, and of the view alone."""
+    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    train, test = data.where("train"), data.where("test")
+    linear = LogisticRegressionCV(Cs=np.logspace(-5, 0, 6), scoring="roc_auc", max_iter=2000)
+    model, columns = make_pipeline(StandardScaler(), linear), []
+    for labels in data.labels.T:
+        known = train[~np.isnan(labels[train])]
+        columns.append(model.fit(images[known], labels[known]).predict_proba(images[test])[:, 1])
+    scores = {"linear probe, bare backbone": np.stack(columns, 1)}
+    for view in sorted(set(data.view or ()))[:-1]:
+        alone = np.array([data.view[row] == view for row in test], float)
+        scores[f"view alone ({view})"] = np.tile(alone[:, None], len(data.class_names))
+    labels, rows = data.labels[test], []
+    for name, values in scores.items():
+        interval = retune.bootstrap_ci(values, labels, data.patients[test])
+        rows.append([name, retune.evaluate(values, values > 0.5, labels)["auroc_macro"], *interval])
+    return rows
+
+
 def classification_table(results: Sequence[dict], multiclass: bool) -> str:
     """Mean and deviation over the repeats, per labelled share."""
-    key, name = ("accuracy", "accuracy") if multiclass else ("auroc_macro", "macro AUROC")
-    flat = [result | {"value": result["test"][key]} for result in results]
-    return table_by_fraction(f"classification, test {name}", flat, "value")
+    key, title = ("accuracy", "test accuracy") if multiclass else ("auroc_macro", "test macro AUROC")
+    return table_by_fraction(title, [result | {key: result["test"][key]} for result in results], key)
 
 
 def table_by_fraction(title: str, results: Sequence[dict], key: str) -> str:
@@ -159,9 +163,9 @@ def table_by_fraction(title: str, results: Sequence[dict], key: str) -> str:
     for fraction in dict.fromkeys(r["fraction"] for r in results):
         group = [r for r in results if r["fraction"] == fraction]
         values = [np.array([r[key] for r in group if r["features"] == name], float) for name in FEATURES]
-        gain = f"{(values[0] - values[1]).mean():+.3f}"
-        n = f"{np.mean([r['n'] for r in group]):,.0f}"
-        rows.append([f"{fraction:.0%} of the labels", n, *map(mean_and_deviation, values), gain])
+        n, gain = np.mean([r["n"] for r in group]), (values[0] - values[1]).mean()
+        cells = f"{n:,.0f}", *map(mean_and_deviation, values), f"{gain:+.3f}"
+        rows.append([f"{fraction:.0%} of the labels", *cells])
     return markdown_table([title, "images", *FEATURES, "difference"], rows)
 
 

@@ -1,8 +1,6 @@
 """The demo's two towers, each trained alone: an autoencoder of images, a masked language model of reports.
-
 They see phantoms of other patients than the demo's, and no image and report is ever paired, so whatever
-alignment the demo shows was learned by the adaptor. That would not be so for the towers of `tiny`.
-"""
+alignment the demo shows was learned by the adaptor. That would not be so for the towers of `tiny`."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -25,37 +23,32 @@ TRANSFORM = {"resize": 64, "crop": 64, "interpolation": "bilinear", "mean": [0.5
 PHANTOMS = 3000  # images to clean; the reports of as many again are read
 STEPS = {"image": 250, "text": 300}
 BATCH = 64
-VERSION = 1  # raise it when training changes: it is part of the cache key
 
 
 def demo_encoder(cache_dir: Path, phantoms: int = PHANTOMS, steps: dict[str, int] = STEPS) -> DualEncoder:
     """The two towers side by side in one DualEncoder without heads, trained once and kept in `cache_dir`."""
-    source = repr((VERSION, IMAGE, TEXT, TRANSFORM, phantoms, sorted(steps.items()))).encode()
-    folder = Path(cache_dir) / f"unimodal-{hashlib.sha256(source).hexdigest()[:12]}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with retune.locked(folder.parent, wait=True):
+    source = repr((1, IMAGE, TEXT, TRANSFORM, phantoms, sorted(steps.items()))).encode()
+    folder = cache_dir / f"unimodal-{hashlib.sha256(source).hexdigest()[:12]}"
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with retune.locked(cache_dir, wait=True):
         if not folder.exists():
-            retune.log(
-                "training the demo's two encoders, each alone: an autoencoder, a masked language model"
-            )
+            retune.log("training the demo's two encoders, each alone: autoencoder, masked language model")
             train_towers(phantoms, steps).save(folder)
     return DualEncoder.load(str(folder))
 
 
-def train_towers(n_phantoms: int, steps: dict[str, int]) -> DualEncoder:
-    from demo import phantoms
+def train_towers(n: int, steps: dict[str, int]) -> DualEncoder:
+    from demo.phantoms import make_phantoms
 
-    films = phantoms.make_phantoms(n_phantoms, seed=2000, domain="pretrain")
-    reports = phantoms.make_phantoms(n_phantoms, seed=3000, domain="pretrain").reports  # of other patients
+    films = make_phantoms(n, seed=2000, domain="pretrain").images
+    reports = make_phantoms(n, seed=3000, domain="pretrain").reports  # of other patients
     tokenizer = build_tokenizer(reports)
-    text = {"model": TEXT | {"vocab_size": len(tokenizer)}, "context_length": 128, "padding": "longest"}
-    config = {
-        "name": "unimodal", "dim": 128, "image": {"model": IMAGE, "pool": "mean", "head": []},
-        "text": text | {"pool": "mean", "head": []}, "transform": TRANSFORM,
-    }  # fmt: skip
+    text = {"model": TEXT | {"vocab_size": len(tokenizer)}, "context_length": 128, "pool": "mean", "head": []}
+    image = {"model": IMAGE, "pool": "mean", "head": []}
+    parts = {"name": "unimodal", "dim": 128, "image": image, "text": text, "transform": TRANSFORM}
     with retune.seeded(7):
-        encoder = DualEncoder(config, tokenizer).train().requires_grad_(True)
-        train_image(encoder, films.images, steps["image"])
+        encoder = DualEncoder(parts, tokenizer).train().requires_grad_(True)
+        train_image(encoder, films, steps["image"])
         train_text(encoder, reports, steps["text"])
     return encoder.eval().requires_grad_(False)
 
@@ -75,11 +68,11 @@ def build_tokenizer(reports: Sequence[str]):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def minimise(loss: Callable[[], torch.Tensor], parameters: list, steps: int, peak: float, name: str) -> None:
+def minimise(loss: Callable[[], torch.Tensor], modules: Sequence[nn.Module], steps: int, peak: float) -> None:
     """AdamW with one cycle of the learning rate."""
-    optimizer = torch.optim.AdamW(parameters, lr=peak)
+    optimizer = torch.optim.AdamW(nn.ModuleList(modules).parameters(), lr=peak)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps)
-    for _ in retune.progress(range(steps), desc=name, unit="step"):
+    for _ in retune.progress(range(steps), desc="demo's towers", unit="step"):
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
@@ -91,8 +84,7 @@ def train_image(encoder: DualEncoder, images: Sequence, steps: int) -> None:
     pixels = torch.stack([encoder.transform(torch.from_numpy(np.asarray(image))[None]) for image in images])
     decoder = nn.Sequential(
         nn.Conv2d(128, 16, 1), nn.Conv2d(16, 64, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2),
-        nn.Conv2d(64, 32, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2),
-        nn.Conv2d(32, 1, 3, padding=1),
+        nn.Conv2d(64, 32, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(32, 1, 3, padding=1),
     )  # fmt: skip
 
     def loss() -> torch.Tensor:
@@ -102,23 +94,20 @@ def train_image(encoder: DualEncoder, images: Sequence, steps: int) -> None:
         features = encoder.image.tower(clean + 0.3 * torch.randn_like(clean)).last_hidden_state
         return F.mse_loss(decoder(features), F.avg_pool2d(clean[:, :1], 2))
 
-    minimise(loss, [*encoder.image.parameters(), *decoder.parameters()], steps, 4e-3, "image tower")
+    minimise(loss, [encoder.image, decoder], steps, 4e-3)
 
 
 def train_text(encoder: DualEncoder, reports: Sequence[str], steps: int) -> None:
     """Masked language model: 15% of the words are replaced by [MASK] and have to be named."""
     ids, attention = encoder.tokenize(list(reports)).values()
-    mask_id = encoder.tokenizer.mask_token_id
-    decoder = nn.Linear(128, len(encoder.tokenizer))
+    mask_id, decoder = encoder.tokenizer.mask_token_id, nn.Linear(128, len(encoder.tokenizer))
 
     def loss() -> torch.Tensor:
         batch = torch.randint(len(ids), (BATCH,))
         longest = int(attention[batch].sum(1).max())
         target, seen = ids[batch, :longest], attention[batch, :longest]
         hidden = (torch.rand(target.shape) < 0.15) & (target > mask_id)  # special tokens have the lowest ids
-        features = encoder.text.tower(
-            target.masked_fill(hidden, mask_id), attention_mask=seen
-        ).last_hidden_state
-        return F.cross_entropy(decoder(features[hidden]), target[hidden])
+        features = encoder.text.tower(target.masked_fill(hidden, mask_id), attention_mask=seen)
+        return F.cross_entropy(decoder(features.last_hidden_state[hidden]), target[hidden])
 
-    minimise(loss, [*encoder.text.parameters(), *decoder.parameters()], steps, 2e-3, "text tower")
+    minimise(loss, [encoder.text, decoder], steps, 2e-3)

@@ -28,22 +28,21 @@ def save_figure(figure, path: Path) -> None:
         figure.savefig(partial, dpi=110, format="png", metadata={"Software": None})
 
 
-def draw_overlay(path: Path, images, rows: np.ndarray, true: torch.Tensor, predicted: torch.Tensor) -> None:
+def draw_overlay(path: Path, encoder, data, rows: np.ndarray, true, predicted) -> None:
     """Image rows [B] with their true outlines above the predicted ones, bool [B, C, H, W], a colour per finding."""
     if (figure := new_figure(2.6 * len(rows), 5.8)) is None:
         return
-    axes, data = figure.subplots(2, len(rows), squeeze=False), images.data
+    axes = figure.subplots(2, len(rows), squeeze=False)
     for line, title, masks in ((0, "true", true), (1, "predicted", predicted)):
         for column, row in enumerate(rows):
             panel = axes[line, column]
-            panel.imshow(images.encoder.transform(read_pixels(data.images[row]))[0], cmap="gray")
+            panel.imshow(encoder.transform(read_pixels(data.images[row]))[0], cmap="gray")
             for c in masks[column].flatten(1).any(1).nonzero().flatten().tolist():
                 panel.contour(masks[column, c], levels=[0.5], colors=f"C{c}", linewidths=1.2)
             panel.set_title(f"{title}: {data.names[row]}", fontsize=8)
             panel.axis("off")
-    handles = [
-        axes[0, 0].plot([], [], color=f"C{c}", label=name)[0] for c, name in enumerate(data.class_names)
-    ]
+    names = enumerate(data.class_names)
+    handles = [axes[0, 0].plot([], [], color=f"C{c}", label=name)[0] for c, name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     save_figure(figure, path)
 

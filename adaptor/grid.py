@@ -18,18 +18,15 @@ from adaptor.classification import mean_and_deviation
 from adaptor.config import Config
 from adaptor.encoders import is_installed
 from adaptor.figures import draw_scores
+from adaptor.model import FEATURES
 from adaptor.run import run
-from retune import InputError, log
+from retune import log
 
 ABLATIONS = {  # what differs from the first pair's run
-    "as published": {},
-    "0 layers": {"layers": 0},
-    "1 layer": {"layers": 1},
-    "loss weight 0.5": {"text_to_image": 0.5},
-    "loss weight 0.25": {"text_to_image": 0.25},
-    "dummy text": {"dummy_text": True},
-    "towers trained too": {"unfreeze": True},
-}
+    "as published": {}, "0 layers": {"layers": 0}, "1 layer": {"layers": 1},
+    "loss weight 0.5": {"text_to_image": 0.5}, "loss weight 0.25": {"text_to_image": 0.25},
+    "dummy text": {"dummy_text": True}, "towers trained too": {"unfreeze": True},
+}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:
@@ -41,15 +38,15 @@ def main(argv: Sequence[str]) -> None:
     parser.set_defaults(output="runs/adaptor-grid-{data}", stages=["classification"], demo_images=2000)
     arguments = parser.parse_args(argv)
     base = retune.parse_config(Config, arguments)
-    images, texts = (installed(names) for names in (arguments.image_encoders, arguments.text_encoders))
-    pairs = {
-        f"{short(i)} + {short(t)}": {"image_encoder": i, "text_encoder": t} for i in images for t in texts
-    }
-    first = next(iter(pairs.values()))
+    chosen = [(i, t) for i in arguments.image_encoders for t in arguments.text_encoders]
+    pairs = {f"{short(i)} + {short(t)}": {"image_encoder": i, "text_encoder": t} for i, t in chosen
+             if is_installed(i) and is_installed(t)}  # fmt: skip
+    log(f"pairs: {', '.join(pairs)}; {len(chosen) - len(pairs)} left out: packages are not installed")
+    title, first = next(iter(pairs.items()))
     tables = {"encoders": run_all(base, pairs)}
     if not arguments.no_ablations:
         ablations = {name: first | change for name, change in ABLATIONS.items()}
-        tables[f"ablations, {next(iter(pairs))}"] = run_all(base, ablations)
+        tables[f"ablations, {title}"] = run_all(base, ablations)
     root = base.folder
     retune.write_json(root / "grid.json", tables)
     text = "\n\n".join(grid_table(name, rows) for name, rows in tables.items())
@@ -58,48 +55,32 @@ def main(argv: Sequence[str]) -> None:
     log(f"\n{text}\n\nwritten to {root}")
 
 
-def installed(names: Sequence[str]) -> list[str]:
-    """The encoders without those whose packages are missing, which are named."""
-    for name in names:
-        if not is_installed(name):
-            log(f"encoder {name} is left out: its package is not installed")
-    if not (found := [name for name in names if is_installed(name)]):
-        raise InputError(f"none of the encoders {', '.join(names)} is installed")
-    return found
-
-
 def short(encoder: str) -> str:
     """A name that fits a table and a folder."""
     return Path(encoder.split("=")[0]).name.replace(":", "-")
 
 
 def run_all(base: Config, variants: dict[str, dict]) -> list[dict]:
-    """One row per variant: what differs from `base`, its scores, parameters and seconds."""
+    """One row per variant: scores, parameters and seconds; `mean` is at the middle labelled share."""
     rows = []
     for name, change in variants.items():
         folder = "-".join(short(str(v)) if "encoder" in key else f"{key}-{v}" for key, v in change.items())
         log(f"\n--- {name}")
-        rows.append(
-            grid_row(name, run(dataclasses.replace(base, **change, output=str(base.folder / folder))))
-        )
+        metrics = run(dataclasses.replace(base, **change, output=str(base.folder / folder)))
+        config, cost, found = metrics["config"], metrics["cost"], metrics["retrieval"]["test"]
+        key, words = ("accuracy", "accuracy") if config["multiclass"] else ("auroc_macro", "macro AUROC")
+        scores = {f"{f:.0%}": {kind: [] for kind in FEATURES} for f in sorted(config["fractions"])}
+        for result in metrics["classification"]:
+            scores[f"{result['fraction']:.0%}"][result["features"]].append(result["test"][key])
+        middle = list(scores)[len(scores) // 2]
+        values = np.array(scores[middle][FEATURES[0]], float)
+        rows.append({
+            "name": name, "score": f"test {words}, {middle} of the labels", "mean": float(values.mean()),
+            "deviation": float(values.std(ddof=min(1, len(values) - 1))), "scores": scores,
+            "recall": [found[way]["recall_5"] for way in ("image_to_text", "text_to_image")],
+            "parameters": cost["trainable_parameters"], "seconds": cost["seconds"],
+        })  # fmt: skip
     return rows
-
-
-def grid_row(name: str, metrics: dict) -> dict:
-    """Retrieval and classification of a run, parameters and seconds; `mean` is at the middle labelled share."""
-    config, cost, found = metrics["config"], metrics["cost"], metrics["retrieval"]["test"]
-    key, words = ("accuracy", "accuracy") if config["multiclass"] else ("auroc_macro", "macro AUROC")
-    scores = {f"{f:.0%}": {"adaptor": [], "bare backbone": []} for f in sorted(config["fractions"])}
-    for result in metrics["classification"]:
-        scores[f"{result['fraction']:.0%}"][result["features"]].append(result["test"][key])
-    middle = list(scores)[len(scores) // 2]
-    values = np.array(scores[middle]["adaptor"], float)
-    return {
-        "name": name, "score": f"test {words}, {middle} of the labels", "mean": float(values.mean()),
-        "deviation": float(values.std(ddof=min(1, len(values) - 1))), "scores": scores,
-        "recall": [found[way]["recall_5"] for way in ("image_to_text", "text_to_image")],
-        "parameters": cost["trainable_parameters"], "seconds": cost["seconds"],
-    }  # fmt: skip
 
 
 def grid_table(title: str, rows: Sequence[dict]) -> str:
@@ -110,7 +91,6 @@ def grid_table(title: str, rows: Sequence[dict]) -> str:
     for row in rows:
         cells = [mean_and_deviation(np.array(row["scores"][share]["adaptor"], float)) for share in shares]
         bare = mean_and_deviation(np.array(row["scores"][shares[-1]]["bare backbone"], float))
-        lines.append(
-            [row["name"], *row["recall"], *cells, bare, f"{row['parameters']:,}", f"{row['seconds']:.0f}"]
-        )
+        cost = f"{row['parameters']:,}", f"{row['seconds']:.0f}"
+        lines.append([row["name"], *row["recall"], *cells, bare, *cost])
     return retune.markdown_table([*header, "trained", "seconds"], lines)

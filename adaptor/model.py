@@ -1,5 +1,6 @@
-"""The method: projections, shared transformer layers, and the contrastive loss."""
+"""The method: projections, shared transformer layers, the contrastive loss; saved, loaded, exported, counted."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -7,14 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import retune
-from retune import InputError
+from retune import DualEncoder, InputError
+
+FEATURES = ("adaptor", "bare backbone")  # what downstream tasks compare
 
 
 class Layer(nn.TransformerEncoderLayer):
-    """torch's post-norm encoder layer (ReLU) with a query from elsewhere; keys, values, residual are `src`'s.
-
-    Its parameters have torch's names, so that an exported pair runs on torch's own module.
-    """
+    """torch's post-norm encoder layer (ReLU) with a query from elsewhere; keys, values, residual are
+    `src`'s."""
 
     def forward(self, src: torch.Tensor, query: torch.Tensor | None = None) -> torch.Tensor:
         """src [B, T, P], query [B, T, P] (src itself when None) -> [B, T, P]."""
@@ -26,12 +27,9 @@ class Layer(nn.TransformerEncoderLayer):
 
 
 class Adaptor(nn.Module):
-    """Projections and L shared transformer layers on frozen embeddings.
-
-    Each layer's weights serve both directions: image <- layer(image, query=text), then text <- layer(text,
-    query=new image). With one token a modality the attention weight is 1 and the query cannot matter: no
-    information leaks from a pair's one half into the other. Outputs are not normalised.
-    """
+    """Projections and L transformer layers, whose weights serve both directions: image <- layer(image,
+    query=text), then text <- layer(text, query=new image). With one token a modality the query cannot matter:
+    nothing leaks from a pair's one half into the other. Outputs are not normalised."""
 
     def __init__(
         self, image_dim: int, text_dim: int, width: int = 768, layers: int = 2, heads: int = 12,
@@ -64,8 +62,11 @@ class Adaptor(nn.Module):
             x = layer(x)
         return x.reshape(*embeddings.shape[:-1], -1)
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """What downstream tasks get: `alone` of images [B, d] or tokens [B, T, d], L2-normalised."""
+    @torch.no_grad()
+    def features(self, images: torch.Tensor, kind: str = "adaptor") -> torch.Tensor:
+        """What downstream tasks get of images [B, d] or tokens [B, T, d]: adapted and L2-normalised, or bare."""
+        if kind == "bare backbone":
+            return self.centre("image", images)
         return F.normalize(self.alone("image", images), dim=-1)
 
     def project(self, side: str, embeddings: torch.Tensor) -> torch.Tensor:
@@ -78,43 +79,55 @@ class Adaptor(nn.Module):
         return (embeddings - getattr(self, f"{side}_mean")) / getattr(self, f"{side}_deviation")
 
     def standardise(self, images: torch.Tensor, texts: torch.Tensor) -> None:
-        """Take each dimension's mean and deviation over the training embeddings [n, d] of both sides (ours).
-
-        Embeddings of many towers are nearly parallel (the demo's autoencoder: mean cosine 0.99), and what
-        tells them apart would be lost in the projection's normalisation until long training finds it.
-        """
+        """Take mean and deviation of the training embeddings [n, d] of both sides (ours): many towers' are
+        nearly parallel, and the projection's normalisation would lose what tells them apart."""
         for side, embeddings in (("image", images), ("text", texts)):
             getattr(self, f"{side}_mean").copy_(embeddings.mean(0))
             getattr(self, f"{side}_deviation").copy_(embeddings.std(0).clamp_min(1e-6))
 
 
-def contrastive_loss(
-    image: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor, text_to_image: float = 0.75
-) -> torch.Tensor:
-    """Weighted contrastive loss of pairs [B, P], normalised here: each text among images has `text_to_image`.
-
-    The authors hand the matrix with texts as rows to a loss whose first term has the weight 0.75.
-    """
+def contrastive_loss(image, text, log_scale: torch.Tensor, text_to_image: float = 0.75) -> torch.Tensor:
+    """Contrastive loss of pairs [B, P], normalised here; the texts' choice of an image weighs `text_to_image`."""
     logits = log_scale.exp() * F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).T  # [B texts, B images]
     pair = torch.arange(len(logits), device=logits.device)
-    texts_choose, images_choose = F.cross_entropy(logits, pair), F.cross_entropy(logits.T, pair)
-    return text_to_image * texts_choose + (1 - text_to_image) * images_choose
-
-
-def save_adaptor(folder: Path, model: Adaptor, encoder) -> None:
-    """Write `adaptor.safetensors`: weights, and which towers they fit (`encoder.tower_ids`)."""
-    known = {"towers": encoder.tower_ids, "name": encoder.config["name"], "model": model.settings}
-    retune.save_tensors(folder / "adaptor.safetensors", model.state_dict(), known)
+    losses = F.cross_entropy(logits, pair), F.cross_entropy(logits.T, pair)
+    return text_to_image * losses[0] + (1 - text_to_image) * losses[1]
 
 
 def load_adaptor(folder: str | Path, encoder) -> Adaptor:
-    """A finished run's adaptor; InputError when it was trained on towers of other weights.
-
-    The transform may differ: pre-training at one resolution and segmenting at another is what the paper does.
-    """
+    """A run's adaptor; InputError when its towers had other weights or pooling. The image size may differ."""
     tensors, known = retune.load_tensors(Path(folder) / "adaptor.safetensors")
     if known["towers"] != encoder.tower_ids:
-        raise InputError(f"{folder}: its adaptor was trained on other encoders ({known['name']}); name them")
+        raise InputError(f"{folder}: its adaptor was trained on other encoders, {known['name']}; name them")
     model = Adaptor(**known["model"])
     retune.load_weights(model, tensors, folder)
     return model.eval()
+
+
+def export_pair(model: Adaptor, encoder: DualEncoder, directory: str) -> None:
+    """Write towers and adaptor for retune (ours): a token attends to itself alone, so a side is a plain head."""
+    if "last_stride" in encoder.config["image"]:
+        raise InputError("--export: retune.py has no setting for the stride of torchxrayvision's autoencoder")
+    names = {"d_model": "width", "nhead": "heads", "dropout": "dropout", "dim_feedforward": "feedforward"}
+    layer = {name: model.settings[ours] for name, ours in names.items()} | {"batch_first": True}
+    width = model.settings["width"]
+    config, state = copy.deepcopy(encoder.config) | {"dim": width}, encoder.state_dict()
+    for side in ("image", "text"):
+        mean, deviation = getattr(model, f"{side}_mean"), getattr(model, f"{side}_deviation")
+        weight = getattr(model, f"{side}_projection").weight.detach() / deviation  # the mean becomes a bias
+        config[side]["head"] = [
+            ["Linear", {"in_features": len(mean), "out_features": width}],
+            ["Normalize", {}], ["Unflatten", {"dim": 1, "unflattened_size": [1, width]}],
+            *[["TransformerEncoderLayer", layer]] * len(model.layers), ["Flatten", {}],
+        ]  # fmt: skip
+        state |= {f"{side}.head.0.weight": weight, f"{side}.head.0.bias": -weight @ mean}
+        for i, module in enumerate(model.layers, 3):
+            state |= {f"{side}.head.{i}.{key}": value for key, value in module.state_dict().items()}
+    with retune.seeded(0):
+        pair = DualEncoder(config, encoder.tokenizer)
+    retune.load_weights(pair, {key: value.cpu() for key, value in state.items()}, "the aligned pair")
+    pair.save(directory)
+
+
+def count_parameters(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())

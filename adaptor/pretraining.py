@@ -1,7 +1,9 @@
-"""Pre-training on image-report pairs, epochs that resume, and retrieval, which says what was learned."""
+"""Image-report pairs, pre-training on them in epochs that resume, and retrieval, which says what was learned."""
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,32 +14,94 @@ from torch import nn
 import retune
 from adaptor.config import Config
 from adaptor.data import load_images
+from adaptor.encoders import fingerprint
 from adaptor.model import Adaptor, contrastive_loss
-from adaptor.pairs import Pairs
-from retune import InputError
+from retune import DualEncoder, InputError, Radiographs
+
+SECTION = re.compile(r"^[ \t]*([A-Z][A-Z /,()]+):", re.MULTILINE)  # a title in a report
 
 
-class Resumable(nn.ModuleDict):
-    """What retune's checkpoints take: a module, with nothing to remember beside its weights."""
+def read_report(path: Path) -> str:
+    """A MIMIC-CXR report as the authors read it: words of impression and findings, else of all; "" if missing."""
+    if not path.is_file():
+        return ""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    _, *parts = SECTION.split(text)  # title, text, title, text, ...
+    sections = dict(zip(parts[::2], parts[1::2]))
+    chosen = [sections[title] for title in ("IMPRESSION", "FINDINGS") if title in sections]
+    return " ".join(re.findall(r"\w+", " ".join(chosen or [text]).lower()))
 
-    def memory(self) -> dict:
-        return {}
 
-    def load_memory(self, tensors: dict) -> None:
-        pass
+def caption(labels: Sequence[float], names: Sequence[str]) -> str:
+    """A text from labels [C] for sets without reports; unknown labels are not mentioned (ours)."""
+    found = [name.replace("_", " ").lower() for name, label in zip(names, labels, strict=True) if label == 1]
+    return f"a chest X-ray of a patient with {', '.join(found) or 'no finding'}."
 
 
-def train_epochs(
-    folder: Path, model, optimizer, seed: int, epochs: int, patience: int, one_epoch: Callable
-) -> list:
-    """Call `one_epoch(k)` for each epoch that `folder` does not hold yet; the results of all, in order.
+def make_texts(config, data: Radiographs) -> tuple[list[str], str]:
+    """(one text per image, "" where there is none and --skip-unpaired allows it; where they come from)."""
+    reports = None if data.reports is None else [" ".join(report.split()) for report in data.reports]
+    if config.data == "mimic":
+        root = Path(config.reports_dir or config.data_dir)
+        reports = [read_report((root / name).parent.with_suffix(".txt")) for name in data.names]
+        reports = reports if config.reports_dir or any(reports) else None
+    if config.texts == "labels" or (reports is None and config.texts == "auto"):
+        return [caption(row, data.class_names) for row in data.labels], "captions made from the labels"
+    if reports is None:
+        raise InputError(f"--texts reports: the data set {config.data} has no reports; use --texts labels")
+    if "" in reports and not config.skip_unpaired:
+        problem = f"no report ({reports.count('')} images have none); --skip-unpaired leaves them out"
+        raise InputError(f"{data.rows[reports.index('')]}: {problem}")
+    return reports, "reports"
 
-    Each result has a "score" on validation data. The model ends with the weights of the best one; `patience`
-    epochs without a better one end the training. Each epoch draws from a seed of its own and ends on disk: a
-    killed process goes on with the same bytes.
-    """
+
+def embed_texts(encoder: DualEncoder, texts: Sequence[str], cache_dir: str) -> torch.Tensor:
+    """Every text's embedding [n, d_text], not normalised, made once; what exceeds the tower's context is cut."""
+    key = fingerprint(encoder.text.state_dict(), [encoder.config["text"], list(texts)])[:20]
+    file = Path(cache_dir) / f"texts-{key}.safetensors"
+    if not file.exists():
+        parts = [texts[i : i + 64] for i in range(0, len(texts), 64)]
+        bar = retune.progress(parts, desc="texts", unit="batch")
+        embeddings = torch.cat([encoder.encode_texts(part, truncate=True) for part in bar])
+        retune.save_tensors(file, {"texts": embeddings}, {})
+    return retune.load_tensors(file)[0]["texts"]
+
+
+@dataclass
+class Pairs:
+    """Embeddings [N, d_image], [n, d_text] and words of pairs; split -> (image rows, text rows), int64 each."""
+
+    images: np.ndarray
+    texts: torch.Tensor
+    rows: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    words: Sequence[str]
+
+    def read(self, split: str, chosen: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings of the chosen pairs of a split, [B, d_image] and [B, d_text], as `like` is."""
+        image_rows, text_rows = self.rows[split]
+        return retune.gather(self.images, image_rows[chosen], like), self.texts[text_rows[chosen]].to(like)
+
+
+def make_pairs(config, data: Radiographs, texts: Sequence[str], encoder: DualEncoder, images) -> Pairs:
+    """Embed the texts of the images that have one, and pair the rows of each split."""
+    paired = np.array([i for i, text in enumerate(texts) if text], int)
+    retune.log(f"{len(paired):,} pairs; {len(texts) - len(paired):,} images without a text")
+    rows = {split: np.flatnonzero(data.split[paired] == split) for split in ("train", "val", "test")}
+    if empty := [split for split, chosen in rows.items() if not len(chosen)]:
+        raise InputError(f"--data {config.data}: the {empty[0]} split has no pair with a report")
+    rows = {split: (torch.from_numpy(paired[r]), torch.from_numpy(r)) for split, r in rows.items()}
+    words = [texts[i] for i in paired]
+    return Pairs(images, embed_texts(encoder, words, config.cache_dir), rows, words)
+
+
+def train_epochs(folder: Path, model, optimizer, seed: int, epochs: int, patience: int, one_epoch) -> list:
+    """Call `one_epoch(k)` for each epoch that `folder` does not hold yet; the results of all, in order, each
+    with a "score" on validation. The model ends with the best one's weights; `patience` epochs without a
+    better one end the training. Each epoch has a seed of its own and ends on disk: a killed process goes on
+    with the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    resumable = Resumable({"model": model})
+    resumable = retune.Method()  # what retune's checkpoints take
+    resumable.trained = model
     done, _ = retune.load_checkpoint(folder, resumable, optimizer)
     history = retune.read_json(folder / "history.json")[:done] if done else []
     bar = retune.progress(range(done, epochs), initial=done, total=epochs, desc=folder.name, unit="epoch")
@@ -78,10 +142,8 @@ class LivePairs(Pairs):
 
 
 def pretrain(model: Adaptor, pairs: Pairs, config: Config) -> list[dict]:
-    """Align the two sides on the training pairs; one dict of losses and validation retrieval per epoch.
-
-    The best epoch by validation loss is kept. With `LivePairs` the towers are trained too.
-    """
+    """Align the two sides on the training pairs, and the towers of `LivePairs` with them; losses and
+    retrieval per epoch."""
     trained = nn.ModuleList([model])
     if isinstance(pairs, LivePairs):
         trained.append(pairs.texts.requires_grad_(True))
@@ -129,12 +191,8 @@ def validate(model: Adaptor, pairs: Pairs, split: str, config: Config) -> dict:
 
 
 def retrieval(image: torch.Tensor, text: torch.Tensor, words: Sequence[str]) -> dict:
-    """Recall at 1, 5, 10 and median rank over n pairs, both ways, from normalised [n, P] each.
-
-    Each image asks for its report among the distinct reports, each distinct report for the best-ranked of its
-    images. A wrong candidate with the same score counts as ranked before the right one, so that constant
-    embeddings find nothing. `chance` is what a random order recalls.
-    """
+    """Recall at 1, 5, 10 and median rank of n pairs, normalised [n, P] each: an image asks for its report
+    among the distinct reports, a distinct report for the best of its images. Ties count against the model."""
     _, first, group = np.unique(np.asarray(words), return_index=True, return_inverse=True)
     group, distinct = torch.from_numpy(group), torch.arange(len(first))
     return {

@@ -5,22 +5,19 @@ import dataclasses
 import hashlib
 import shutil
 import time
-from collections.abc import Sequence
+from pathlib import Path
 
-import numpy as np
 import torch
 
 import retune
-from adaptor.classification import classification_table, classify, labelled_shares
+from adaptor.classification import classification_table, classify, labelled_shares, probe
 from adaptor.config import Config, resolve_defaults
 from adaptor.data import find_masks, load_data
-from adaptor.encoders import Side, embed, fingerprint, load_backbones, pooling_note
-from adaptor.export import count_parameters, export_pair, parameter_table
-from adaptor.figures import draw_embeddings, draw_overlay
-from adaptor.model import Adaptor, load_adaptor, save_adaptor
-from adaptor.pairs import Pairs, make_pairs, make_texts
-from adaptor.pretraining import LivePairs, pretrain, retrieval_table, validate
-from adaptor.segmentation import adapt, segment, segmentation_table
+from adaptor.encoders import fingerprint, load_backbones, pooling_note
+from adaptor.figures import draw_embeddings
+from adaptor.model import Adaptor, count_parameters, export_pair, load_adaptor
+from adaptor.pretraining import LivePairs, Pairs, make_pairs, make_texts, pretrain, retrieval_table, validate
+from adaptor.segmentation import segment, segmentation_table
 from retune import DualEncoder, InputError, Radiographs, log
 
 # settings in which the runs of one folder may differ beside retune's; texts are compared by content
@@ -31,28 +28,30 @@ def run(config: Config) -> dict:
     """Everything the configuration asks for; what its folder already holds is not done again."""
     if config.export:
         retune.check_new_folder(config.export)  # refused now rather than after hours
-    if config.unfreeze and config.pretrained:
-        raise InputError("--unfreeze trains, --pretrained does not: give one of the two")
     data = load_data(config)
     config, preset = resolve_defaults(config, len(data.where("train")))
     device, encoder = retune.pick_device(config.device), load_backbones(config)
     if config.pretrained:
         own = load_adaptor(config.pretrained, encoder).settings
         config = dataclasses.replace(config, **{key: own[key] for key in own if not key.endswith("_dim")})
-    # an earlier adaptor is measured on reports alone: with captions, the wording would be what is measured
-    texts, source = make_texts(config, data) if not config.pretrained or data.reports else ([], "not used")
+    texts, source = make_texts(config, data)
+    if config.pretrained and source != "reports":  # of captions, the wording would be what is measured
+        texts, source = [], "not used"
     counts = ", ".join(f"{len(data.where(split)):,} {split}" for split in ("train", "val", "test"))
-    log(
-        f"{data.note}\n{config.data}: {counts} images of {len(set(data.patients)):,} patients; texts: {source}"
-    )
-    log(
-        f"towers: {encoder.config['name']}, widths {encoder.dim} and {encoder.text_dim}; {pooling_note(encoder)}"
-    )
+    patients, towers = len(set(data.patients)), encoder.config["name"]
+    log(f"{data.note}\n{config.data}: {counts} images of {patients:,} patients; texts: {source}")
+    log(f"towers: {towers}, widths {encoder.dim} and {encoder.text_dim}; {pooling_note(encoder)}")
     log(f"adaptor: {config.layers} layers of width {config.width}, {config.heads} heads; {device}; {preset}")
-    folder, first = retune.make_folder(config), retune.ranks()[0] == 0
+    folder, first = config.folder, retune.ranks()[0] == 0
+    folder.mkdir(parents=True, exist_ok=True)
     with retune.locked(folder, wait=False) if first else contextlib.nullcontext():
         if first:
-            retune.check_same_config(folder, identify(config, data, texts, encoder))
+            columns = (data.patients, data.split, data.labels)
+            content = (data.names, *(column.tolist() for column in columns), data.key, texts)
+            identity = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IDENTITY}
+            identity |= {"encoder_fingerprint": encoder.fingerprint(), "towers": encoder.tower_ids}
+            identity["data_fingerprint"] = hashlib.sha256(repr(content).encode()).hexdigest()
+            retune.check_same_config(folder, identity)
         if (folder / "metrics.json").exists():
             log(f"{folder}: finished before; delete it to run again")
             metrics = retune.read_json(folder / "metrics.json")
@@ -61,18 +60,8 @@ def run(config: Config) -> dict:
         if config.export and first:
             load_tuned(config, encoder)
             export_pair(load_adaptor(folder, encoder), encoder.cpu(), config.export)
-            log(
-                f"aligned pair: {config.export}; next: python retune.py --encoder {config.export} --scenario class"
-            )
+            log(f"next: python retune.py --encoder {config.export} --scenario class")
     return metrics
-
-
-def identify(config: Config, data: Radiographs, texts: Sequence[str], encoder: DualEncoder) -> dict:
-    """What makes a run what it is: settings, towers, data."""
-    content = (data.names, data.patients.tolist(), data.split.tolist(), data.labels.tolist(), data.key, texts)
-    identity = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IDENTITY}
-    identity["encoder_fingerprint"] = encoder.fingerprint()
-    return identity | {"data_fingerprint": hashlib.sha256(repr(content).encode()).hexdigest()}
 
 
 def run_stages(config: Config, data: Radiographs, texts, encoder: DualEncoder, device: str) -> dict:
@@ -83,27 +72,28 @@ def run_stages(config: Config, data: Radiographs, texts, encoder: DualEncoder, d
         raise InputError(f"--stages segmentation: {config.data} has no masks; demo, siim, rsna have")
     start = time.perf_counter()
     load_tuned(config, encoder)
-    images, data = embed_images(encoder, data, config, device)
+    images, data = embed_readable(encoder, data, config, device)
     if retune.ranks()[0] > 0:
         return {}
     pairs = make_pairs(config, data, texts, encoder, images) if texts else None
     metrics = {"config": dataclasses.asdict(config), "classes": list(data.class_names)}
     metrics["retrieval"] = align(config, encoder, data, pairs, device)
     if config.unfreeze:  # the towers have changed
-        images, data = embed_images(encoder, data, config, device)
+        images, data = embed_readable(encoder, data, config, device)
         pairs = make_pairs(config, data, texts, encoder, images)
     model = load_adaptor(folder, encoder).to(device)
     if "classification" in stages:
         dummy = encoder.to(device).encode_texts([""])[0].clone() if config.dummy_text else None
         metrics["classification"] = classify(model, images, data, config, dummy)
+        metrics["probe"] = probe(images, data) if config.probe else []
     if masks is not None:
-        metrics["segmentation"] = segment(model, encoder, data, masks, config, device, draw_masks)
+        metrics["segmentation"] = segment(model, encoder, data, masks, config, device)
     if pairs is not None:
         draw_embeddings(folder / "embeddings.png", model, pairs, data, config.seed)
     trained = count_parameters(model, encoder) if config.unfreeze else count_parameters(model)
+    whole = count_parameters(encoder, model.image_projection, model.text_projection)  # without freezing
     metrics["cost"] = {"seconds": time.perf_counter() - start, "peak_memory_mb": retune.peak_memory_mb(),
-                       "trainable_parameters": trained}  # fmt: skip
-    metrics["parameters"] = parameter_table(model, encoder)
+                       "trainable_parameters": trained, "end_to_end_parameters": whole}  # fmt: skip
     retune.write_splits(folder / "splits.csv", data, "labelled share", labelled_shares(data, config))
     retune.write_text(folder / "table.md", summary(metrics) + "\n")
     for name in ("pretraining", "segmentation"):  # just before the end, lest a kill come in between
@@ -112,9 +102,11 @@ def run_stages(config: Config, data: Radiographs, texts, encoder: DualEncoder, d
     return metrics
 
 
-def embed_images(encoder: DualEncoder, data: Radiographs, config: Config, device: str) -> tuple:
+def embed_readable(encoder: DualEncoder, data: Radiographs, config: Config, device: str) -> tuple:
     """(image embeddings [N, d_image], the data without the unreadable images)."""
-    images = embed(Side(encoder), data, config, device)
+    options = {name: getattr(config, name) for name in ("workers", "precision", "skip_bad_images")}
+    options |= {"batch_size": config.encode_batch, "device": device}
+    images = retune.embed(encoder, data, Path(config.cache_dir), **options)
     if bad := retune.embedding_facts(images)["unreadable"]:
         log(f"left out {len(bad)} unreadable images, the first: {next(iter(bad.values()))}")
         data = dataclasses.replace(data, split=data.split.copy())
@@ -135,9 +127,8 @@ def align(config: Config, encoder: DualEncoder, data: Radiographs, pairs: Pairs 
         with retune.seeded(config.seed):
             model = Adaptor(encoder.dim, encoder.text_dim, *shape).to(device)
         if config.standardise == "yes":
-            model.standardise(
-                *pairs.read("train", torch.arange(len(pairs.rows["train"][0])), model.log_scale)
-            )
+            every = torch.arange(len(pairs.rows["train"][0]))
+            model.standardise(*pairs.read("train", every, model.log_scale))
         result["before"] = validate(model, pairs, "test", config)
         if config.unfreeze:
             pairs = LivePairs(data.images, encoder.to(device), pairs.rows, pairs.words)
@@ -147,7 +138,8 @@ def align(config: Config, encoder: DualEncoder, data: Radiographs, pairs: Pairs 
     if config.unfreeze:
         retune.save_tensors(folder / "towers.safetensors", encoder.state_dict(), {})
         load_tuned(config, encoder)
-    save_adaptor(folder, model, encoder)
+    known = {"towers": encoder.tower_ids, "name": encoder.config["name"], "model": model.settings}
+    retune.save_tensors(folder / "adaptor.safetensors", model.state_dict(), known)
     retune.write_json(file, result)
     return retune.read_json(file)
 
@@ -162,23 +154,17 @@ def load_tuned(config: Config, encoder: DualEncoder) -> None:
         encoder.tower_ids = {"both": fingerprint(tensors, "trained")}
 
 
-def draw_masks(model: Adaptor, images, decoder, rows: np.ndarray) -> None:
-    """overlay.png: the four test images with the most findings."""
-    picked = rows[np.argsort(-(images.data.labels[rows] == 1).sum(1), kind="stable")[:4]]
-    with torch.no_grad():
-        x, maps, masks = images.read(picked)
-        predicted = decoder(adapt(model, x, "adaptor"), maps) > 0
-    draw_overlay(images.config.folder / "overlay.png", images, picked, masks.bool().cpu(), predicted.cpu())
-
-
 def summary(metrics: dict) -> str:
     """The run's tables in Markdown."""
     parts = [retrieval_table(metrics["retrieval"])] if "test" in metrics["retrieval"] else []
     if "classification" in metrics:
         parts.append(classification_table(metrics["classification"], metrics["config"]["multiclass"]))
+    if metrics.get("probe"):
+        parts.append(retune.markdown_table(["test macro AUROC", "AUROC", "2.5%", "97.5%"], metrics["probe"]))
     if "segmentation" in metrics:
         parts.append(segmentation_table(metrics["segmentation"]))
-    parts.append(metrics["parameters"])
+    trained, whole = (metrics["cost"][f"{kind}_parameters"] for kind in ("trainable", "end_to_end"))
+    parts.append(f"{trained:,} parameters trained, {1 - trained / whole:.1%} fewer than {whole:,} end-to-end")
     if metrics["config"]["data"] == "demo":
         parts.append("Demo on synthetic phantoms: not clinical numbers.")
     return "\n\n".join(parts)
