@@ -62,8 +62,8 @@ def read_masked_table(config) -> pd.DataFrame:
 def load_masked(config) -> Radiographs:
     """SIIM (pneumothorax) or RSNA (pneumonia): images anywhere under --data-dir; 70/15/15% of patients by
     hash, or the table's own `split`. SIIM names no patient: each image counts as one."""
-    table, siim = read_masked_table(config), config.data == "siim"
     files = {f.stem: f for f in sorted(config.root.rglob("*")) if f.suffix.lower() in SUFFIXES}
+    table, siim = read_masked_table(config), config.data == "siim"
     refuse_row(table, ~table["image"].isin(list(files)), f"has no image under {config.root}", "image")
     positive = ~table["EncodedPixels"].isin(("", "-1")) if siim else table["Target"] == "1"
     first = table.drop_duplicates("image")

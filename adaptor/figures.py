@@ -36,9 +36,9 @@ def draw_overlay(path: Path, encoder, data, rows: np.ndarray, true, predicted) -
     for line, title, masks in ((0, "true", true), (1, "predicted", predicted)):
         for column, row in enumerate(rows):
             panel = axes[line, column]
-            panel.imshow(encoder.transform(read_pixels(data.images[row]))[0], cmap="gray")
+            panel.imshow(encoder.transform(read_pixels(data.images[row]))[0].numpy(), cmap="gray")
             for c in masks[column].flatten(1).any(1).nonzero().flatten().tolist():
-                panel.contour(masks[column, c], levels=[0.5], colors=f"C{c}", linewidths=1.2)
+                panel.contour(masks[column, c].numpy(), levels=[0.5], colors=f"C{c}", linewidths=1.2)
             panel.set_title(f"{title}: {data.names[row]}", fontsize=8)
             panel.axis("off")
     names = enumerate(data.class_names)
