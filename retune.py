@@ -727,6 +727,9 @@ class Tower(nn.Module):
             nodes = {model["node"]: "last_hidden_state"}
             self.tower = create_feature_extractor(get_model(model["name"]), nodes)
             return
+        if library := config.get("library"):
+            self.tower = experiment("encoders").TOWERS[library](model)
+            return
         import transformers
 
         settings = transformers.AutoConfig.for_model(**model)
@@ -825,16 +828,20 @@ class DualEncoder(nn.Module):
     def load(cls, name: str, directory: str | Path | None = None, crop: int | None = None) -> DualEncoder:
         """The encoder `name`: tiny, biomedclip, biovil, a folder, or a hub id of a transformers CLIP/SigLIP.
 
+        Or what open_clip reads, `open_clip:` before a folder or hub id (docs/encoders.md).
         `directory` holds its files exactly as published, or as `save` wrote them, and rules out the network;
         without it they come from the hub's cache or are downloaded. `crop` replaces a convolutional tower's
         (BioViL: RE-tune's 512; its own is 480). InputError if a file is missing or unfit.
         """
-        folder = Path(directory or (HERE / "demo" / "tiny" if name == "tiny" else name))
+        through_open_clip = name.startswith("open_clip:")
+        place = name.removeprefix("open_clip:")
+        folder = Path(directory or (HERE / "demo" / "tiny" if name == "tiny" else place))
         if directory is None and (name in HUB or not folder.is_dir()):
             folder = download(name)
         try:
-            config, state, tokenizer = read_encoder(folder)
-            config = {"name": folder.name if Path(name).is_dir() else name} | config
+            reader = experiment("encoders").read if through_open_clip else read_encoder
+            config, state, tokenizer = reader(folder)
+            config = {"name": folder.name if Path(place).is_dir() else name} | config
             if name in HUB and config["name"] != name:
                 raise InputError(f"it is the encoder {config['name']}, not {name}")
             if crop is not None:
@@ -905,6 +912,7 @@ WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 HUB = {  # name: repository, revision, alternatives for the weights, the best first
     "biomedclip": ("microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", None, OPEN_CLIP_WEIGHTS),
     "biovil": ("microsoft/BiomedVLP-CXR-BERT-specialized", "v1.1", WEIGHTS),
+    "biovil-t": ("microsoft/BiomedVLP-BioViL-T", "v1.0", WEIGHTS),
 }
 # fmt: on
 
@@ -915,17 +923,20 @@ def download(name: str) -> Path:
 
     if name not in HUB and "/" not in name:
         raise InputError(f"unknown encoder {name!r}: use tiny, {', '.join(HUB)}, a folder, or OWNER/NAME")
-    repository, revision, weights = HUB.get(name, (name, None, WEIGHTS))
+    place = name.removeprefix("open_clip:")
+    repository, revision, weights = HUB.get(name, (place, None, WEIGHTS if place == name else OPEN_CLIP_WEIGHTS))
     try:
         for pattern in weights:
-            patterns = ["*.json", "*.txt", "*.model", BIOVIL_IMAGE, pattern]
+            patterns = ["*.json", "*.txt", "*.model", "biovil*.pt", pattern]
             folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
             if any(folder.glob(pattern)):
                 break
         return folder
     except Exception as error:
-        remedy = f"fetch the files of {repository} elsewhere and name their folder with --encoder-dir"
-        raise InputError(f"encoder {name!r} cannot be downloaded: {remedy} ({one_line(error)})") from None
+        files = f"the .json, .txt, .model files, biovil*.pt and {' or '.join(weights)}"
+        remedy = f"accept its terms if it has any, download {files} from https://huggingface.co/{repository}"
+        remedy += f" into a folder and name that with --encoder-dir ({one_line(error)})"
+        raise InputError(f"encoder {name!r} cannot be downloaded: {remedy}") from None
 
 
 def read_encoder(folder: Path) -> tuple[dict, dict[str, torch.Tensor], object]:
@@ -936,14 +947,14 @@ def read_encoder(folder: Path) -> tuple[dict, dict[str, torch.Tensor], object]:
         return config, read_weights(folder, "model.safetensors"), read_tokenizer(folder)
     if config.get("model_type") in ("clip", "siglip"):
         return read_transformers(folder, config), read_weights(folder, *WEIGHTS), read_tokenizer(folder)
-    if open_clip:
+    if "vit_base_patch16_224" in str(open_clip) and re.search("Biomed(NLP|BERT)|PubMedBERT", str(open_clip)):
         normalise = {key: open_clip["preprocess_cfg"][key] for key in ("mean", "std")}
         config = BIOMEDCLIP | {"transform": BIOMEDCLIP["transform"] | normalise}
         return config, read_weights(folder, *OPEN_CLIP_WEIGHTS), read_tokenizer(folder, bert=True)
     if (folder / BIOVIL_IMAGE).is_file():
         state = read_weights(folder, BIOVIL_IMAGE) | read_weights(folder, *WEIGHTS)
         return BIOVIL, state, read_tokenizer(folder, bert=True)
-    raise InputError(f"no known {' nor '.join(names)}, and no {BIOVIL_IMAGE}")
+    return experiment("encoders").read(folder)
 
 
 def read_weights(folder: Path, *patterns: str) -> dict[str, torch.Tensor]:
@@ -2259,6 +2270,14 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+def experiment(name: str):
+    """The module `experiments.NAME`, where what goes beyond the method lives; InputError without that folder."""
+    try:
+        return importlib.import_module(f"experiments.{name}")
+    except ModuleNotFoundError:
+        raise InputError(f"this needs experiments/{name}.py beside retune.py and what it imports") from None
 
 
 def pick_device(name: str) -> str:
