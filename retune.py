@@ -81,7 +81,9 @@ class Config:
 
     scenario: str = setting("data", "how training data arrive", group="scenario",
                             choices=("data", "class", "label", "joint", "zero"))
-    parts: int | None = setting(None, "parts of the training set (5, or one per class)", type=int)
+    parts: int | str | None = setting(None, "parts of the training set (5, or one per class), or `column`: `part`",
+                                      type=lambda text: text if text == "column" else int(text))
+    part_order: tuple[str, ...] | None = setting(None, "order of --parts column (the file's)", nargs="+")
     class_order: tuple[str, ...] | None = setting(None, "order of arrival, or `random` by seed", nargs="+")
     contiguous: bool = setting(False, "cut parts in file order, as the authors do, instead of by patient")
     positives_only: bool = setting(False, "class, label: train on all positives of the new class only")
@@ -104,6 +106,7 @@ class Config:
     lr: float | None = setting(None, "learning rate (authors: 1e-4; small sets: 1e-3)", type=float)
     batch_size: int | None = setting(None, "batch size (authors: 6144; small sets: 64)", type=int)
     optimizer: str = setting("adam", "optimiser, one for all tasks", choices=("adam", "sgd"))
+    threshold: str = setting("youden", "threshold from validation: youden, f1 or sensitivity=0.95 (ours)")
     seed: int = setting(27, "seed; several give mean and standard deviation", nargs="+")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     output: str = setting("runs/{data}-{encoder}-{scenario}-seed{seed}",
@@ -113,7 +116,9 @@ class Config:
 
     def __post_init__(self):
         positive = "demo_images encode_batch parts epochs batch_size lr logit_scale"
-        check_values(self, positive, lambda value: 0 < value < math.inf, "be positive")
+        check_values(self, positive, lambda value: value == "column" or 0 < value < math.inf, "be positive")
+        rule = re.compile(r"youden|f1|sensitivity=(0?\.\d+|1)")
+        check_values(self, "threshold", rule.fullmatch, "be youden, f1 or sensitivity=0.95")
         check_values(self, "seed workers", lambda value: 0 <= value < 2**32, "be from 0 to 4294967295")
         if self.data == "demo" and self.data_dir is not None:
             raise InputError(f"--data-dir {self.data_dir}: the demo reads none; say which --data it is")
@@ -628,6 +633,9 @@ def check_splits(data: Radiographs) -> None:
         raise InputError(f"no training image has a known label of {', '.join(data.class_names)}")
 
 
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")
+
+
 def read_image(path: str | Path) -> torch.Tensor:
     """Decode a PNG, JPEG, TIFF or DICOM file to uint8 [1 or 3, H, W]; InputError when it is not one.
 
@@ -924,7 +932,9 @@ def download(name: str) -> Path:
     if name not in HUB and "/" not in name:
         raise InputError(f"unknown encoder {name!r}: use tiny, {', '.join(HUB)}, a folder, or OWNER/NAME")
     place = name.removeprefix("open_clip:")
-    repository, revision, weights = HUB.get(name, (place, None, WEIGHTS if place == name else OPEN_CLIP_WEIGHTS))
+    repository, revision, weights = HUB.get(
+        name, (place, None, WEIGHTS if place == name else OPEN_CLIP_WEIGHTS)
+    )
     try:
         for pattern in weights:
             patterns = ["*.json", "*.txt", "*.model", "biovil*.pt", pattern]
@@ -1664,6 +1674,9 @@ MODEL_KEYS = (
 )  # fmt: skip
 
 
+EXTRAS = ("decisions", "hospitals")  # modules of experiments/: `measure` at the end of a run, `summary` of it
+
+
 def load_model(path: Path, config: Config) -> tuple[Method, dict]:
     """The model that a run saved, on the CPU, and what is known of it; `config` gives no setting of the model.
 
@@ -1706,6 +1719,8 @@ def check_same_config(folder: Path, identity: dict) -> None:
 
 def scenario_tasks(config: Config, data: Radiographs) -> list[Task]:
     """The tasks of the scenario, with rows counted in the whole data set."""
+    if config.parts == "column":
+        return experiment("hospitals").column_tasks(config, data)
     train = data.where("train")
     options = (config.class_order, config.contiguous, config.positives_only)
     known = (data.labels[train], data.class_names, config.parts, config.seed, data.patients[train])
@@ -1815,6 +1830,13 @@ def train_and_measure(config, identity, data, tasks, embeddings, bank) -> dict:
         save_tensors(file, model.state_dict(), known)
         save_checkpoint(folder, model, optimizer, k, seconds)
         after_task.append(measure(model))
+    extras = {}  # (ours) what `summary` prints after the paper's measures
+    if (HERE / "experiments").is_dir():
+        names = EXTRAS if config.parts == "column" else EXTRAS[:1]
+        extras = {
+            name: experiment(name).measure(config, data, tasks, embeddings, bank, model) for name in names
+        }
+        known["decisions"] = {key: extras["decisions"][key] for key in ("rule", "temperature", "threshold")}
     save_tensors(folder / "adaptors.safetensors", model.state_dict(), known)
     if memory := model.memory():
         save_tensors(folder / "statistics.safetensors", memory, {})
@@ -1828,7 +1850,7 @@ def train_and_measure(config, identity, data, tasks, embeddings, bank) -> dict:
         "cost": {"trainable_parameters": sum(p.numel() for p in parameters), "train_seconds": seconds,
                  "peak_memory_mb": peak_memory_mb(), "stored_bytes": model.stored_bytes(),
                  "train_patients": len(np.unique(data.patients[data.where("train")]))},
-    })  # fmt: skip
+    } | extras)  # fmt: skip
 
 
 def learn_task(config: Config, model: Method, bank, embeddings, labels, task, k: int, optimizer) -> None:
@@ -1870,6 +1892,7 @@ def load_checkpoint(folder: Path, model: Method, optimizer) -> tuple[int, float]
 def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
     """Score images with a run's saved adaptors alone: [{"image", "findings": {name: {"score", "present"}}}].
 
+    score and present are the paper's; a run's temperatures and thresholds add "probability" and "decision".
     InputError when the encoder is not the one that the adaptors were trained on. An unreadable image is an
     InputError too, or with --skip-bad-images has "error" instead of findings.
     """
@@ -1891,10 +1914,16 @@ def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
             predictions.append({"image": image, "error": reason})
             continue
         with torch.inference_mode():
-            embedding = encoder.encode_images(pixels[None].to(device))
-            scores, decisions = model.scores(model.whitening(embedding), bank, known["score"])
+            embedding = model.whitening(encoder.encode_images(pixels[None].to(device)))
+            scores, decisions = model.scores(embedding, bank, known["score"])
+            logits = model.logits(embedding, bank)[0].tolist()
         findings = zip(known["classes"], scores[0].tolist(), decisions[0].tolist())
         findings = {finding: {"score": round(s, 6), "present": d > 0} for finding, s, d in findings}
+        for (finding, values), logit in zip(findings.items(), logits):
+            if threshold := known.get("decisions", {}).get("threshold", {}).get(finding):
+                odds = max(-700.0, logit / known["decisions"]["temperature"][finding])
+                values["probability"] = round(1 / (1 + math.exp(-odds)), 6)
+                values["decision"] = values["probability"] >= threshold
         predictions.append({"image": image, "findings": findings})
     return predictions
 
@@ -1956,6 +1985,7 @@ def summary(metrics: dict) -> str:
     interval = f"95% CI {low} to {high}, 1,000 patient-level bootstrap resamples, n = {last['n']:,} images"
     lines = [markdown_table(header, rows), ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in value.items())]
     lines.append(f"{run}, seed {config['seed']}: macro AUROC {auroc} ({interval})")
+    lines += [experiment(name).summary(metrics[name]) for name in EXTRAS if name in metrics]
     if config["data"] == "demo":
         lines.append("Demo on synthetic phantoms: not clinical numbers.")
     return "\n\n".join(lines)
@@ -2059,15 +2089,34 @@ def run_seeds(config: Config, seeds: Sequence[int]) -> None:
         log(seeds_summary(runs))
 
 
+def list_images(paths: Sequence[str]) -> list[str]:
+    """The images that are named, that lie in a folder or below, or that a CSV's column `path` names, beside it."""
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_FILES)
+            if not inside:
+                raise InputError(f"{path}: no image in this folder ({', '.join(IMAGE_FILES)})")
+            found += inside
+        elif path.suffix.lower() == ".csv":
+            found += [path.parent / name.strip() for name in read_table(path, ["path"])["path"].tolist()]
+        else:
+            found.append(path)
+    return [str(path) for path in found]
+
+
 def print_predictions(predictions: list[dict], as_json: bool) -> None:
-    """A table of image x finding with score and decision, or JSON."""
+    """A table of image x finding with probability (without thresholds: score) and decision, or JSON."""
     if as_json:
         return print(json.dumps(predictions, indent=1))
     names = list(dict.fromkeys(name for p in predictions for name in p.get("findings", ())))
     rows = []
     for p in predictions:
-        found = p.get("findings", {}).values()
-        cells = [f"{f['score']:.3f} {'yes' if f['present'] else ' no'}" for f in found]
+        found = [
+            (f.get("probability", f["score"]), f.get("decision", f["present"]))
+            for f in p.get("findings", {}).values()
+        ]
+        cells = [f"{value:.3f} {'yes' if decision else ' no'}" for value, decision in found]
         rows.append([p["image"], *(cells or ["unreadable"] * len(names))])
     print(markdown_table(["image", *names], rows))
 
@@ -2076,7 +2125,13 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line of this module."""
     parser = build_parser(Config, __doc__)
     other = parser.add_argument_group("instead of a run")
-    other.add_argument("--predict", nargs="+", metavar="IMAGE", help="score images with a run's adaptors")
+    paths = "score images, folders of images or CSVs (column `path`) with a run's adaptors; --output FILE.csv"
+    other.add_argument("--predict", nargs="+", metavar="PATH", help=paths)
+    other.add_argument(
+        "--heatmap", type=Path, metavar="FOLDER", help="with --predict: where the encoder looks"
+    )
+    other.add_argument("--export", type=Path, metavar="FILE", help="write a run as one ONNX file")
+    other.add_argument("--export-card", action="store_true", help="write a model card, README.md, into a run")
     other.add_argument("--run", type=Path, metavar="FOLDER", help="a finished run")
     other.add_argument("--json", action="store_true", help="predictions as JSON")
     other.add_argument("--convert", metavar="ENCODER", help="write an encoder in our folder format, to --to")
@@ -2096,16 +2151,26 @@ def execute(argv: Sequence[str]) -> None:
         return print(inspect.getdoc(method) + options)
     parser = make_parser()
     arguments = parser.parse_args(argv)
-    if bool(arguments.predict) != bool(arguments.run) or bool(arguments.convert) != bool(arguments.to):
-        parser.error("--predict needs --run and --convert needs --to")
+    uses_run = arguments.predict or arguments.export or arguments.export_card
+    if bool(uses_run) != bool(arguments.run) or bool(arguments.convert) != bool(arguments.to):
+        parser.error("--predict, --export and --export-card need --run, and --convert needs --to")
     seeds = np.atleast_1d(arguments.seed).tolist()
     arguments.seed = seeds[0]
     config = parse_config(Config, arguments)
     if arguments.convert:
         DualEncoder.load(arguments.convert, config.encoder_dir, config.crop).save(arguments.to)
         print(f"written to {arguments.to}")
+    elif arguments.export or arguments.export_card:
+        experiment("deploy").execute(arguments, config)
     elif arguments.predict:
-        print_predictions(predict(arguments.predict, arguments.run, config), arguments.json)
+        images = list_images(arguments.predict)
+        predictions = predict(images, arguments.run, config)
+        if arguments.output != Config.output:
+            experiment("deploy").write_scores(Path(arguments.output), predictions)
+        else:
+            print_predictions(predictions, arguments.json)
+        if arguments.heatmap:
+            experiment("heatmaps").draw(images, arguments.run, arguments.heatmap, config)
     else:
         join_ranks()
         run_seeds(config, seeds)
