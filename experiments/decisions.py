@@ -141,7 +141,7 @@ def summary(block: dict) -> str:
 
 
 def with_interval(values: dict, name: str) -> str:
-    """"0.812 (0.745-0.866)"."""
+    """ "0.812 (0.745-0.866)"."""
     if values[name] is None:
         return "-"
     low, high = values[f"{name}_ci"]

@@ -18,7 +18,14 @@ from torch import nn
 import retune
 
 CONFIG = "open_clip_config.json"
-WEIGHTS = (*retune.OPEN_CLIP_WEIGHTS, "model.safetensors", "pytorch_model.bin", "*.safetensors", "*.pt", "*.pth")
+WEIGHTS = (
+    *retune.OPEN_CLIP_WEIGHTS,
+    "model.safetensors",
+    "pytorch_model.bin",
+    "*.safetensors",
+    "*.pt",
+    "*.pth",
+)
 OPENAI_NORMALISE = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
 # CheXzero scales grey values 0..255 by the mean and deviation of its own training images (its zero_shot.py)
 CHEXZERO_NORMALISE = {"mean": [101.48761 / 255] * 3, "std": [83.43944 / 255] * 3}
@@ -33,7 +40,9 @@ def read(folder: Path) -> tuple[dict, dict[str, torch.Tensor], object]:
         return read_open_clip(folder)
     if list(folder.glob("*.pt")):
         return read_openai(folder)
-    raise retune.InputError(f"no config.json of a CLIP or SigLIP, no {CONFIG}, no {BIOVIL_T_IMAGE} and no .pt file")
+    raise retune.InputError(
+        f"no config.json of a CLIP or SigLIP, no {CONFIG}, no {BIOVIL_T_IMAGE} and no .pt file"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ open_clip
@@ -83,7 +92,9 @@ def build_hf_text(open_clip, settings: dict) -> nn.Module:
     return text
 
 
-TOWERS = {"open_clip": OpenClipTower}  # what "library" in an encoder's config may name, beside retune.py's own
+TOWERS = {
+    "open_clip": OpenClipTower
+}  # what "library" in an encoder's config may name, beside retune.py's own
 
 
 class OpenClipTokenizer:
@@ -118,7 +129,9 @@ def read_open_clip(folder: Path) -> tuple:
     text = dict(model["text_cfg"])
     if text.get("hf_tokenizer_name") and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         source = f"https://huggingface.co/{text['hf_tokenizer_name']}"
-        raise retune.InputError(f"no tokenizer: download {' or '.join(TOKENIZER_FILES)} from {source} into it")
+        raise retune.InputError(
+            f"no tokenizer: download {' or '.join(TOKENIZER_FILES)} from {source} into it"
+        )
     config = towers_config(model, text, hf_config(folder, text))
     config["transform"] = transform_of(model["vision_cfg"], published.get("preprocess_cfg") or {})
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder.resolve()}")
@@ -156,7 +169,9 @@ def hf_config(folder: Path, text: dict) -> dict | None:
         return AutoConfig.from_pretrained(name, local_files_only=True).to_dict()
     except Exception:
         source = f"https://huggingface.co/{name}"
-        raise retune.InputError(f"its text tower is {name}: download config.json from {source} into it") from None
+        raise retune.InputError(
+            f"its text tower is {name}: download config.json from {source} into it"
+        ) from None
 
 
 def transform_of(vision: dict, preprocess: dict) -> dict:
@@ -165,9 +180,15 @@ def transform_of(vision: dict, preprocess: dict) -> dict:
     height, width = (size, size) if isinstance(size, int) else size
     mode = preprocess.get("resize_mode") or "shortest"
     if mode == "longest" or (mode == "shortest" and height != width):
-        raise retune.InputError(f"resize_mode {mode!r} to {height} x {width} is not read: squash, shortest (square)")
+        raise retune.InputError(
+            f"resize_mode {mode!r} to {height} x {width} is not read: squash, shortest (square)"
+        )
     normalise = {key: preprocess.get(key) or default for key, default in OPENAI_NORMALISE.items()}
-    shape = {"resize": height, "crop": height} if mode == "shortest" else {"resize": [height, width], "crop": None}
+    shape = (
+        {"resize": height, "crop": height}
+        if mode == "shortest"
+        else {"resize": [height, width], "crop": None}
+    )
     return shape | {"interpolation": preprocess.get("interpolation") or "bicubic"} | normalise
 
 

@@ -35,7 +35,9 @@ def column_tasks(config, data) -> list[retune.Task]:
     found = list(dict.fromkeys(part[train].tolist()))
     order = list(config.part_order or found)
     if sorted(order) != sorted(found):
-        raise retune.InputError(f"--part-order {' '.join(order)} must name each part once: {', '.join(found)}")
+        raise retune.InputError(
+            f"--part-order {' '.join(order)} must name each part once: {', '.join(found)}"
+        )
     everything = tuple(range(len(data.class_names)))
     return [retune.Task(name, train[part[train] == name], everything) for name in order]
 
@@ -50,7 +52,9 @@ def refuse_shared_patients(part: np.ndarray, data) -> None:
         first = home.setdefault(patient, i)
         if part[first] != name:
             where = f"part {part[first]!r} ({data.rows[first]}) and in part {name!r}"
-            raise retune.InputError(f"{data.rows[i]}: patient {patient!r} is in {where}; parts share no patient")
+            raise retune.InputError(
+                f"{data.rows[i]}: patient {patient!r} is in {where}; parts share no patient"
+            )
 
 
 def measure(config, data, tasks, embeddings, bank, model) -> dict:
@@ -89,7 +93,9 @@ def measure(config, data, tasks, embeddings, bank, model) -> dict:
 def forgetting(auroc: np.ndarray, trained: int) -> list[float | None]:
     """Per part [U]: max of A[t, u] over t = u..T-1 minus A[T, u]; None for the last part and untrained ones."""
     last = len(auroc) - 1
-    drops = [float(auroc[u:last, u - 1].max() - auroc[last, u - 1]) for u in range(1, min(trained, last - 1) + 1)]
+    drops = [
+        float(auroc[u:last, u - 1].max() - auroc[last, u - 1]) for u in range(1, min(trained, last - 1) + 1)
+    ]
     return [*drops, *[None] * (auroc.shape[1] - len(drops))]
 
 
@@ -154,7 +160,9 @@ def draw_hospitals(folder: Path, images: int, seed: int = 0) -> Path:
 
 def execute(argv: Sequence[str]) -> None:
     """Draw the demo's hospitals."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="a new folder")
     parser.add_argument("--images", type=int, default=2000, help="phantoms of each hospital (default: 2000)")
     arguments = parser.parse_args(argv)
