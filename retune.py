@@ -735,9 +735,6 @@ class Tower(nn.Module):
             nodes = {model["node"]: "last_hidden_state"}
             self.tower = create_feature_extractor(get_model(model["name"]), nodes)
             return
-        if library := config.get("library"):
-            self.tower = experiment("encoders").TOWERS[library](model)
-            return
         import transformers
 
         settings = transformers.AutoConfig.for_model(**model)
@@ -841,14 +838,17 @@ class DualEncoder(nn.Module):
         without it they come from the hub's cache or are downloaded. `crop` replaces a convolutional tower's
         (BioViL: RE-tune's 512; its own is 480). InputError if a file is missing or unfit.
         """
-        through_open_clip = name.startswith("open_clip:")
         place = name.removeprefix("open_clip:")
         folder = Path(directory or (HERE / "demo" / "tiny" if name == "tiny" else place))
         if directory is None and (name in HUB or not folder.is_dir()):
             folder = download(name)
         try:
-            reader = experiment("encoders").read if through_open_clip else read_encoder
-            config, state, tokenizer = reader(folder)
+            found = experiment("encoders").read(folder) if place != name else read_encoder(folder)
+            if isinstance(found, DualEncoder):  # open_clip's own towers
+                if crop is not None:
+                    raise InputError("the image size of open_clip's towers is fixed, leave --crop out")
+                return found
+            config, state, tokenizer = found
             config = {"name": folder.name if Path(place).is_dir() else name} | config
             if name in HUB and config["name"] != name:
                 raise InputError(f"it is the encoder {config['name']}, not {name}")
@@ -957,7 +957,7 @@ def read_encoder(folder: Path) -> tuple[dict, dict[str, torch.Tensor], object]:
         return config, read_weights(folder, "model.safetensors"), read_tokenizer(folder)
     if config.get("model_type") in ("clip", "siglip"):
         return read_transformers(folder, config), read_weights(folder, *WEIGHTS), read_tokenizer(folder)
-    if "vit_base_patch16_224" in str(open_clip) and re.search("Biomed(NLP|BERT)|PubMedBERT", str(open_clip)):
+    if re.search(r"vit_base_patch16_224.*Biomed(NLP|BERT)", str(open_clip)):
         normalise = {key: open_clip["preprocess_cfg"][key] for key in ("mean", "std")}
         config = BIOMEDCLIP | {"transform": BIOMEDCLIP["transform"] | normalise}
         return config, read_weights(folder, *OPEN_CLIP_WEIGHTS), read_tokenizer(folder, bert=True)

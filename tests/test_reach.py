@@ -152,8 +152,12 @@ def test_open_clip_folder_at_full_size(name, tmp_path, no_network):
     assert max(compare_with_open_clip(folder, str(folder))[:2]) <= 1e-4
 
 
-def test_chexzero_state_dict_is_read_through_open_clip(tmp_path, no_network):
+def test_chexzero_state_dict_is_read_through_open_clip(tmp_path, monkeypatch, no_network):
     open_clip = pytest.importorskip("open_clip")
+    from experiments import encoders
+
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small", OPEN_CLIP["ViT-B-32-quickgelu"])
+    monkeypatch.setattr(encoders, "CHEXZERO", "small")  # 150 million parameters otherwise
     peer = randomise(open_clip.CLIP(**OPEN_CLIP["ViT-B-32-quickgelu"]))
     torch.save(peer.state_dict(), tmp_path / "best.pt")
     encoder = retune.DualEncoder.load(str(tmp_path))
@@ -221,7 +225,9 @@ def test_what_an_encoder_folder_lacks_is_named_with_its_source(tmp_path, no_netw
     with pytest.raises(retune.InputError, match="tokenizer.json .*https://huggingface.co/some/bert into it"):
         retune.DualEncoder.load(str(tmp_path))
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nedema\n")
-    with pytest.raises(retune.InputError, match="config.json from https://huggingface.co/some/bert into it"):
+    with pytest.raises(
+        retune.InputError, match="config.json: download it from https://huggingface.co/some/bert into it"
+    ):
         retune.DualEncoder.load(str(tmp_path))
     with pytest.raises(
         retune.InputError, match="https://huggingface.co/owner/gated into a folder .*--encoder-dir"
@@ -514,6 +520,8 @@ def write_dicom(path, pixels, **fields):
     dataset = pydicom.Dataset()
     dataset.file_meta = pydicom.dataset.FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
+    dataset.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
     dataset.Rows, dataset.Columns = pixels.shape[-2:]
     dataset.BitsAllocated = dataset.BitsStored = 16
     dataset.HighBit, dataset.PixelRepresentation, dataset.SamplesPerPixel = 15, 0, 1
