@@ -1889,6 +1889,17 @@ def load_checkpoint(folder: Path, model: Method, optimizer) -> tuple[int, float]
         raise InputError(f"{path}: damaged ({one_line(error)}); delete its folder and run again") from None
 
 
+def load_predictor(folder: Path, config: Config, device: str = "cpu") -> tuple:
+    """(encoder, model, prompt bank, what was saved of them) of a finished run, on a device."""
+    path = folder / "adaptors.safetensors"
+    model, known = load_model(path, config)
+    name = known["encoder"] if config.encoder == "tiny" else config.encoder
+    encoder = DualEncoder.load(name, config.encoder_dir, crop=known["crop"]).to(device)
+    if encoder.fingerprint() != known["encoder_fingerprint"]:
+        raise InputError(f"{path}: trained on another encoder than {name}; name the right one with --encoder")
+    return encoder, model.to(device), embed_prompts(encoder, known["prompts"]).to(device), known
+
+
 def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
     """Score images with a run's saved adaptors alone: [{"image", "findings": {name: {"score", "present"}}}].
 
@@ -1896,15 +1907,8 @@ def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
     InputError when the encoder is not the one that the adaptors were trained on. An unreadable image is an
     InputError too, or with --skip-bad-images has "error" instead of findings.
     """
-    path = folder / "adaptors.safetensors"
     device = pick_device(config.device)
-    model, known = load_model(path, config)
-    name = known["encoder"] if config.encoder == "tiny" else config.encoder
-    encoder = DualEncoder.load(name, config.encoder_dir, crop=known["crop"]).to(device)
-    if encoder.fingerprint() != known["encoder_fingerprint"]:
-        raise InputError(f"{path}: trained on another encoder than {name}; name the right one with --encoder")
-    bank = embed_prompts(encoder, known["prompts"]).to(device)
-    model.to(device)
+    encoder, model, bank, known = load_predictor(folder, config, device)
     predictions = []
     for image in progress(images, desc="predicting", unit="image"):
         _, pixels, reason = Images([image], encoder.transform)[0]

@@ -22,16 +22,16 @@ def embed_positions(encoder, pixels: torch.Tensor) -> tuple[torch.Tensor, tuple[
     InputError for towers that pool by more than a choice or a mean, or whose last map is not to be had.
     """
     image = encoder.image
-    model = encoder.config["image"]["model"]
-    by_norm = image.pool == "pooler" and model.get("model_type") == "clip_vision_model"
-    if not by_norm and image.pool not in ("cls", "mean", "none"):
+    pool = getattr(image, "pool", "")  # open_clip's towers have none to name
+    by_norm = pool == "pooler" and encoder.config["image"]["model"]["model_type"] == "clip_vision_model"
+    if not by_norm and pool not in ("cls", "mean", "none"):
         raise retune.InputError(f"--heatmap: {encoder.config['name']} pools its map by a layer of its own")
     x = image.tower(pixels)["last_hidden_state"]
     if x.ndim == 4:
-        x = image.head[:-2](x) if image.pool == "none" else x  # BioViL's head ends with the mean over the map
+        x = image.head[:-2](x) if pool == "none" else x  # BioViL's head ends with the mean over the map
         size = tuple(x.shape[2:])
         x = x.flatten(2).mT  # [B,D,h,w] -> [B,T,D]
-        return x if image.pool == "none" else image.head(x), size
+        return x if pool == "none" else image.head(x), size
     side = int(x.shape[1] ** 0.5)
     return image.head(image.tower.post_layernorm(x) if by_norm else x), (side, side)
 
@@ -50,10 +50,7 @@ def similarity_maps(encoder, model, bank, pixels: torch.Tensor) -> tuple[torch.T
 
 def draw(images: Sequence[str], run: Path, folder: Path, config) -> None:
     """A PNG per image in `folder`: the image, and the maps of every finding before and after the adaptors."""
-    model, known = retune.load_model(run / "adaptors.safetensors", config)
-    name = known["encoder"] if config.encoder == "tiny" else config.encoder
-    encoder = retune.DualEncoder.load(name, config.encoder_dir, known["crop"])
-    bank = retune.embed_prompts(encoder, known["prompts"])
+    encoder, model, bank, known = retune.load_predictor(run, config)
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(retune.progress(images, desc="drawing", unit="image")):
         pixels = encoder.transform(retune.read_image(image))

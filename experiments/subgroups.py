@@ -1,17 +1,15 @@
 """AUROC, sensitivity and specificity of a run by sex, age, view and part, with intervals over patients (ours).
 
-    python -m experiments.subgroups RUN [--by sex age view]
+    python -m experiments.subgroups RUN
 
-Writes subgroups.md, subgroups.csv and subgroups.png into the run's folder. All on test images, with the run's saved
-adaptors and the thresholds that it chose on validation. Every group has the same 1,000 resamples of patients, so that
-the interval of a gap, the best group minus the worst, is paired.
+Writes subgroups.md, .csv and .png into the run's folder: test images, the run's adaptors, the thresholds it chose on
+validation. All groups share 1,000 resamples of the patients, so that the interval of a gap is a paired one.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,105 +17,103 @@ import numpy as np
 import pandas as pd
 
 import retune
-from experiments.decisions import logits_of, sigmoid
+from experiments.decisions import logits_of, resampled_rate, sigmoid
 from experiments.scores import load_run, resampled_auroc
 
 MEASURES = ("AUROC", "sensitivity", "specificity")
-AGES = ("under 40", "40 to 59", "60 to 79", "80 and over")
 
 
-def group_names(data, rows: np.ndarray, column: str) -> np.ndarray:
-    """The group [n] of each row, "" where it is unknown; ages fall into four bands."""
-    values = pd.Series(np.asarray(getattr(data, column), str)[rows]).str.strip()
+def group_names(values: Sequence[str], column: str) -> pd.Series:
+    """The group of every image, "" where it is unknown; ages (58, 058Y) fall into four bands."""
+    values = pd.Series(values).str.strip()
     if column != "age":
-        return values.to_numpy(str)
-    years = pd.to_numeric(values.str.extract(r"(\d+)")[0])  # NIH's older table has 058Y
-    return pd.cut(years, [-1, 39, 59, 79, 999], labels=AGES).astype(str).replace("nan", "").to_numpy(str)
+        return values
+    bands = ["under 40", "40 to 59", "60 to 79", "80 and over"]
+    years = pd.to_numeric(values.str.extract(r"(\d+)")[0])
+    return pd.cut(years, [-1, 39, 59, 79, 999], labels=bands).cat.add_categories("").fillna("")
 
 
-def resample(labels, scores, present, patients) -> np.ndarray:
-    """[3, C, 1 + R]: each of MEASURES and finding on the images [N, C], then on R resamples of the patients."""
-    points = [[], [], []]
-    for c in range(labels.shape[1]):
-        y = labels[:, [c]]
-        known = (y == 1).any() and (y == 0).any()
-        whole = retune.evaluate(scores[:, [c]], present[:, [c]], y)["auroc_macro"] if known else np.nan
-        points[0].append(
-            [whole, *(resampled_auroc(scores[:, [c]], y, patients) if known else [np.nan] * 1000)]
-        )
-        for measure, value in ((1, 1), (2, 0)):
-            points[measure].append(resampled_rate(present[:, c] == value, y[:, 0] == value, patients))
-    return np.array(points)
-
-
-def resampled_rate(
-    hit: np.ndarray, of: np.ndarray, patients: np.ndarray, resamples: int = 1000
+def measure_group(
+    labels: np.ndarray, scores: np.ndarray, present: np.ndarray, patients: np.ndarray
 ) -> np.ndarray:
-    """The share of images `of` [N] that are hit [N], then on each resample [1 + R]; nan where there is none."""
-    ids, patient = np.unique(patients, return_inverse=True)
-    drawn = np.random.default_rng(0).multinomial(len(ids), np.full(len(ids), 1 / len(ids)), resamples)
-    weight = np.vstack([np.ones(len(ids)), drawn])  # the seed of resampled_auroc: the same patients
-    hits, total = (weight @ np.bincount(patient, mask, len(ids)) for mask in (hit & of, of))
-    return np.where(total > 0, hits / np.maximum(total, 1), np.nan)
+    """[3, C + 1, 1 + R]: MEASURES of each finding and their mean, first as they are, then on each resample.
+
+    Labels [N, C] are nan outside the group, so that its patients are drawn with those of all groups.
+    """
+    whole = retune.evaluate(scores, present, labels)["auroc"].values()
+    points = np.full((3, labels.shape[1] + 1, 1001), np.nan)
+    for c, auroc in enumerate(whole):
+        if not np.isnan(auroc):
+            points[0, c] = [auroc, *resampled_auroc(scores[:, [c]], labels[:, [c]], patients)]
+        for m, value in ((1, 1), (2, 0)):
+            points[m, c] = resampled_rate(present[:, c] == value, labels[:, c] == value, patients)
+    points[:, -1] = np.nanmean(points[:, :-1], axis=1)
+    return points
 
 
-def compare_groups(data, rows: np.ndarray, columns: Sequence[str], scores, present) -> pd.DataFrame:
-    """A row per column, group, measure and finding: value, low, high; group "gap" is the best minus the worst."""
-    labels = data.labels[rows]
-    patients = data.patients[rows]
-    names = [*data.class_names, "macro"]
-    table = []
-    for column in columns:
-        group = group_names(data, rows, column)
-        found = {}
-        for name in sorted(
-            {*group.tolist()} - {""},
-            key=lambda name: (name not in AGES, AGES.index(name) if name in AGES else name),
-        ):
-            mine = np.where((group == name)[:, None], labels, np.nan)  # all patients stay: the same resamples
-            points = resample(mine, scores, present, patients)
-            found[name] = np.concatenate([points, np.nanmean(points, axis=1, keepdims=True)], axis=1)
-        for m, measure in enumerate(MEASURES):
-            for c, finding in enumerate(names):
-                values = {name: points[m, c] for name, points in found.items()}
-                ranked = sorted((v[0], name) for name, v in values.items() if not np.isnan(v[0]))
-                values["gap"] = (
-                    values[ranked[-1][1]] - values[ranked[0][1]] if len(ranked) > 1 else np.full(1001, np.nan)
-                )
-                for name, v in values.items():
-                    low, high = (
-                        np.nanpercentile(v[1:], [2.5, 97.5]) if not np.isnan(v[0]) else (np.nan, np.nan)
-                    )
-                    mine = group == name if name != "gap" else group != ""
-                    table.append([column, name, measure, finding, mine.sum(), v[0], low, high])
+def compare_groups(group, findings, labels, scores, present, patients) -> list[list]:
+    """Rows (group, images, finding, measure, value, low, high) of groups [N]; the gap is the best minus the worst."""
+    names = list(group.cat.categories if hasattr(group, "cat") else sorted(set(group)))
+    inside = {name: (group == name).to_numpy() for name in names if name and (group == name).any()}
+    found = {name: measure_group(np.where(mask[:, None], labels, np.nan), scores, present, patients)
+             for name, mask in inside.items()}  # fmt: skip
+    rows = []
+    for m, measure in enumerate(MEASURES):
+        for c, finding in enumerate([*findings, "mean"]):
+            points = {name: values[m, c] for name, values in found.items()}
+            order = sorted((p[0], name) for name, p in points.items() if not np.isnan(p[0]))
+            if len(order) > 1:
+                points["gap"] = points[order[-1][1]] - points[order[0][1]]
+            for name, p in points.items():
+                images = inside[name].sum() if name in inside else len(group)
+                low, high = (np.nan, np.nan) if np.isnan(p[0]) else np.nanpercentile(p[1:], [2.5, 97.5])
+                rows.append([name, images, finding, measure, p[0], low, high])
+    return rows
+
+
+def compare(run: Path) -> pd.DataFrame:
+    """The groups of all columns that the data of a run have."""
+    _, data, embeddings, bank, model = load_run(run)
+    chosen = retune.read_json(run / "metrics.json")["decisions"]
+    rows = data.where("test")
+    scores = logits_of(model, bank, embeddings, rows)
+    temperature = np.array([chosen["temperature"][name] or 1.0 for name in data.class_names])
+    threshold = np.array([chosen["threshold"][name] or 0.5 for name in data.class_names])
+    present = sigmoid(scores / temperature) >= threshold
+    tables = []
+    for column in (name for name in retune.GROUPS if getattr(data, name) is not None):
+        group = group_names(np.asarray(getattr(data, column))[rows], column)
+        found = compare_groups(
+            group, data.class_names, data.labels[rows], scores, present, data.patients[rows]
+        )
+        tables += [[column, *row] for row in found]
+    if not tables:
+        raise retune.InputError(f"{run}: its data have no column {', '.join(retune.GROUPS)}")
     return pd.DataFrame(
-        table, columns=["by", "group", "measure", "finding", "images", "value", "low", "high"]
+        tables, columns=["by", "group", "images", "finding", "measure", "value", "low", "high"]
     )
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """The macro measures of every group, with intervals."""
-    table = table[table["finding"] == "macro"]
-    lines = []
-    for (by, group), part in table.groupby(["by", "group"], sort=False):
+def to_markdown(table: pd.DataFrame) -> str:
+    """The means over findings, a row per group."""
+    rows = []
+    for (by, name, images), part in table.groupby(["by", "group", "images"], sort=False):
         cells = [f"{r.value:.3f} ({r.low:.3f} to {r.high:.3f})" for r in part.itertuples()]
-        lines.append([f"{by}: {group}", part["images"].iloc[0], *cells])
-    return retune.markdown_table(["test images, mean over findings", "images", *MEASURES], lines)
+        rows.append([f"{by}: {name}", images, *cells])
+    return retune.markdown_table(["test images, mean over findings", "images", *MEASURES], rows)
 
 
 def draw(path: Path, table: pd.DataFrame) -> None:
-    """A panel per measure, a line per group: the value and its interval."""
+    """A panel per measure, a line per group: the mean over findings and its interval."""
     from matplotlib.figure import Figure
 
-    table = table[(table["finding"] == "macro") & (table["group"] != "gap")]
-    names = [f"{by}: {group}" for by, group in dict.fromkeys(zip(table["by"], table["group"]))]
-    figure = Figure(figsize=(11, 1.2 + 0.35 * len(names)), layout="constrained")
+    table = table[table["group"] != "gap"]
+    figure = Figure(figsize=(11, 1.2 + 0.12 * len(table)), layout="constrained")
     for axes, measure in zip(figure.subplots(1, 3, sharey=True), MEASURES):
         part = table[table["measure"] == measure]
-        y = np.arange(len(part))
-        axes.hlines(y, part["low"], part["high"], color="0.5", linewidth=2)
-        axes.plot(part["value"], y, "o", color="black")
-        axes.set_yticks(y, names)
+        names = part["by"] + ": " + part["group"]
+        axes.hlines(names, part["low"], part["high"], color="0.5", linewidth=2)
+        axes.plot(part["value"], names, "o", color="black")
         axes.set_title(f"test {measure}, mean over findings", fontsize=10)
         axes.grid(axis="x", color="0.9")
     axes.invert_yaxis()
@@ -131,32 +127,13 @@ def execute(argv: Sequence[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="the folder of a finished run")
-    parser.add_argument(
-        "--by", nargs="+", choices=retune.GROUPS, help="columns (default: those that are known)"
-    )
-    arguments = parser.parse_args(argv)
-    settings, data, embeddings, bank, model = load_run(arguments.run)
-    columns = arguments.by or [name for name in retune.GROUPS if getattr(data, name) is not None]
-    if not columns or any(getattr(data, name) is None for name in columns):
-        raise retune.InputError(
-            f"{arguments.run}: its data have no column {' or '.join(arguments.by or retune.GROUPS)}"
-        )
-    rows = data.where("test")
-    chosen = retune.read_json(arguments.run / "metrics.json")["decisions"]
-    scores = logits_of(model, bank, embeddings, rows)
-    temperature, threshold = (
-        np.array([chosen[key][name] or default for name in data.class_names])
-        for key, default in (("temperature", 1.0), ("threshold", 0.5))
-    )
-    present = sigmoid(scores / temperature) >= threshold
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # means over nothing are nan and shown as such
-        table = compare_groups(data, rows, columns, scores, present)
-    text = markdown(table)
-    retune.write_text(arguments.run / "subgroups.md", text + "\n")
-    retune.write_text(arguments.run / "subgroups.csv", table.to_csv(index=False, float_format="%.6f"))
-    draw(arguments.run / "subgroups.png", table)
-    print(text)
+    run = parser.parse_args(argv).run
+    table = compare(run)
+    means = table[table["finding"] == "mean"]
+    retune.write_text(run / "subgroups.csv", table.to_csv(index=False, float_format="%.6f"))
+    retune.write_text(run / "subgroups.md", to_markdown(means) + "\n")
+    draw(run / "subgroups.png", means)
+    print(to_markdown(means))
 
 
 if __name__ == "__main__":
