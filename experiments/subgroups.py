@@ -36,38 +36,42 @@ def group_names(values: Sequence[str], column: str) -> pd.Series:
 def measure_group(
     labels: np.ndarray, scores: np.ndarray, present: np.ndarray, patients: np.ndarray
 ) -> np.ndarray:
-    """[3, C + 1, 1 + R]: MEASURES of each finding and their mean, first as they are, then on each resample.
+    """[3, C, 1 + R]: MEASURES of each finding, first as they are, then on each resample; nan where there are none.
 
     Labels [N, C] are nan outside the group, so that its patients are drawn with those of all groups.
     """
-    whole = retune.evaluate(scores, present, labels)["auroc"].values()
-    points = np.full((3, labels.shape[1] + 1, 1001), np.nan)
-    for c, auroc in enumerate(whole):
+    points = np.full((3, labels.shape[1], 1001), np.nan)
+    for c, auroc in enumerate(retune.evaluate(scores, present, labels)["auroc"].values()):
         if not np.isnan(auroc):
             points[0, c] = [auroc, *resampled_auroc(scores[:, [c]], labels[:, [c]], patients)]
         for m, value in ((1, 1), (2, 0)):
             points[m, c] = resampled_rate(present[:, c] == value, labels[:, c] == value, patients)
-    points[:, -1] = np.nanmean(points[:, :-1], axis=1)
     return points
 
 
-def compare_groups(group, findings, labels, scores, present, patients) -> list[list]:
-    """Rows (group, images, finding, measure, value, low, high) of groups [N]; the gap is the best minus the worst."""
-    names = list(group.cat.categories if hasattr(group, "cat") else sorted(set(group)))
-    inside = {name: (group == name).to_numpy() for name in names if name and (group == name).any()}
-    found = {name: measure_group(np.where(mask[:, None], labels, np.nan), scores, present, patients)
-             for name, mask in inside.items()}  # fmt: skip
+def compare_groups(group: pd.Series, findings, labels, scores, present, patients) -> list[list]:
+    """Rows (group, images, finding, measure, value, low, high); the gap is the best group minus the worst.
+
+    The mean is over the findings that every group can be scored on.
+    """
+    names = group.cat.categories if hasattr(group, "cat") else sorted(set(group))
+    images = {name: int((group == name).sum()) for name in names if name and (group == name).any()}
+    masks = [(group == name).to_numpy()[:, None] for name in images]
+    points = [measure_group(np.where(mask, labels, np.nan), scores, present, patients) for mask in masks]
+    points = np.ma.masked_invalid(points)  # [G, 3, C, 1 + R]
+    everywhere = points[:, :, :, 0].mask.any(0)[None, :, :, None] | points.mask
+    mean = np.ma.array(points, mask=everywhere).mean(2, keepdims=True)
+    points = np.ma.concatenate([points, mean], axis=2).filled(np.nan)
     rows = []
     for m, measure in enumerate(MEASURES):
         for c, finding in enumerate([*findings, "mean"]):
-            points = {name: values[m, c] for name, values in found.items()}
-            order = sorted((p[0], name) for name, p in points.items() if not np.isnan(p[0]))
+            values = dict(zip(images, points[:, m, c]))
+            order = sorted((v[0], name) for name, v in values.items() if not np.isnan(v[0]))
             if len(order) > 1:
-                points["gap"] = points[order[-1][1]] - points[order[0][1]]
-            for name, p in points.items():
-                images = inside[name].sum() if name in inside else len(group)
-                low, high = (np.nan, np.nan) if np.isnan(p[0]) else np.nanpercentile(p[1:], [2.5, 97.5])
-                rows.append([name, images, finding, measure, p[0], low, high])
+                values["gap"] = values[order[-1][1]] - values[order[0][1]]
+            for name, v in values.items():
+                low, high = (np.nan, np.nan) if np.isnan(v[0]) else np.nanpercentile(v[1:], [2.5, 97.5])
+                rows.append([name, images.get(name, len(group)), finding, measure, v[0], low, high])
     return rows
 
 
