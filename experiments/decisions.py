@@ -13,7 +13,7 @@ import retune
 from experiments.scores import fit_temperature
 
 
-def measure(config, data, tasks, embeddings, bank, model) -> dict:
+def measure(config, folder, data, tasks, embeddings, bank, model) -> dict:
     """{"rule", "temperature", "threshold", "val", "test"}, each of the last four by finding.
 
     A finding whose known validation labels are all alike gets None: nothing can be fitted.

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import retune
+from experiments import heatmaps
 
 
 class Deployed(nn.Module):
@@ -107,9 +108,14 @@ def write_scores(path: Path, predictions: list[dict]) -> None:
     print(f"written to {path}: {len(table)} images")
 
 
-def execute(arguments, config) -> None:
-    """--export and --export-card."""
+def execute(arguments, config, predictions: list[dict]) -> None:
+    """What the command line asks for as files."""
     if arguments.export:
         export(arguments.export, arguments.run, config)
     if arguments.export_card:
         write_card(arguments.run)
+    if predictions and arguments.output != retune.Config.output:
+        write_scores(Path(arguments.output), predictions)
+    if arguments.heatmap:
+        images = [p["image"] for p in predictions if "findings" in p]
+        heatmaps.draw(images, arguments.run, arguments.heatmap, config)

@@ -38,7 +38,7 @@ def column_tasks(config, data) -> list[retune.Task]:
     return [retune.Task(name, train[part[train] == name], everything) for name in order]
 
 
-def measure(config, data, tasks, embeddings, bank, model) -> dict:
+def measure(config, folder, data, tasks, embeddings, bank, model) -> dict:
     """{"parts" [U], "auroc" [T + 1, U], "auroc_ci", "forgetting" [U]}: macro AUROC on the test images of part u.
 
     Row 0 is zero-shot, row t the adaptors after the t-th part; parts that are tested alone come last. forgetting:
@@ -50,7 +50,7 @@ def measure(config, data, tasks, embeddings, bank, model) -> dict:
     names += [name for name in dict.fromkeys(part.tolist()) if name not in names]
     stages = [retune.RETune(embeddings.shape[1], adapt="none", pool=config.pool, negatives=config.negatives)]
     for k in range(1, len(tasks) + 1):
-        stages.append(retune.load_model(config.folder / f"task_{k}.safetensors", config)[0])
+        stages.append(retune.load_model(folder / f"task_{k}.safetensors", config)[0])
     auroc = np.full((len(stages), len(names)), math.nan)
     intervals = np.full((len(stages), len(names), 2), math.nan)
     for t, stage in enumerate(stages):
@@ -67,17 +67,17 @@ def measure(config, data, tasks, embeddings, bank, model) -> dict:
     drops += [None] * (len(names) - len(drops))
     block = {"parts": names, "auroc": auroc.tolist(), "auroc_ci": intervals.tolist(), "forgetting": drops}
     if config.figures:
-        draw(config, block, tasks)
+        draw(folder, config, block, tasks)
     return block
 
 
-def draw(config, block: dict, tasks) -> None:
+def draw(folder, config, block: dict, tasks) -> None:
     """The matrix in the form of the run's other figures."""
     stages = [{"test": {"by_part": dict(zip(block["parts"], row))}} for row in block["auroc"]]
     settings = {key: getattr(config, key) for key in ("adaptor", "data", "encoder", "scenario")}
     shown = {"config": settings, "classes": block["parts"], "tasks": [{"name": task.name} for task in tasks],
              "zero_shot": stages[0], "after_task": stages[1:]}  # fmt: skip
-    retune.heatmap(config.folder / "parts.png", shown, "by_part", "test macro AUROC by part", 0.5)
+    retune.heatmap(folder / "parts.png", shown, "by_part", "test macro AUROC by part", 0.5)
 
 
 def summary(block: dict) -> str:
