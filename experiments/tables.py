@@ -39,7 +39,7 @@ from experiments.runs import (
     variants,
     write_runs,
 )  # fmt: skip
-from retune import InputError, markdown_table, write_text
+from retune import InputError, main, markdown_table, write_text
 
 # --------------------------------------------------------------------------------------------------- 1. Cells
 
@@ -354,30 +354,26 @@ def to_latex(text: str) -> str:
     return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def make_tables(argv: Sequence[str]) -> None:
+    """Write the tables and figures that a command line asks for."""
     describe = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(**describe)
     parser.add_argument("results", type=Path, help="folder of the results; its runs are in <results>/runs")
     parser.add_argument("--only", nargs="+", choices=(*TABLES, "figures"), default=(*TABLES, "figures"))
     arguments = parser.parse_args(argv)
     folder = arguments.results
-    try:
-        if (folder / "runs").is_dir():
-            write_runs(collect(folder / "runs"), folder)
-        runs = read_runs(folder)
-        for name in (name for name in arguments.only if name in TABLES):
-            texts = render(name, runs)
-            for suffix, text in texts.items():
-                write_text(folder / f"{name}{suffix}", text)
-            print(f"{texts['.md']}\nwritten to {folder / name}.md, .tex and .csv\n")
-        if "figures" in arguments.only:
-            draw_figures(runs, folder)
-            print(f"figures written to {folder}")
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if (folder / "runs").is_dir():
+        write_runs(collect(folder / "runs"), folder)
+    runs = read_runs(folder)
+    for name in (name for name in arguments.only if name in TABLES):
+        texts = render(name, runs)
+        for suffix, text in texts.items():
+            write_text(folder / f"{name}{suffix}", text)
+        print(f"{texts['.md']}\nwritten to {folder / name}.md, .tex and .csv\n")
+    if "figures" in arguments.only:
+        draw_figures(runs, folder)
+        print(f"figures written to {folder}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(action=make_tables))

@@ -33,7 +33,7 @@ def results(tmp_path_factory):
     shared = [*SMALL, "--cache-dir", str(root / "cache"), "--seed", "27", "28"]
     output = ["--output", f"{root}/runs/{{method}}-{{whiten}}/{{scenario}}-{{seed}}"]
     grid = ["scenario=joint,class,label,data", "method=retune,linear", "whiten=no,yes"]
-    assert sweep.main(["--grid", *grid, "--", *shared, *output]) == 0
+    assert retune.main(["--grid", *grid, "--", *shared, *output], sweep.sweep) == 0
     runs.write_runs(runs.collect(root / "runs"), root)
     return root
 
@@ -64,7 +64,7 @@ def test_sweep_runs_every_combination_and_skips_finished(results, capsys):
     before = path.stat().st_mtime_ns
     output = ["--output", f"{results}/runs/{{method}}-False/{{scenario}}-{{seed}}"]
     shared = [*SMALL, "--cache-dir", str(results / "cache"), "--seed", "27", *output]
-    assert sweep.main(["--grid", "scenario=class", "method=retune", "--", *shared]) == 0
+    assert retune.main(["--grid", "scenario=class", "method=retune", "--", *shared], sweep.sweep) == 0
     assert path.stat().st_mtime_ns == before and "finished before" in capsys.readouterr().out
 
 
@@ -76,7 +76,7 @@ def test_grid_options():
 
 def test_two_runs_of_a_sweep_need_two_folders(results, capsys):
     shared = [*SMALL, "--cache-dir", str(results / "cache"), "--output", f"{results}/one/{{seed}}"]
-    assert sweep.main(["--grid", "scenario=zero,joint", "--", *shared]) == 2
+    assert retune.main(["--grid", "scenario=zero,joint", "--", *shared], sweep.sweep) == 2
     assert "holds another run (scenario zero, now joint)" in capsys.readouterr().err
 
 
@@ -242,12 +242,12 @@ def test_formats_agree(results, small_tables):
 
 def test_a_missing_run_is_named(results, tmp_path, capsys):
     shutil.copytree(results / "runs", tmp_path / "runs")
-    assert tables.main([str(tmp_path), "--only", "main"]) == 2
+    assert retune.main([str(tmp_path), "--only", "main"], tables.make_tables) == 2
     assert "scenario data, parts 10: runs of seeds []" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "runs" / "linear-True" / "label-28")
-    assert tables.main([str(tmp_path), "--only", "methods"]) == 2
+    assert retune.main([str(tmp_path), "--only", "methods"], tables.make_tables) == 2
     assert "scenario label: runs of seeds [27]" in capsys.readouterr().err
-    assert tables.main([str(tmp_path / "nothing")]) == 2
+    assert retune.main([str(tmp_path / "nothing")], tables.make_tables) == 2
 
 
 def test_runs_of_two_data_sets_are_refused(results, tmp_path):
