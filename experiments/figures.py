@@ -59,7 +59,7 @@ def auroc_over_tasks(runs: pd.DataFrame, folder: Path) -> None:
             style = line_style(methods.index((v["method"], v["set"])), v["method"] == "retune")
             ax.plot(np.arange(1, len(auroc)), auroc[1:], label=labels_of(v)[0], **style)
         ax.axhline(auroc[0], color="0.6", linewidth=1, zorder=0)
-        ax.text(1, auroc[0], "zero-shot", color="0.4", fontsize=8, va="bottom")
+        ax.text(len(auroc) - 1, auroc[0], "zero-shot", color="0.4", fontsize=8, ha="right", va="top")
         ax.set_title(f"{scenario}{', whitened' if whitened == 'yes' else ''}")
         ax.set_xticks(range(1, len(auroc)))
         ax.grid(color="0.9")
