@@ -798,6 +798,8 @@ class DualEncoder(nn.Module):
         with input_errors(folder, f"does not hold the encoder {name}"):
             found = experiment("encoders").read(folder) if place != name else read_encoder(folder)
             if isinstance(found, DualEncoder):  # open_clip's own towers
+                if crop is not None:
+                    raise InputError("the image size of open_clip's towers is fixed, leave --crop out")
                 return found
             config, state, tokenizer = found
             config = {"name": folder.name if Path(place).is_dir() else name} | config
