@@ -506,7 +506,7 @@ def load_mimic(config: Config) -> Radiographs:
     table["path"] = "s" + table["study_id"] + "/" + table["dicom_id"] + ".jpg"
     table["path"] = "files/p" + table["subject_id"].str[:2] + "/p" + table["subject_id"] + "/" + table["path"]
     table = table.assign(split=split, name=table["path"], patient=table["subject_id"])
-    if release("metadata").is_file():
+    if config.view != "all" or release("metadata").is_file():
         metadata = read_table(release("metadata"), ["dicom_id", "ViewPosition"])
         views = dict(zip(metadata["dicom_id"], metadata["ViewPosition"]))
         table["view"] = table["dicom_id"].map(views).fillna("")
@@ -2109,8 +2109,8 @@ def input_errors(subject: str | Path, trouble: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The first 200 characters of what another library says of an error, in one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """The first 500 characters of what another library says of an error, in one line."""
+    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def check_values(config, names: str, good: Callable, rule: str) -> None:

@@ -24,8 +24,9 @@ class Analytic(Method):
     zero-shot logit.
 
     features: M; 0 is linear in z, 1000 did best on the demo. shared: 1, lambda maximises the sum of the evidences
-    of all findings learned so far; 0, each finding has its own, and then forgetting is exactly 0. seed: of R and
-    beta, the run's by default.
+    of all findings learned so far; 0, each finding has its own, and then forgetting is exactly 0. related: 1, the
+    prior's centre also has a multiple of the mean weights of the other findings, which helps with few images. seed:
+    of R and beta; below 0 the run's.
 
     The sums, in float64, are only needed to learn on and are kept apart from the classifier
     (statistics.safetensors): 8 (M + D + 1)^2 bytes for each set of findings labelled on the same images. They
@@ -34,11 +35,14 @@ class Analytic(Method):
 
     whitens = True
 
-    def __init__(self, dim: int, n_classes: int, features: int = 300, shared: int = 1, seed: int = -1):
+    def __init__(
+        self, dim: int, n_classes: int, features: int = 300, shared: int = 1, related: int = 0, seed: int = -1
+    ):
         super().__init__()
         generator = torch.Generator().manual_seed(max(0, seed))
         self.dim = dim
         self.shared = shared
+        self.related = related
         self.register_buffer("projection", torch.randn(dim, features, generator=generator))  # [D, M]
         self.register_buffer("offset", 0.3 * torch.randn(features, generator=generator))  # [M]
         self.register_buffer("weights", torch.zeros(n_classes, features + dim + 1))  # [C, P]
@@ -68,30 +72,41 @@ class Analytic(Method):
         zero_shot = self.zero_shot(bank)
         prior = zero_shot.clone()
         prior[:, -1] = 0  # the constant is learned
-        self.weights.copy_(self.posterior(prior, zero_shot))
+        learned = (self.grams.moment[:, -1].abs() < self.grams.count).nonzero()[:, 0].tolist()
+        self.solved |= self.solve_groups([c for c in learned if c not in self.solved], prior[:, None])
+        weights = self.choose(self.solved, learned, zero_shot)
+        if self.related and len(learned) > 1:
+            others = (weights[learned].sum(0) - weights) / (len(learned) - 1)
+            solved = self.solve_groups(learned, torch.stack([prior, others], 1))
+            weights = self.choose(solved, learned, zero_shot)
+        self.weights.copy_(weights)
+
+    def solve_groups(self, findings: list[int], centres: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """What `solve` gives for each finding with its prior's centres [C, R, P]; one decomposition a Gram matrix."""
+        solved = {}
+        for group in self.grams.group[findings].unique().tolist():
+            same = [c for c in findings if self.grams.group[c] == group]
+            count = float(self.grams.count[same[0]])
+            found = solve(self.grams.gram[group], self.grams.moment[same], count, centres[same], LAMBDAS)
+            solved |= dict(zip(same, zip(*found)))
+        return solved
+
+    def choose(
+        self, solved: dict[int, tuple[Tensor, Tensor]], learned: list[int], otherwise: Tensor
+    ) -> Tensor:
+        """Weights [C, P] at the best lambda; `otherwise` [C, P] for findings that are not learned."""
+        weights = otherwise.clone()
+        total = sum(solved[c][0] for c in learned)
+        for c in learned:
+            evidence, path = solved[c]
+            weights[c] = path[(total if self.shared else evidence).argmax()]
+        return weights
 
     def zero_shot(self, bank: PromptBank) -> Tensor:
         """[C, P]: weights that give the zero-shot logit, cos(x, t+) - cos(x, t-)."""
         weights, constant = zero_shot_weights(self.whitening, bank)
         hidden = torch.zeros(len(weights), self.weights.shape[1] - self.dim - 1, dtype=torch.float64)
         return torch.cat([hidden, math.sqrt(self.dim) * weights, constant[:, None]], 1)
-
-    def posterior(self, prior: Tensor, otherwise: Tensor) -> Tensor:
-        """Mean weights [C, P] at the best lambda for a prior [C, P]; `otherwise` [C, P] where labels do not differ."""
-        grams = self.grams
-        learned = (grams.moment[:, -1].abs() < grams.count).nonzero()[:, 0].tolist()
-        for group in grams.group[learned].unique().tolist():
-            findings = [c for c in learned if grams.group[c] == group and c not in self.solved]
-            if findings:
-                count = float(grams.count[findings[0]])
-                found = solve(grams.gram[group], grams.moment[findings], count, prior[findings], LAMBDAS)
-                self.solved |= dict(zip(findings, zip(*found)))
-        weights = otherwise.clone()
-        total = sum((self.solved[c][0] for c in learned), torch.zeros(len(LAMBDAS), dtype=torch.float64))
-        for c in learned:
-            evidence, path = self.solved[c]
-            weights[c] = path[(total if self.shared else evidence).argmax()]
-        return weights
 
     def memory(self) -> dict[str, Tensor]:
         return self.grams.tensors()
@@ -101,27 +116,28 @@ class Analytic(Method):
 
 
 def solve(
-    gram: Tensor, moment: Tensor, count: float, prior: Tensor, lambdas: Tensor
+    gram: Tensor, moment: Tensor, count: float, centres: Tensor, lambdas: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Log evidence [K, L] and posterior mean weights [K, L, P] of K findings with the same rows.
 
-    gram [P, P] = F'F, moment [K, P] = F'y, count n, y = 1 or -1, prior [K, P] = w0, lambdas [L]. The model is
-    y ~ N(F w, sigma^2), w ~ N(a w0, sigma^2 / (n lambda)), so y ~ N(a F w0, sigma^2 C), C = I + FF' / (n lambda);
-    sigma and a are at their maxima. The evidence leaves out -n/2 (1 + log 2 pi). One eigendecomposition serves
-    every lambda.
+    gram [P, P] = F'F, moment [K, P] = F'y, count n, y = 1 or -1, centres [K, R, P] = W, lambdas [L]. The model is
+    y ~ N(F w, sigma^2), w ~ N(W'a, sigma^2 / (n lambda)), so y ~ N(U a, sigma^2 C) with U = F W' and
+    C = I + FF' / (n lambda); sigma and a are at their maxima (a below 0 becomes 0). The evidence leaves out
+    -n/2 (1 + log 2 pi). One eigendecomposition serves every lambda.
     """
     values, vectors = torch.linalg.eigh(gram)
     values = values.clamp_min(0)
     b = moment @ vectors  # [K, P]
-    w = prior @ vectors  # [K, P]
-    precision = count * lambdas  # [L]
-    inverse = 1 / (values + precision[:, None])  # [L, P]
+    w = centres @ vectors  # [K, R, P]
+    precision = count * lambdas[:, None]  # [L, 1]
+    inverse = 1 / (values + precision)  # [L, P]
     y_y = count - b.square() @ inverse.T  # y' C^-1 y, [K, L]
-    u_y = precision * ((w * b) @ inverse.T)  # u' C^-1 y with u = F w0
-    u_u = precision * ((values * w.square()) @ inverse.T)
-    a = (u_y / u_u.clamp_min(1e-300)).clamp_min(0)
-    residual = y_y - 2 * a * u_y + a.square() * u_u
-    log_determinant = torch.log1p(values / precision[:, None]).sum(1)  # [L]
+    u_y = torch.einsum("krp,kp,lp->klr", w, b, precision * inverse)  # U' C^-1 y
+    u_u = torch.einsum("krp,ksp,lp->klrs", w, w, values * precision * inverse)
+    ridge = 1e-13 * u_u.diagonal(dim1=2, dim2=3).sum(-1)[..., None, None] + 1e-300  # a centre may be 0
+    a = torch.linalg.solve(u_u + ridge * torch.eye(w.shape[1]), u_y).clamp_min(0)  # [K, L, R]
+    residual = y_y - 2 * (a * u_y).sum(-1) + torch.einsum("klr,klrs,kls->kl", a, u_u, a)
+    log_determinant = torch.log1p(values / precision).sum(1)  # [L]
     evidence = -(count * (residual / count).log() + log_determinant) / 2
-    centre = b[:, None] + (precision * a)[..., None] * w[:, None]  # [K, L, P]
+    centre = b[:, None] + precision * (a @ w)  # [K, L, P]
     return evidence, (centre * inverse) @ vectors.T

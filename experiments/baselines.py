@@ -241,10 +241,12 @@ class Joint(Replay):
         self.stored = self.with_stored(task)
         held_out = np.random.default_rng(self.seed).random(len(labels))[self.stored[:, 0].numpy()] < 0.1
         check, answers = joined_task(self.stored[held_out], task.name, labels)
+        images = self.whitening(gather(embeddings, torch.from_numpy(check.rows), bank.embeddings))
         best = math.inf
         epochs = 0
         for epoch, _ in enumerate(self.epochs(self.stored[~held_out], embeddings, labels, bank), 1):
-            loss = mean_loss(self, embeddings, answers, check.rows)
+            with torch.no_grad():
+                loss = float(prompt_contrastive_loss(self.logits(images), answers[check.rows]))
             if loss < best:
                 best = loss
                 epochs = epoch
@@ -265,14 +267,3 @@ class Joint(Replay):
         while True:
             fit(self, bank, embeddings, known, task, optimizer, **options)
             yield
-
-
-@torch.no_grad()
-def mean_loss(model: Method, embeddings: np.ndarray, labels: Tensor, rows: np.ndarray) -> float:
-    """The training loss over rows of the embeddings [N, D] with labels [N, C]."""
-    total = 0.0
-    for piece in torch.from_numpy(rows).split(4096):
-        images = model.whitening(gather(embeddings, piece, next(model.parameters())))
-        loss = prompt_contrastive_loss(model.logits(images), labels[piece].to(images.device), count=1)
-        total += float(loss)
-    return total

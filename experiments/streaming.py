@@ -133,7 +133,7 @@ class RandomFeatures(Method):
         self.register_buffer("learned", torch.zeros(n_classes, dtype=torch.bool))
         self.ridge = ridge
         self.seed = max(0, seed)
-        self.ridges = torch.ones(n_classes, dtype=torch.float64)
+        self.ridges = torch.full((n_classes,), self.ridge or 1.0, dtype=torch.float64)
         self.grams = Grams(size, n_classes)
 
     @classmethod
@@ -161,10 +161,7 @@ class RandomFeatures(Method):
             for part, chosen in ((self.grams, ~fold[rows]), (held_out, fold[rows])):
                 part.add(features[chosen], known[chosen], weights if weights is None else weights[chosen])
         brought = [c for c in task.classes if held_out.count[c]]
-        if self.ridge:
-            self.ridges[:] = self.ridge
-        elif brought:
-            self.ridges[brought] = choose_ridges(self.grams, held_out, brought)
+        self.ridges[brought] = self.ridge or choose_ridges(self.grams, held_out, brought)
         self.grams.merge(held_out)
         self.learned.copy_(self.grams.count > 0)
         for c in self.learned.nonzero()[:, 0].tolist():
