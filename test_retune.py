@@ -987,7 +987,8 @@ def test_predict_gives_the_runs_own_scores(csv_set, encoder, capsys, scenario, a
     assert measured["auroc_macro"] == pytest.approx(sklearn_metrics.roc_auc_score(labels, scores), abs=0.05)
     assert retune.main(["--predict", *images, "--run", str(run)]) == 0
     table = capsys.readouterr().out
-    assert all(f"{score:.3f}" in table for row in scores for score in row)
+    shown = [finding.get("probability", finding["score"]) for row in found for finding in row]
+    assert all(f"{value:.3f}" in table for value in shown)
 
 
 def test_predict_refuses_what_does_not_fit_and_skips_bad_images_if_asked(csv_set, tmp_path, capsys):
