@@ -391,7 +391,7 @@ def test_onnx_file_equals_predict_and_holds_the_adaptors_alone(hospitals, finish
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     for line, found in zip(lines, retune.predict(images, folder, retune.Config()), strict=True):
         for name, values in found["findings"].items():
-            probability, decision = re.search(rf"{name} ([\d.]+) (\w+)", line).groups()
+            probability, decision = re.search(rf"'{name}', ([\d.]+), (\w+)", line).groups()
             assert float(probability) == pytest.approx(values["probability"], abs=1e-4)
             assert decision == str(values["decision"])
 
