@@ -80,7 +80,9 @@ class Config:
 
     scenario: str = setting("data", "how training data arrive", group="scenario",
                             choices=("data", "class", "label", "joint", "zero"))
-    parts: int | None = setting(None, "parts of the training set (5, or one per class)", type=int)
+    parts: int | str | None = setting(None, "parts of the training set (5, or one per class), or `column`",
+                                      type=lambda text: text if text == "column" else int(text))
+    part_order: tuple[str, ...] | None = setting(None, "order of --parts column (the file's)", nargs="+")
     class_order: tuple[str, ...] | None = setting(None, "order of arrival, or `random` by seed", nargs="+")
     contiguous: bool = setting(False, "cut parts in file order, as the authors do, instead of by patient")
     positives_only: bool = setting(False, "class, label: train on all positives of the new class only")
@@ -101,6 +103,7 @@ class Config:
     lr: float | None = setting(None, "learning rate (authors: 1e-4; small sets: 1e-3)", type=float)
     batch_size: int | None = setting(None, "batch size (authors: 6144; small sets: 64)", type=int)
     optimizer: str = setting("adam", "optimiser, one for all tasks", choices=("adam", "sgd"))
+    threshold: str = setting("youden", "thresholds, from validation: youden, f1 or sensitivity=0.95 (ours)")
     seed: int = setting(27, "seed; several give mean and standard deviation", nargs="+")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     output: str = setting("runs/{data}-{encoder}-{scenario}-seed{seed}", "folder of the run; {any setting} works")
@@ -109,7 +112,9 @@ class Config:
 
     def __post_init__(self):
         positive = "demo_images encode_batch parts epochs batch_size lr logit_scale"
-        check_values(self, positive, lambda value: 0 < value < math.inf, "be positive")
+        check_values(self, positive, lambda value: value == "column" or 0 < value < math.inf, "be positive")
+        rule = re.compile(r"youden|f1|sensitivity=(0?\.\d+|1)")
+        check_values(self, "threshold", rule.fullmatch, "be youden, f1 or sensitivity=0.95")
         check_values(self, "seed workers", lambda value: 0 <= value < 2**32, "be from 0 to 4294967295")
         if self.data == "demo" and self.data_dir is not None:
             raise InputError(f"--data-dir {self.data_dir}: the demo reads none; say which --data it is")
@@ -583,6 +588,23 @@ def check_splits(data: Radiographs) -> None:
         raise InputError(f"no training image has a known label of {', '.join(data.class_names)}")
 
 
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")
+
+
+def list_images(paths: Sequence[str]) -> list[str]:
+    """The paths of images, of those in folders and below, and of those in the column `path` of CSVs, beside them."""
+    found = []
+    for path in map(Path, paths):
+        if path.suffix.lower() == ".csv":
+            found += [path.parent / name for name in read_table(path, ["path"])["path"].str.strip().tolist()]
+        else:
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_FILES)
+            found += inside if path.is_dir() else [path]
+    if not found:
+        raise InputError(f"{', '.join(paths)}: no images ({', '.join(IMAGE_FILES)})")
+    return [str(path) for path in found]
+
+
 def read_image(path: str | Path) -> torch.Tensor:
     """Decode a PNG, JPEG, TIFF or DICOM file to uint8 [1 or 3, H, W]; InputError when it is not one.
 
@@ -766,15 +788,22 @@ class DualEncoder(nn.Module):
     def load(cls, name: str, directory: str | Path | None = None, crop: int | None = None) -> DualEncoder:
         """The encoder `name`: tiny, biomedclip, biovil, a folder, or a hub id of a transformers CLIP/SigLIP.
 
+        Or what open_clip reads, `open_clip:` before a folder or hub id (docs/encoders.md).
         `directory` holds its files as published, or as `save` wrote them, and rules out the network; without it
         they come from the hub's cache or are downloaded. `crop` replaces a convolutional tower's (BioViL).
         """
-        folder = Path(directory or (HERE / "demo" / "tiny" if name == "tiny" else name))
+        place = name.removeprefix("open_clip:")
+        folder = Path(directory or (HERE / "demo" / "tiny" if name == "tiny" else place))
         if directory is None and (name in HUB or not folder.is_dir()):
             folder = download(name)
         with input_errors(folder, f"does not hold the encoder {name}"):
-            config, state, tokenizer = read_encoder(folder)
-            config = {"name": folder.name if Path(name).is_dir() else name} | config
+            found = experiment("encoders").read(folder) if place != name else read_encoder(folder)
+            if isinstance(found, DualEncoder):  # open_clip's own towers
+                if crop is not None:
+                    raise InputError("the image size of open_clip's towers is fixed, leave --crop out")
+                return found
+            config, state, tokenizer = found
+            config = {"name": folder.name if Path(place).is_dir() else name} | config
             if name in HUB and config["name"] != name:
                 raise InputError(f"it is the encoder {config['name']}, not {name}")
             if crop is not None:
@@ -844,6 +873,7 @@ WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 HUB = {  # name: repository, revision, alternatives for the weights, the best first
     "biomedclip": ("microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", None, OPEN_CLIP_WEIGHTS),
     "biovil": ("microsoft/BiomedVLP-CXR-BERT-specialized", "v1.1", WEIGHTS),
+    "biovil-t": ("microsoft/BiomedVLP-BioViL-T", "v1.0", WEIGHTS),
 }
 # fmt: on
 
@@ -854,11 +884,14 @@ def download(name: str) -> Path:
 
     if name not in HUB and "/" not in name:
         raise InputError(f"unknown encoder {name!r}: use tiny, {', '.join(HUB)}, a folder, or OWNER/NAME")
-    repository, revision, weights = HUB.get(name, (name, None, WEIGHTS))
-    remedy = f"fetch the files of {repository} elsewhere and name their folder with --encoder-dir"
+    place = name.removeprefix("open_clip:")
+    default = (place, None, WEIGHTS if place == name else OPEN_CLIP_WEIGHTS)
+    repository, revision, weights = HUB.get(name, default)
+    files = f"*.json, *.txt, *.model, biovil*.pt and {' or '.join(weights)}"
+    remedy = f"accept its terms, if any; get {files} from https://huggingface.co/{repository}; --encoder-dir FOLDER"
     with input_errors(f"encoder {name!r}", f"cannot be downloaded; {remedy}"):
         for pattern in weights:
-            patterns = ["*.json", "*.txt", "*.model", BIOVIL_IMAGE, pattern]
+            patterns = ["*.json", "*.txt", "*.model", "biovil*.pt", pattern]
             folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
             if any(folder.glob(pattern)):
                 break
@@ -873,14 +906,14 @@ def read_encoder(folder: Path) -> tuple[dict, dict[str, torch.Tensor], object]:
         return config, read_weights(folder, "model.safetensors"), read_tokenizer(folder)
     if config.get("model_type") in ("clip", "siglip"):
         return read_transformers(folder), read_weights(folder, *WEIGHTS), read_tokenizer(folder)
-    if open_clip:
+    if re.search(r"vit_base_patch16_224.*Biomed(NLP|BERT)", str(open_clip)):
         normalise = {key: open_clip["preprocess_cfg"][key] for key in ("mean", "std")}
         config = BIOMEDCLIP | {"transform": BIOMEDCLIP["transform"] | normalise}
         return config, read_weights(folder, *OPEN_CLIP_WEIGHTS), read_tokenizer(folder, bert=True)
     if (folder / BIOVIL_IMAGE).is_file():
         state = read_weights(folder, BIOVIL_IMAGE) | read_weights(folder, *WEIGHTS)
         return BIOVIL, state, read_tokenizer(folder, bert=True)
-    raise InputError(f"no known {' nor '.join(names)}, and no {BIOVIL_IMAGE}")
+    return experiment("encoders").read(folder)
 
 
 def read_weights(folder: Path, *patterns: str) -> dict[str, torch.Tensor]:
@@ -1576,6 +1609,12 @@ MODEL_KEYS = (
 )  # fmt: skip
 
 
+EXTRAS = (
+    "decisions",
+    "hospitals",
+)  # modules of experiments/ with `measure`, for the end of a run, and `summary`
+
+
 def load_model(path: Path, config: Config) -> tuple[Method, dict]:
     """The model that a run saved, on the CPU, and what is known of it; `config` gives no setting of the model.
 
@@ -1618,6 +1657,8 @@ def check_same_config(folder: Path, identity: dict) -> None:
 
 def scenario_tasks(config: Config, data: Radiographs) -> list[Task]:
     """The tasks of the scenario, with rows counted in the whole data set."""
+    if config.parts == "column":
+        return experiment("hospitals").column_tasks(config, data)
     train = data.where("train")
     arrival = (config.parts, config.seed, data.patients[train], config.class_order)
     known = (data.labels[train], data.class_names, *arrival, config.contiguous, config.positives_only)
@@ -1720,6 +1761,13 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
         after_task.append(measure(model))
         save_tensors(folder / f"task_{k}.safetensors", model.state_dict(), known)
         save_checkpoint(folder, model, optimizer, k, (seconds, after_task))
+    extras = {}  # (ours) what `summary` prints below the paper's measures
+    for name in EXTRAS if (HERE / "experiments").is_dir() else ():
+        if name == "decisions" or config.parts == "column":
+            extras[name] = experiment(name).measure(config, folder, data, tasks, embeddings, bank, model)
+    known["decisions"] = (
+        {key: extras["decisions"][key] for key in ("rule", "temperature", "threshold")} if extras else {}
+    )
     save_tensors(folder / "adaptors.safetensors", model.state_dict(), known)
     if memory := model.memory():
         save_tensors(folder / "statistics.safetensors", memory, {})
@@ -1733,7 +1781,7 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
         "cost": {"trainable_parameters": sum(p.numel() for p in parameters), "train_seconds": seconds,
                  "peak_memory_mb": peak_memory_mb(), "stored_bytes": model.stored_bytes(),
                  "train_patients": len(np.unique(data.patients[data.where("train")]))},
-    })  # fmt: skip
+    } | extras)  # fmt: skip
 
 
 def save_checkpoint(folder: Path, model: Method, optimizer, task: int, finished=None) -> None:
@@ -1760,21 +1808,25 @@ def load_checkpoint(folder: Path, model: Method, optimizer) -> tuple[int, object
         return state["task"], state["finished"]
 
 
-def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
-    """Score images with a run's saved adaptors alone: [{"image", "findings": {name: {"score", "present"}}}].
-
-    InputError for another encoder than the adaptors were trained on, and for an unreadable image, which with
-    --skip-bad-images has "error" instead of findings.
-    """
+def load_predictor(folder: Path, config: Config, device: str = "cpu") -> tuple:
+    """(encoder, model, prompt bank, what was saved of them) of a run; InputError for another encoder than its own."""
     path = folder / "adaptors.safetensors"
-    device = pick_device(config.device)
     model, known = load_model(path, config)
     name = known["encoder"] if config.encoder == "tiny" else config.encoder
     encoder = DualEncoder.load(name, config.encoder_dir, crop=known["crop"]).to(device)
     if encoder.fingerprint() != known["encoder_fingerprint"]:
         raise InputError(f"{path}: trained on another encoder than {name}; name the right one with --encoder")
-    bank = embed_prompts(encoder, known["prompts"]).to(device)
-    model.to(device)
+    return encoder, model.to(device), embed_prompts(encoder, known["prompts"]).to(device), known
+
+
+def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
+    """Score images with a run's saved adaptors alone: [{"image", "findings": {name: {"score", "present"}}}].
+
+    These are the paper's; the run's temperatures and thresholds add "probability" and "decision". InputError for
+    an unreadable image, which with --skip-bad-images has "error" instead of findings.
+    """
+    device = pick_device(config.device)
+    encoder, model, bank, known = load_predictor(folder, config, device)
     predictions = []
     for image in progress(images, desc="predicting", unit="image"):
         try:
@@ -1785,10 +1837,16 @@ def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
             predictions.append({"image": image, "error": str(error)})
             continue
         with torch.inference_mode():
-            embedding = encoder.encode_images(pixels[None].to(device))
-            scores, decisions = model.scores(model.whitening(embedding), bank, known["score"])
+            embedding = model.whitening(encoder.encode_images(pixels[None].to(device)))
+            scores, decisions = model.scores(embedding, bank, known["score"])
+            logits = dict(zip(known["classes"], model.logits(embedding, bank)[0].tolist()))
         findings = zip(known["classes"], scores[0].tolist(), decisions[0].tolist())
         findings = {finding: {"score": round(s, 6), "present": d > 0} for finding, s, d in findings}
+        for finding, threshold in known["decisions"].get("threshold", {}).items():
+            if threshold is not None:
+                odds = max(-700.0, logits[finding] / known["decisions"]["temperature"][finding])
+                probability = round(1 / (1 + math.exp(-odds)), 6)
+                findings[finding] |= {"probability": probability, "decision": probability >= threshold}
         predictions.append({"image": image, "findings": findings})
     return predictions
 
@@ -1849,6 +1907,7 @@ def summary(metrics: dict) -> str:
     measures = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in continual.items())
     line = f"{run}, seed {config['seed']}: macro AUROC {auroc} ({interval})"
     lines = [markdown_table(header, rows), measures, line]
+    lines += [experiment(name).summary(metrics[name]) for name in EXTRAS if name in metrics]
     if config["data"] == "demo":
         lines.append("Demo on synthetic phantoms: not clinical numbers.")
     return "\n\n".join(lines)
@@ -1949,12 +2008,13 @@ def run_seeds(config: Config, seeds: Sequence[int]) -> None:
 
 
 def predictions_table(predictions: list[dict]) -> str:
-    """A table of image x finding with score and decision."""
+    """A table of image x finding with probability (without thresholds: score) and decision."""
     names = list(dict.fromkeys(name for p in predictions for name in p.get("findings", ())))
     rows = []
     for p in predictions:
         found = p.get("findings", {}).values()
-        cells = [f"{f['score']:.3f} {'yes' if f['present'] else ' no'}" for f in found]
+        shown = [(f.get("probability", f["score"]), f.get("decision", f["present"])) for f in found]
+        cells = [f"{value:.3f} {'yes' if decision else ' no'}" for value, decision in shown]
         rows.append([p["image"], *(cells or ["unreadable"] * len(names))])
     return markdown_table(["image", *names], rows)
 
@@ -1978,23 +2038,40 @@ def execute(argv: Sequence[str]) -> None:
         return print(text)
     parser = build_parser(Config, __doc__)
     other = parser.add_argument_group("instead of a run")
-    other.add_argument("--predict", nargs="+", metavar="IMAGE", help="score images with a run's adaptors")
+    images = "score images, folders or CSVs (column `path`) with a run's adaptors; also to --output FILE.csv"
+    other.add_argument("--predict", nargs="+", metavar="PATH", help=images)
+    other.add_argument(
+        "--heatmap", type=Path, metavar="FOLDER", help="with --predict: where the encoder looks"
+    )
+    other.add_argument("--export", type=Path, metavar="FILE", help="write a run as an ONNX file")
+    other.add_argument("--export-card", action="store_true", help="write a model card into a run")
     other.add_argument("--run", type=Path, metavar="FOLDER", help="a finished run")
     other.add_argument("--json", action="store_true", help="predictions as JSON")
     other.add_argument("--convert", metavar="ENCODER", help="write an encoder in our folder format, to --to")
     other.add_argument("--to", type=Path, metavar="FOLDER", help="a new folder")
     arguments = parser.parse_args(argv)
-    if bool(arguments.predict) != bool(arguments.run) or bool(arguments.convert) != bool(arguments.to):
-        parser.error("--predict needs --run and --convert needs --to")
+    uses_run = arguments.predict or arguments.export or arguments.export_card
+    if bool(uses_run) != bool(arguments.run) or bool(arguments.convert) != bool(arguments.to):
+        parser.error("--predict, --export and --export-card need --run, and --convert needs --to")
     seeds = np.atleast_1d(arguments.seed).tolist()
     arguments.seed = seeds[0]
     config = parse_config(Config, arguments)
     if arguments.convert:
         DualEncoder.load(arguments.convert, config.encoder_dir, config.crop).save(arguments.to)
         print(f"written to {arguments.to}")
-    elif arguments.predict:
-        predictions = predict(arguments.predict, arguments.run, config)
-        print(json.dumps(predictions, indent=1) if arguments.json else predictions_table(predictions))
+    elif uses_run:
+        predictions = []
+        if arguments.predict:
+            predictions = predict(list_images(arguments.predict), arguments.run, config)
+            print(json.dumps(predictions, indent=1) if arguments.json else predictions_table(predictions))
+        files = (
+            arguments.export,
+            arguments.export_card,
+            arguments.heatmap,
+            arguments.output != Config.output,
+        )
+        if any(files):
+            experiment("deploy").execute(arguments, config, predictions)
     else:
         join_ranks()
         run_seeds(config, seeds)
@@ -2160,6 +2237,12 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+def experiment(name: str):
+    """The module `experiments.NAME`, where what goes beyond the method lives."""
+    with input_errors(f"experiments/{name}.py", "needed for this, with what it imports"):
+        return importlib.import_module(f"experiments.{name}")
 
 
 def pick_device(name: str) -> str:

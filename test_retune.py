@@ -579,7 +579,7 @@ def test_positives_only_tasks_hold_all_positives_of_their_new_class(data, scenar
 
 
 @pytest.mark.parametrize("scenario, options, named", [
-    ("sideways", {}, "'sideways' is not data, class, label"), ("data", {"parts": 0}, "0"), ("class", {"parts": 0}, "0"),
+    ("sideways", {}, "'sideways' is not data, class, label"), ("data", {"parts": 0}, "--parts 0"), ("class", {"parts": 0}, "--parts 0"),
     ("data", {"positives_only": True}, "--positives-only"), ("joint", {"positives_only": True}, "--positives-only"),
     ("class", {"parts": 3}, "--parts 3.* 1 to 2 parts"), ("class", {"order": ["A", "C"]}, "A C .*: A, B"),
     ("class", {"order": ["A"]}, "A, B"),

@@ -580,27 +580,26 @@ def test_real_radiographs_run_end_to_end(tmp_path, encoder_folder):
     folder = os.environ.get("RETUNE_NIH320_DIR") or os.environ.get("RETUNE_NIH_DIR")
     if not folder:
         pytest.skip("RETUNE_NIH_DIR is not set")
-    classes = ["Atelectasis", "Cardiomegaly", "Effusion"]
-    arguments = ["--data", "nih", "--data-dir", folder, "--scenario", "class", "--classes", *classes]
-    options = [
-        "--encoder",
-        str(encoder_folder),
+    classes = ("Atelectasis", "Cardiomegaly", "Effusion")
+    arguments = [
+        "--data",
+        "nih",
+        "--data-dir",
+        folder,
+        "--scenario",
+        "class",
         "--epochs",
         "1",
-        "--output",
-        str(tmp_path / "run"),
         "--no-figures",
     ]
-    assert retune.main([*arguments, *options]) == 0
+    arguments += ["--encoder", str(encoder_folder), "--output", str(tmp_path / "run"), "--classes", *classes]
+    assert retune.main(arguments) == 0
     table = retune.read_table(next(Path(folder).glob("Data_Entry*.csv")))
-    test = set(Path(folder, "test_list.txt").read_text().split())
-    listed = [
-        text.split("|") for name, text in zip(table["Image Index"], table["Finding Labels"]) if name in test
-    ]
+    test = table[table["Image Index"].isin(Path(folder, "test_list.txt").read_text().split())]
     last = read_metrics(tmp_path / "run")["after_task"][-1]["test"]
-    assert last["n"] == len(listed) and list(last["auroc"]) == classes
-    data = load_set("nih", folder, classes=tuple(classes))
-    wanted = [sum(name in findings for findings in listed) for name in classes]
+    assert last["n"] == len(test) and tuple(last["auroc"]) == classes
+    data = load_set("nih", folder, classes=classes)
+    wanted = [sum(name in findings.split("|") for findings in test["Finding Labels"]) for name in classes]
     assert data.labels[data.where("test")].sum(0).tolist() == wanted and min(wanted) > 0
     splits = retune.read_table(tmp_path / "run/splits.csv")
     assert len(set(zip(splits["patient"], splits["split"]))) == len(set(splits["patient"]))

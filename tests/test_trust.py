@@ -14,15 +14,12 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import traceback
 from pathlib import Path
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
 from PIL import Image
 
 import retune
@@ -364,20 +361,6 @@ def test_pillows_guard_against_huge_images_is_on(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(retune.InputError, match=r"a\.png.*10000 pixels"):
         retune.read_image(tmp_path / "a.png")
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.binary(max_size=300)
-    | st.text(max_size=300).map(lambda t: ("path,Edema\n" + t).encode("utf-8", "replace"))
-)
-def test_any_text_is_a_table_or_an_input_error(content):
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "labels.csv").write_bytes(content)
-        with contextlib.suppress(retune.InputError):
-            retune.read_table(Path(folder, "labels.csv"))
-        with contextlib.suppress(retune.InputError):
-            load(Path(folder), "csv")
 
 
 # ------------------------------------------------------------------------------------------- degenerate numbers
