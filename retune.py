@@ -23,6 +23,7 @@ import gzip
 import hashlib
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
@@ -1786,8 +1787,10 @@ def save_checkpoint(folder: Path, model: Method, optimizer, task: int, finished=
     """Save what the task after `task` starts from: weights, the method's memory, the optimiser; what is finished."""
     state = {"task": task, "finished": finished, "model": model.state_dict(), "memory": model.memory()}
     state["optimizer"] = optimizer.state_dict() if optimizer else None
+    content = io.BytesIO()  # torch.save to a full disk is no OSError
+    torch.save(state, content)
     with atomic(folder / "resume.pt") as partial:
-        torch.save(state, partial)
+        partial.write_bytes(content.getvalue())
 
 
 def load_checkpoint(folder: Path, model: Method, optimizer) -> tuple[int, object]:
