@@ -1286,8 +1286,8 @@ class RETune(Method):
         cosine = (v @ F.normalize(t, dim=-1).T) / length  # [B, 2C or M]
         if self.pool == "max":
             # -2 is below every cosine; backward would count ties with it if it equalled one
-            lowest = cosine.new_full((len(v), prompts.groups), -2.0)
-            group = prompts.group.expand(len(v), -1)
+            lowest = cosine.new_full((v.shape[0], prompts.groups), -2.0)
+            group = prompts.group.expand(v.shape[0], -1)
             cosine = lowest.scatter_reduce(1, group, cosine, "amax", include_self=False)  # [B, 2C]
         return cosine[:, 0::2], cosine[:, 1::2]
 

@@ -70,6 +70,10 @@ def export(path: Path, run: Path, config) -> None:
     options = {"input_names": ["pixels"], "output_names": ["probability", "decision"], "verbose": False}
     shapes = ({0: torch.export.Dim("batch")},)
     graph = torch.onnx.export(module, (example,), dynamo=True, dynamic_shapes=shapes, **options).model_proto
+    if not graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        raise retune.InputError(
+            f"--export: {type(model).__name__} on this encoder works on a fixed batch alone"
+        )
     for node in graph.graph.node:  # notes of the exporter on the source files
         del node.metadata_props[:]
     onnx.helper.set_model_props(graph, {"retune": json.dumps(facts)})
