@@ -23,6 +23,7 @@ import gzip
 import hashlib
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
@@ -798,6 +799,8 @@ class DualEncoder(nn.Module):
         with input_errors(folder, f"does not hold the encoder {name}"):
             found = experiment("encoders").read(folder) if place != name else read_encoder(folder)
             if isinstance(found, DualEncoder):  # open_clip's own towers
+                if crop is not None:
+                    raise InputError("the image size of open_clip's towers is fixed, leave --crop out")
                 return found
             config, state, tokenizer = found
             config = {"name": folder.name if Path(place).is_dir() else name} | config
@@ -1785,8 +1788,10 @@ def save_checkpoint(folder: Path, model: Method, optimizer, task: int, finished=
     """Save what the task after `task` starts from: weights, the method's memory, the optimiser; what is finished."""
     state = {"task": task, "finished": finished, "model": model.state_dict(), "memory": model.memory()}
     state["optimizer"] = optimizer.state_dict() if optimizer else None
+    content = io.BytesIO()  # torch.save to a full disk is no OSError
+    torch.save(state, content)
     with atomic(folder / "resume.pt") as partial:
-        torch.save(state, partial)
+        partial.write_bytes(content.getvalue())
 
 
 def load_checkpoint(folder: Path, model: Method, optimizer) -> tuple[int, object]:

@@ -54,11 +54,9 @@ def freeze_prompts(model, bank) -> tuple:
 
 def export(path: Path, run: Path, config) -> None:
     """Write a run as ONNX; what a program must know of it is JSON in its metadata, under `retune`."""
-    try:
+    with retune.input_errors("--export", "needs pip install onnx onnxscript"):
         import onnx
         import onnxscript  # noqa: F401, the exporter's
-    except ImportError:
-        raise retune.InputError("--export needs onnx and onnxscript: pip install onnx onnxscript") from None
     encoder, model, bank, known = retune.load_predictor(run, config)
     facts = {"findings": known["classes"]}
     for key, default in (("temperature", 1.0), ("threshold", 0.5)):  # where none was fitted: the paper's rule

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for i, config in enumerate(configs, 1):
             data, encoder, _ = load_inputs(dataclasses.asdict(config))
             retune.run(config, lambda _, data=data: data, lambda *_, encoder=encoder: encoder)
-            print(f"{i} of {len(configs)}: {config.folder}", flush=True)
+            print(f"{i} of {len(configs)}: {retune.output_folder(config)}", flush=True)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
