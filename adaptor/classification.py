@@ -1,15 +1,11 @@
-"""Classification on frozen embeddings, the first downstream task of `adaptor.py`.
-
-The authors' head is trained on 1%, 10% and 100% of the training patients' labels, on the adaptor's image
-embeddings and on the bare backbone's; multi-label (or binary, which is one finding) and multi-class.
-"""
-
-from __future__ import annotations
+"""Classification on frozen embeddings: the authors' head on 1%, 10% and 100% of the training patients'
+labels. It is trained on the adaptor's image embeddings and on the bare backbone's; multi-label (or binary,
+which is one finding) and multi-class."""
 
 import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,7 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import retune
-from retune import InputError, Radiographs, markdown_table, read_rows
+from adaptor.config import Config
+from adaptor.model import FEATURES, Adaptor
+from retune import InputError, Radiographs, markdown_table
 
 
 def nested_subsets(patients: Sequence[str], fractions: Sequence[float], seed: int) -> list[np.ndarray]:
@@ -27,117 +25,149 @@ def nested_subsets(patients: Sequence[str], fractions: Sequence[float], seed: in
     return [np.flatnonzero(place[patient] < max(1, round(fraction * len(ids)))) for fraction in fractions]
 
 
-def labelled_shares(data: Radiographs, fractions: Sequence[float], seed: int) -> list[str]:
+def labelled_rows(data: Radiographs, config: Config, repeat: int) -> dict[float, np.ndarray]:
+    """The labelled training rows of each fraction in one repeat, for every downstream task."""
+    train = data.where("train")
+    subsets = nested_subsets(data.patients[train], config.fractions, config.seed + repeat)
+    return {fraction: train[subset] for fraction, subset in zip(config.fractions, subsets)}
+
+
+def labelled_shares(data: Radiographs, config: Config) -> list[str]:
     """The least labelled share that each image is in, first repeat; "" outside the training split."""
-    train, share = data.where("train"), [""] * len(data.images)
-    fractions = sorted(fractions, reverse=True)
-    for fraction, subset in zip(fractions, nested_subsets(data.patients[train], fractions, seed)):
-        for row in train[subset]:
-            share[row] = f"{fraction:g}"
-    return share
+    share = np.full(len(data.images), "", object)
+    for fraction, rows in sorted(labelled_rows(data, config, 0).items(), reverse=True):
+        share[rows] = f"{fraction:g}"
+    return share.tolist()
 
 
 def build_head(dim: int, classes: int) -> nn.Sequential:
-    """The authors' classification head."""
+    """The authors' classification head. Theirs lets a batch's images attend to each other, an oversight."""
     return nn.Sequential(
         nn.Dropout(0.1), nn.Linear(dim, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(), nn.Dropout(0.1),
         nn.Linear(512, classes),
     )  # fmt: skip
 
 
-def train_head(features: Callable, labels: torch.Tensor, rows: dict, config, seed: int) -> dict:
-    """Train a head on rows["train"], keep its best state on rows["val"], and measure that on rows["test"].
-
-    features: rows [B] -> [B, d]; labels [N, C]. AdamW 5e-4, weight decay 0.05, cosine restarts; as
-    many steps for every subset, one restart a quarter (ours).
-    """
-    data = {k: (features(torch.from_numpy(rows[k])), labels[rows[k]]) for k in ("val", "test")}
+def train_head(features: torch.Tensor, labels: torch.Tensor, rows: dict, config: Config, seed: int) -> dict:
+    """Train on rows["train"] of features [N, d] and labels [N, C], keep the best epoch on rows["val"],
+    measure rows["test"]. AdamW, cosine restarts after 40% of the steps, as the authors."""
+    key = "accuracy" if config.multiclass else "auroc_macro"
+    best, best_state, stale = -math.inf, None, 0
     train = torch.from_numpy(rows["train"])
     with retune.seeded(seed):
-        head = build_head(data["val"][0].shape[1], labels.shape[1]).to(data["val"][0].device)
-        optimizer = torch.optim.AdamW(head.parameters(), lr=5e-4, weight_decay=0.05)
-        quarter, best, kept = max(1, config.head_steps // 4), -math.inf, None
-        restarts = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, quarter)
-        drawn = train[torch.randint(len(train), (config.head_steps, 64))]
-        seen, place = drawn.unique(return_inverse=True)  # features of what training sees, once
-        x, y = features(seen), labels[seen].to(data["val"][0].device)
-        for step, batch in enumerate(place, 1):
-            logits, target = head.train()(x[batch]), y[batch]
-            if config.multiclass:
-                loss = F.cross_entropy(logits, target.argmax(1))
-            else:
-                loss = retune.prompt_contrastive_loss(logits, target)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            restarts.step()
-            if step % quarter == 0:
-                value = measure_head(head, *data["val"], config)["auroc_macro"]
-                if kept is None or value > best:
-                    best, kept = value, copy.deepcopy(head.state_dict())
-    head.load_state_dict(kept)
-    return measure_head(head, *data["test"], config)
+        head = build_head(features.shape[1], labels.shape[1]).to(features.device)
+        decay = {"weight_decay": config.head_weight_decay}
+        optimizer = torch.optim.AdamW(head.parameters(), config.head_lr, **decay)
+        period = max(1, int(0.4 * config.head_epochs * math.ceil(len(train) / config.head_batch)))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, period, eta_min=1e-8)
+        for _ in range(config.head_epochs):
+            head.train()
+            for batch in train[torch.randperm(len(train))].split(config.head_batch):
+                batch = batch.repeat(2) if len(batch) == 1 else batch  # batch norm needs two
+                logits, target = head(features[batch]), labels[batch].to(features.device)
+                if config.multiclass:
+                    loss = F.cross_entropy(logits, target.argmax(1))
+                else:
+                    loss = retune.prompt_contrastive_loss(logits, target)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            value, stale = measure_head(head, features, labels, rows["val"], config)[key], stale + 1
+            if best_state is None or value > best:
+                best, best_state, stale = value, copy.deepcopy(head.state_dict()), 0
+            if stale >= config.patience:
+                break
+    head.load_state_dict(best_state)
+    return measure_head(head, features, labels, rows["test"], config)
 
 
 @torch.inference_mode()
-def measure_head(head: nn.Module, features: torch.Tensor, labels: torch.Tensor, config) -> dict:
+def measure_head(head: nn.Module, features, labels, rows: np.ndarray, config: Config) -> dict:
     """retune's metrics of the head's answers; multi-class: softmax scores, the largest is the prediction."""
-    logits = head.eval()(features).cpu()
+    logits = head.eval()(features[torch.from_numpy(rows)]).cpu()
     scores = logits.softmax(1) if config.multiclass else logits.sigmoid()
     chosen = F.one_hot(scores.argmax(1), scores.shape[1]) if config.multiclass else scores > 0.5
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a class without both labels would be named at every measurement
-        return retune.evaluate(scores.numpy(), chosen.float().numpy(), labels.numpy())
+        return retune.evaluate(scores.numpy(), chosen.float().numpy(), labels[rows].numpy())
 
 
-def classify(model: nn.Module, images: np.ndarray, data: Radiographs, config, device: str) -> list[dict]:
+@torch.no_grad()
+def embed_features(model: Adaptor, images: np.ndarray, dummy_text: torch.Tensor | None) -> dict:
+    """Features [N, d] of each of FEATURES. dummy_text [d_text]: goes through the adaptor with each image."""
+    rows = [torch.arange(len(images))[i : i + 4096] for i in range(0, len(images), 4096)]
+    found = {kind: [] for kind in FEATURES}
+    for x in (retune.gather(images, part, model.log_scale) for part in rows):
+        for kind in FEATURES:
+            found[kind].append(model.features(x, kind))
+        if dummy_text is not None:
+            found[FEATURES[0]][-1] = F.normalize(model(x, dummy_text.to(x).expand(len(x), -1))[0], dim=-1)
+    return {kind: torch.cat(parts) for kind, parts in found.items()}
+
+
+def classify(model: Adaptor, images: np.ndarray, data: Radiographs, config: Config, dummy_text=None) -> list:
     """The head on the frozen adaptor and on the bare backbone, for each labelled share and repeat."""
     file = config.folder / "classification.json"
     if file.exists():
         return retune.read_json(file)
-    if config.multiclass and not (np.nan_to_num(data.labels).sum(1) == 1).all():
-        row = data.rows[int(np.flatnonzero(np.nan_to_num(data.labels).sum(1) != 1)[0])]
-        raise InputError(
-            f"{row}: --multiclass needs exactly one class of each image; leave it out for findings"
-        )
-    model.eval()
-
-    @torch.no_grad()
-    def adapted(rows: torch.Tensor) -> torch.Tensor:
-        return torch.cat([model.alone("image", read_rows(images, r).to(device)) for r in rows.split(4096)])
-
-    def bare(rows: torch.Tensor) -> torch.Tensor:
-        return model.centre("image", read_rows(images, rows).to(device))  # in the same scale
-
-    labels, train, results = torch.from_numpy(data.labels), data.where("train"), []
+    wrong = np.flatnonzero(np.nan_to_num(data.labels).sum(1) != 1)
+    if config.multiclass and len(wrong):
+        problem = "--multiclass needs exactly one class of each image; leave it out for findings"
+        raise InputError(f"{data.rows[int(wrong[0])]}: {problem}")
+    features, labels = embed_features(model.eval(), images, dummy_text), torch.from_numpy(data.labels)
+    results = []
     for repeat in retune.progress(range(config.repeats), desc="classification", unit="repeat"):
-        subsets = nested_subsets(data.patients[train], config.fractions, config.seed + repeat)
-        for fraction, subset in zip(config.fractions, subsets):
-            rows = {"train": train[subset], "val": data.where("val"), "test": data.where("test")}
-            for name, features in (("adaptor", adapted), ("bare backbone", bare)):
-                metrics = train_head(features, labels, rows, config, config.seed + repeat)
-                patients = len({*data.patients[train][subset]})
-                results.append({"fraction": fraction, "repeat": repeat, "features": name, "n": len(subset),
-                                "patients": patients, "test": metrics})  # fmt: skip
+        for fraction, train in labelled_rows(data, config, repeat).items():
+            rows = {"train": train, "val": data.where("val"), "test": data.where("test")}
+            known = {"fraction": fraction, "repeat": repeat, "n": len(train)}
+            for name in FEATURES:
+                metrics = train_head(features[name], labels, rows, config, config.seed + repeat)
+                results.append(known | {"features": name, "test": metrics})
     retune.write_json(file, results)
     return retune.read_json(file)
 
 
+def probe(images: np.ndarray, data: Radiographs) -> list[list]:
+    """Rows [what, test AUROC, 2.5%, 97.5%] of a linear probe on the bare embeddings, and of the view alone."""
+    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    train, test = data.where("train"), data.where("test")
+    linear = LogisticRegressionCV(Cs=np.logspace(-5, 0, 6), scoring="roc_auc", max_iter=2000)
+    model, columns = make_pipeline(StandardScaler(), linear), []
+    for labels in data.labels.T:
+        known = train[~np.isnan(labels[train])]
+        columns.append(model.fit(images[known], labels[known]).predict_proba(images[test])[:, 1])
+    scores = {"linear probe, bare backbone": np.stack(columns, 1)}
+    for view in sorted(set(data.view or ()))[:-1]:
+        alone = np.array([data.view[row] == view for row in test], float)
+        scores[f"view alone ({view})"] = np.tile(alone[:, None], len(data.class_names))
+    labels, rows = data.labels[test], []
+    for name, values in scores.items():
+        interval = retune.bootstrap_ci(values, labels, data.patients[test])
+        rows.append([name, retune.evaluate(values, values > 0.5, labels)["auroc_macro"], *interval])
+    return rows
+
+
 def classification_table(results: Sequence[dict], multiclass: bool) -> str:
     """Mean and deviation over the repeats, per labelled share."""
-    key, rows = ("accuracy" if multiclass else "auroc_macro"), []
+    key, title = ("accuracy", "test accuracy") if multiclass else ("auroc_macro", "test macro AUROC")
+    return table_by_fraction(title, [result | {key: result["test"][key]} for result in results], key)
+
+
+def table_by_fraction(title: str, results: Sequence[dict], key: str) -> str:
+    """A line per labelled share: images, mean ± deviation of each kind of features, their difference."""
+    rows = []
     for fraction in dict.fromkeys(r["fraction"] for r in results):
         group = [r for r in results if r["fraction"] == fraction]
-        values = {name: np.array([r["test"][key] for r in group if r["features"] == name], float)
-                  for name in ("adaptor", "bare backbone")}  # fmt: skip
-        gain = values["adaptor"] - values["bare backbone"]
-        rows.append([f"{fraction:.0%} of the labels", f"{np.mean([r['n'] for r in group]):.0f}",
-                     *[spread(v) for v in values.values()], f"{gain.mean():+.3f}"])  # fmt: skip
-    name = "accuracy" if multiclass else "macro AUROC"
-    return markdown_table(
-        [f"classification, test {name}", "images", "adaptor", "bare backbone", "difference"], rows
-    )
+        values = [np.array([r[key] for r in group if r["features"] == name], float) for name in FEATURES]
+        n, gain = np.mean([r["n"] for r in group]), (values[0] - values[1]).mean()
+        cells = f"{n:,.0f}", *map(mean_and_deviation, values), f"{gain:+.3f}"
+        rows.append([f"{fraction:.0%} of the labels", *cells])
+    return markdown_table([title, "images", *FEATURES, "difference"], rows)
 
 
-def spread(values: np.ndarray) -> str:
+def mean_and_deviation(values: np.ndarray) -> str:
     return f"{values.mean():.3f} ± {values.std(ddof=1):.3f}" if len(values) > 1 else f"{values.mean():.3f}"

@@ -1,10 +1,5 @@
-"""Segmentation on frozen patch tokens, the second downstream task of `adaptor.py`.
-
-Masks (phantoms, SIIM's run-lengths, RSNA's boxes), the decoder, Dice, training, pictures. A mask follows its
-image through the encoder's resize and crop: Dice is measured on the pixels that the encoder sees.
-"""
-
-from __future__ import annotations
+"""Segmentation on frozen features: the paper's decoders and losses, on 1%, 10% and 100% of the labels.
+Dice is measured on the pixels that the encoder sees."""
 
 import itertools
 import math
@@ -15,217 +10,95 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms.v2 import functional
 
 import retune
-from adaptor.unimodal import Side, blank_pixels, embed, train_epochs
-from retune import DualEncoder, InputError, Radiographs, read_rows, say
+from adaptor.classification import labelled_rows, table_by_fraction
+from adaptor.config import Config
+from adaptor.data import load_images, transform_mask
+from adaptor.encoders import blank_pixels
+from adaptor.figures import draw_overlay
+from adaptor.model import FEATURES, Adaptor
+from adaptor.pretraining import train_epochs
+from retune import DualEncoder, InputError, Radiographs
 
-SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg")
-
-# ------------------------------------------------------------------------------------------------------ Masks
-
-
-def rle_to_mask(text: str, height: int, width: int, row: str = "") -> np.ndarray:
-    """SIIM's run-lengths -> bool [height, width]; "-1" or "" is an empty mask.
-
-    Pairs "gap length", each gap counted from the end of the run before; pixels are numbered down the columns.
-    InputError when the runs are no such pairs or leave the image.
-    """
-    mask = np.zeros(height * width, bool)
-    if text in ("", "-1"):
-        return mask.reshape(height, width)
-    try:
-        numbers = [int(word) for word in text.split()]
-    except ValueError:
-        numbers = [-1]
-    if len(numbers) % 2 or min(numbers) < 0:
-        raise InputError(
-            f"{row}: run-lengths must be pairs of numbers that are not negative, not {text[:40]!r}"
-        )
-    if sum(numbers) > mask.size:
-        raise InputError(
-            f"{row}: runs end at pixel {sum(numbers):,} of a {height} x {width} image: another size's mask"
-        )
-    end = 0
-    for gap, length in zip(numbers[::2], numbers[1::2]):
-        mask[end + gap : end + gap + length] = True
-        end += gap + length
-    return mask.reshape(width, height).T
+KEPT = 4000  # images whose tokens stay in memory while nothing augments them
 
 
-def box_to_mask(box: Sequence[str], height: int, width: int, row: str = "") -> np.ndarray:
-    """RSNA's x, y, width, height in pixels -> bool [height, width]; four blanks are an empty mask."""
-    mask = np.zeros((height, width), bool)
-    if not any(box):
-        return mask
-    try:
-        x, y, w, h = (float(value) for value in box)
-    except ValueError:
-        raise InputError(f"{row}: box {', '.join(box)} is not four numbers") from None
-    if not (0 <= x and 0 <= y and w > 0 and h > 0 and x + w <= width and y + h <= height):
-        raise InputError(
-            f"{row}: box {', '.join(box)} leaves the {height} x {width} image: another size's mask"
-        )
-    mask[round(y) : round(y + h), round(x) : round(x + w)] = True
-    return mask
+def convolution(inputs: int, outputs: int, size: int, padding: int = 1) -> nn.Conv2d:
+    """With Kaiming's initialisation."""
+    layer = nn.Conv2d(inputs, outputs, size, padding=padding)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return layer
 
 
-def read_masked_table(config) -> tuple[Path, dict[str, list[str]], str, str]:
-    """(file, table, column of image ids, finding) of SIIM or RSNA."""
-    root = Path(config.data_dir or "")
-    if config.data_dir is None or not root.is_dir():
-        raise InputError(f"--data {config.data} needs its folder; --data-dir {config.data_dir} is none")
-    pattern = {"siim": "*rle*.csv", "rsna": "*train_labels*.csv"}[config.data]
-    path = Path(config.labels_csv) if config.labels_csv else retune.one_file(root, [pattern])
-    if config.data == "siim":
-        return path, retune.read_table(path, ["ImageId", "EncodedPixels"]), "ImageId", "Pneumothorax"
-    columns = ["patientId", "x", "y", "width", "height", "Target"]
-    return path, retune.read_table(path, columns), "patientId", "Pneumonia"
+def block(inputs: int, outputs: int, padding: int = 1) -> nn.Sequential:
+    return nn.Sequential(convolution(inputs, outputs, 3, padding), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-def load_masked(config) -> Radiographs:
-    """SIIM-ACR pneumothorax or RSNA pneumonia: images anywhere under --data-dir, one finding, no reports.
+class PatchDecoder(nn.Module):
+    """Patch tokens [B, T, d] on a square grid -> logits [B, C, size, size]; 10.40 M parameters at width 512.
+    A first block brings the grid to size / 16 (16 x 16 tokens to 14 x 14, without padding), four blocks of
+    `first`, 1/2, 1/4, 1/8 of it double the map. Grids that need fewer doublings have those alone, and no
+    first block (ours)."""
 
-    The files name no split: 70/10/20% of patients by hash. SIIM names no patient: each image counts as one.
-    """
-    path, table, column, finding = read_masked_table(config)
-    files = {f.stem: f for f in sorted(Path(config.data_dir).rglob("*")) if f.suffix.lower() in SUFFIXES}
-    ids, positive, rows = list(dict.fromkeys(table[column])), {}, {}
-    for i, name in enumerate(table[column]):
-        rows.setdefault(name, f"{path} row {i + 2}")
-        found = (
-            table["Target"][i] == "1"
-            if config.data == "rsna"
-            else table["EncodedPixels"][i] not in ("", "-1")
-        )
-        positive[name] = positive.get(name, False) or found
-    for name in ids:
-        if name not in files:
-            raise InputError(
-                f"{rows[name]}: no image {name}{'|'.join(SUFFIXES)} anywhere under {config.data_dir}"
-            )
-    labels = np.array([[positive[name]] for name in ids], np.float32)
-    split = retune.patient_split(ids, retune.SHARES)
-    for part in retune.SHARES:
-        if part not in split:
-            raise InputError(f"{path}: the {part} split is empty; give more images")
-    note = "; each image counts as a patient of its own" if config.data == "siim" else ""
-    images, rows = [files[name] for name in ids], [rows[name] for name in ids]
-    return Radiographs(images, labels, (finding,), ids, split, ids, rows,
-                       note=f"{config.data}: no official split: 70/10/20% by hash{note}")  # fmt: skip
+    def __init__(self, dim: int, first: int, classes: int, grid: int, size: int):
+        super().__init__()
+        self.grid, self.size = grid, size
+        self.doublings = max(0, min(4, round(math.log2(size / grid))))
+        self.start = round(size / 2**self.doublings)
+        channels = [dim, *(max(8, first // 2**i) for i in range(4))]
+        valid = self.start == grid - 2
+        self.first = nn.Identity() if self.start == grid else block(dim, dim, padding=0 if valid else 1)
+        self.blocks = nn.ModuleList(block(a, b) for a, b in itertools.pairwise(channels))
+        self.last = convolution(channels[-1], classes, 3)
+
+    def forward(self, tokens: torch.Tensor, maps: list[torch.Tensor] | None = None) -> torch.Tensor:
+        x = self.first(tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid)))
+        if x.shape[-1] != self.start:
+            x = F.interpolate(x, (self.start, self.start))
+        for i, stage in enumerate(self.blocks):
+            x = stage(x)
+            x = F.interpolate(x, scale_factor=2) if i < self.doublings else x
+        x = self.last(x)
+        return x if x.shape[-1] == self.size else F.interpolate(x, (self.size, self.size), mode="bilinear")
 
 
-def find_masks(config, data: Radiographs) -> Callable[[int], np.ndarray] | None:
-    """Image row -> its masks, bool [C, H, W] in the image's own pixels; None for data without masks."""
-    if config.data == "demo":
-        phantoms = data.images.phantoms
-        columns = [phantoms.class_names.index(name) for name in data.class_names]
-        return lambda row: phantoms.masks(int(row))[columns]
-    if config.data not in ("siim", "rsna"):
-        return None
-    path, table, column, _ = read_masked_table(config)
-    lines: dict[str, list[int]] = {}
-    for i, name in enumerate(table[column]):
-        lines.setdefault(name, []).append(i)
+class UNetDecoder(nn.Module):
+    """Adapted image embedding [B, d] and the autoencoder's maps, of 64, 256, 512 and 1,024 channels at 1/2,
+    1/4, 1/8 and 1/16 of the side -> logits [B, C, side, side]."""
 
-    def masks(row: int) -> np.ndarray:
-        height, width = retune.read_image(data.images[row]).shape[-2:]
-        union = np.zeros((height, width), bool)
-        for i in lines[data.names[row]]:
-            where = f"{path} row {i + 2}"
-            if config.data == "siim":
-                union |= rle_to_mask(table["EncodedPixels"][i], height, width, where)
-            else:
-                box = [table[key][i] for key in ("x", "y", "width", "height")]
-                union |= box_to_mask(box, height, width, where)
-        return union[None]
+    def __init__(self, dim: int, classes: int, size: int):
+        super().__init__()
+        if size not in (224, 448, 896):
+            raise ValueError(f"the U-Net decoder takes images of 224, 448 or 896 pixels, not {size}")
+        doubling = nn.ConvTranspose2d(512, 512, 2, stride=2, bias=False)  # shared by every further one
+        self.neck = nn.Sequential(
+            nn.ConvTranspose2d(dim, 512, 3, bias=False), nn.ConvTranspose2d(512, 512, 3, stride=2, bias=False),
+            *[doubling] * (size // 448),
+        )  # fmt: skip
+        wide, skips = [512, 512, 256, 128, 64], [1024, 512, 256, 64]
+        self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in itertools.pairwise(wide))
+        stages = (nn.Sequential(block(b + skip, b), block(b, b)) for b, skip in zip(wide[1:], skips))
+        self.blocks = nn.ModuleList(stages)
+        self.last = nn.Sequential(nn.ConvTranspose2d(64, 32, 2, stride=2), convolution(32, classes, 1, 0))
 
-    return masks
+    def forward(self, embedding: torch.Tensor, maps: list[torch.Tensor]) -> torch.Tensor:
+        x = self.neck(embedding[:, :, None, None])  # 1 -> 3 -> 7 (14, 28) pixels a side
+        for up, stage, skip in zip(self.up, self.blocks, reversed(maps)):
+            x = stage(torch.cat([up(x), skip], 1))
+        return self.last(x)
 
 
-def transform_mask(mask: np.ndarray, resize, crop, **_) -> torch.Tensor:
-    """Masks [C, H, W] through the encoder's resize and crop, nearest neighbour: bool [C, h, w]."""
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional
-
-    size = [resize] if isinstance(resize, int) else list(resize)
-    mask = functional.resize(torch.from_numpy(mask), size, interpolation=InterpolationMode.NEAREST_EXACT)
-    return mask if crop is None else functional.center_crop(mask, [crop, crop])
-
-
-class MaskRows:
-    """Masks by image row as bool [C, h, w], each made once and kept as bits."""
-
-    def __init__(self, masks: Callable[[int], np.ndarray], encoder: DualEncoder, classes: int):
-        self.masks, self.transform, self.kept = masks, encoder.config["transform"], {}
-        self.shape = (classes, *blank_pixels(encoder).shape[-2:])
-
-    def __getitem__(self, row: int) -> torch.Tensor:
-        if row not in self.kept:
-            mask = transform_mask(self.masks(row), **self.transform)
-            if tuple(mask.shape) != self.shape:
-                sizes = f"its mask becomes {tuple(mask.shape)}, the encoder sees {self.shape}"
-                raise InputError(f"image {row}: {sizes}; crop to a square")
-            self.kept[row] = np.packbits(mask.numpy())
-        bits = np.unpackbits(self.kept[row], count=math.prod(self.shape))
-        return torch.from_numpy(bits.reshape(self.shape).astype(bool))
-
-    def stack(self, rows: np.ndarray) -> torch.Tensor:
-        """bool [B, C, h, w]."""
-        return torch.stack([self[int(row)] for row in rows])
-
-
-# ----------------------------------------------------------------------------------------------------- Tokens
-
-
-class PatchSide(Side):
-    """The image tower's patch tokens as rows [T * d] for retune's `embed`; `grid` is (h, w), T = h * w."""
-
-    def __init__(self, encoder: DualEncoder, name: str = ""):
-        super().__init__(encoder, "image", 0)
-        tokens = self.tokens(blank_pixels(encoder).to(next(encoder.parameters()).device))
-        side = math.isqrt(tokens.shape[1])
-        if side < 2:
-            raise InputError(f"--image-encoder {name}: gives no map of patch tokens; segmentation needs one")
-        self.grid, self.dim = (side, side), side * side * tokens.shape[2]
-
-    @torch.inference_mode()
-    def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels [B, 3, H, H] -> patch tokens [B, T, d], without the class and register tokens in front."""
-        features = self.encoder.image.tower(pixels)["last_hidden_state"]
-        if features.ndim == 4:
-            return features.flatten(2).transpose(1, 2).float()
-        return features[:, features.shape[1] - math.isqrt(features.shape[1]) ** 2 :].float()
-
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.tokens(pixels).flatten(1)
-
-
-def build_decoder(dim: int, first: int, classes: int) -> nn.ModuleList:
-    """Four blocks of `first`, 1/2, 1/4, 1/8 of it channels (authors: 512-256-128-64), then the logits."""
-    channels = [dim, *(max(8, first // 2**i) for i in range(4))]
-    blocks = [
-        nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-        for a, b in itertools.pairwise(channels)
-    ]
-    last = nn.Conv2d(channels[-1], classes, 1)
-    nn.init.constant_(last.bias, -4.0)  # (ours) most pixels of most images are empty: start there
-    return nn.ModuleList([*blocks, last])
-
-
-def decode(
-    decoder: nn.ModuleList, tokens: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]
-) -> torch.Tensor:
-    """Tokens [B, T, P] -> logits [B, C, H, W]; blocks double the map until it reaches the mask's size."""
-    x = tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
-    for block in decoder[:-1]:
-        x = block(x)
-        if x.shape[-1] < size[-1]:
-            x = F.interpolate(x, scale_factor=2, mode="bilinear")
-    return F.interpolate(decoder[-1](x), size, mode="bilinear")
-
-
-# ------------------------------------------------------------------------------------------------------- Dice
+@torch.no_grad()
+def unet_maps(tower: nn.Module, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """Maps of a transformers ResNet before its max-pooling and after each stage, finest first."""
+    maps = [tower.embedder.embedder(pixels)]
+    x = tower.embedder.pooler(maps[0])
+    for stage in tower.encoder.stages:
+        x = stage(x)
+        maps.append(x)
+    return maps
 
 
 def dice(prediction: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -235,146 +108,172 @@ def dice(prediction: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(total == 0, 1.0, 2 * overlap / total.clamp_min(1))
 
 
-def mask_loss(
-    logits: torch.Tensor, mask: torch.Tensor, alpha: float = 10.0, gamma: float = 2.0
-) -> torch.Tensor:
-    """alpha * focal - log(soft Dice), per finding over the batch; both [B, C, H, W].
-
-    The facts name no alpha and gamma; these are ours.
-    """
+def mask_loss(logits, mask, kind: str = "log", alpha: float = 10.0, gamma: float = 2.0) -> torch.Tensor:
+    """The authors' losses of logits and masks [B, C, H, W], smoothing 1. log: alpha * focal - log(soft Dice
+    of the batch); dice: 1 - soft Dice; squares: alpha * focal + sum over images of 1 - (sum pm + 1) / (sum
+    p^2 + m^2 + 1), their modified Dice, which they give logits for p, an oversight: here p is a
+    probability."""
     entropy = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
-    focal = ((1 - torch.exp(-entropy)) ** gamma * entropy).mean()
+    focal = alpha * ((1 - torch.exp(-entropy)) ** gamma * entropy).mean()
     p = logits.sigmoid()
-    soft = (2 * (p * mask).sum((0, 2, 3)) + 1) / ((p + mask).sum((0, 2, 3)) + 1)
-    return alpha * focal - soft.log().mean()
-
-
-# --------------------------------------------------------------------------------------------------- Training
-
-
-def segment(
-    model: nn.Module, encoder: DualEncoder, data: Radiographs, masks: Callable, config, device: str
-) -> list[dict]:
-    """Train decoders on adapted and on bare patch tokens, frozen; test Dice per finding, overlay.png."""
-    folder, file = config.folder, config.folder / "segmentation.json"
-    if file.exists():
-        return retune.read_json(file)
-    side, rows = PatchSide(encoder, config.image_encoder), choose_rows(data, config.mask_images, config.seed)
-    chosen = np.concatenate([rows["train"], rows["test"]])
-    subset = Radiographs(
-        [data.images[i] for i in chosen], data.labels[chosen], data.class_names, data.patients[chosen],
-        data.split[chosen], [data.names[i] for i in chosen], [data.rows[i] for i in chosen],
-        key=data.key and f"{data.key} rows {chosen.tolist()}",
-    )  # fmt: skip
-    train, test = np.split(np.arange(len(chosen)), [len(rows["train"])])
-    say(f"segmentation: {len(train):,} training, {len(test):,} test images, {side.grid} tokens each")
-    tokens = embed(side, subset, config, device, store="fp16")
-    mask_rows = MaskRows(lambda i: masks(int(chosen[i])), encoder, len(data.class_names))
-    found = {}
-    for name in ("adaptor", "bare backbone"):
-
-        def features(batch: np.ndarray, name=name) -> torch.Tensor:
-            x = read_rows(tokens, torch.from_numpy(batch)).to(device)
-            x = x.reshape(len(batch), side.grid[0] ** 2, -1)  # [B, T, d]
-            with torch.no_grad():
-                return model.alone("image", x) if name == "adaptor" else model.centre("image", x)
-
-        place = folder / f"segmentation-{name.split()[0]}"
-        decoder = fit_decoder(features, mask_rows, train, side.grid, config, place, device)
-        found[name] = predict_masks(decoder, features, mask_rows, test, side.grid)
-    truth = mask_rows.stack(test)
-    draw_overlay(folder / "overlay.png", data, chosen, test, truth, found["adaptor"], encoder)
-    columns = [("mean", slice(None)), *zip(data.class_names, range(len(data.class_names)))]
-    result = [dice_row(finding, found, truth, column) for finding, column in columns]
-    retune.write_json(file, result)
-    return retune.read_json(file)
-
-
-def choose_rows(data: Radiographs, most: int | None, seed: int) -> dict[str, np.ndarray]:
-    """Training and test rows, at most `most` together in the data's own proportion, drawn by seed."""
-    rows = {split: data.where(split) for split in ("train", "test")}
-    share = min(1.0, (most or math.inf) / sum(map(len, rows.values())))
-    draw = np.random.default_rng(seed)
-    return {k: np.sort(draw.permutation(r)[: max(1, round(share * len(r)))]) for k, r in rows.items()}
-
-
-def fit_decoder(
-    features, masks: MaskRows, rows: np.ndarray, grid, config, folder: Path, device: str
-) -> nn.ModuleList:
-    """AdamW 5e-4, weight decay 1e-4, batches of 32, cosine to zero (ours)."""
-    with retune.seeded(config.seed):
-        decoder = build_decoder(features(rows[:1]).shape[-1], config.decoder_width, masks.shape[0]).to(device)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=5e-4, weight_decay=1e-4)
-    per_epoch = math.ceil(len(rows) / 32)
-
-    def one_epoch(k: int) -> dict:
-        decoder.train()
-        losses = []
-        for i, batch in enumerate(torch.randperm(len(rows)).split(32)):
-            done = (k * per_epoch + i) / (config.mask_epochs * per_epoch)
-            optimizer.param_groups[0]["lr"] = 5e-4 * (1 + math.cos(math.pi * done)) / 2
-            logits = decode(decoder, features(rows[batch.numpy()]), grid, masks.shape[1:])
-            loss = mask_loss(logits, masks.stack(rows[batch.numpy()]).float().to(device))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return {"loss": float(np.mean(losses))}
-
-    train_epochs(folder, decoder, optimizer, config.mask_epochs, config.seed, one_epoch)
-    return decoder
+    if kind == "squares":
+        ratio = ((p * mask).sum((2, 3)) + 1) / ((p**2 + mask**2).sum((2, 3)) + 1)  # [B, C]
+        return focal + (1 - ratio).sum(0).mean()
+    soft = (2 * (p * mask).sum((0, 2, 3)) + 1) / ((p + mask).sum((0, 2, 3)) + 1)  # [C]
+    return 1 - soft.mean() if kind == "dice" else focal - soft.log().mean()
 
 
 @torch.no_grad()
-def predict_masks(decoder, features, masks: MaskRows, rows: np.ndarray, grid) -> torch.Tensor:
-    """bool [n, C, H, W] of the given rows."""
-    decoder.eval()
+def patch_tokens(encoder: DualEncoder, pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels [B, 3, H, H] -> patch tokens [B, T, d], without the class and register tokens in front."""
+    tower = encoder.image.tower
+    features = tower(pixels)["last_hidden_state"]
+    if features.ndim == 4:
+        channels_last = getattr(getattr(tower, "timm_model", None), "output_fmt", "NCHW") == "NHWC"
+        features = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
+    return features[:, features.shape[1] - math.isqrt(features.shape[1]) ** 2 :].float()
+
+
+class FrozenImages:
+    """Frozen features and masks of a data set's images: tokens [B, T, d], or for a U-Net embedding and maps."""
+
+    def __init__(self, encoder: DualEncoder, data: Radiographs, masks: Callable, config: Config, device: str):
+        self.encoder, self.data, self.masks = encoder.to(device), data, masks
+        self.device, self.unet = device, "last_stride" in encoder.config["image"]  # the autoencoder's
+        blank = blank_pixels(encoder).to(device)
+        self.side, self.grid = blank.shape[-1], math.isqrt(patch_tokens(encoder, blank).shape[1])
+        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        if self.grid < 2:
+            raise InputError(f"--image-encoder {config.image_encoder}: gives no map of patch tokens")
+
+    def load(self, image: torch.Tensor, row: int, angle: float, scale: float) -> tuple:
+        """An image [1 or 3, H, W], turned and scaled -> transformed pixels [3, h, h], masks bool [C, h, h]."""
+        mask = torch.from_numpy(self.masks(row, *image.shape[-2:])).byte()
+        if scale != 1:
+            image, mask = (functional.affine(x, angle, [0, 0], scale, [0.0]) for x in (image, mask))
+        pixels, mask = self.encoder.transform(image), transform_mask(mask, **self.encoder.config["transform"])
+        if not mask.shape[1:] == pixels.shape[1:] == (self.side, self.side):
+            raise InputError(f"{self.data.rows[row]}: {tuple(pixels.shape)} is not a square for decoders")
+        return pixels, mask.bool()
+
+    def read(self, rows: np.ndarray, augment: bool = False) -> tuple:
+        """(tokens [B, T, d] or embeddings [B, d], maps or None, masks float [B, C, h, h]) of image rows.
+        augment: half of them turned by up to 10 degrees and scaled by up to 10%."""
+        if augment or self.unet or not all(int(row) in self.kept for row in rows):
+            draw = torch.rand(3, len(rows)) if augment else torch.ones(3, len(rows))
+            chosen = (draw[0] < 0.5).float()
+            turns = (chosen * (20 * draw[1] - 10)).tolist(), (1 + chosen * (0.2 * draw[2] - 0.1)).tolist()
+            found = load_images(self.data.images, rows, self.load, rows, *turns)
+            pixels, masks = (torch.stack(part).to(self.device) for part in zip(*found))
+            if self.unet:
+                *maps, last = unet_maps(self.encoder.image.tower, pixels)
+                return last.mean((2, 3)), maps, masks.float()
+            tokens = patch_tokens(self.encoder, pixels)
+            if augment or len(self.kept) + len(rows) > KEPT:
+                return tokens, None, masks.float()
+            self.kept |= {int(row): (tokens[i], masks[i]) for i, row in enumerate(rows)}
+        tokens, masks = (torch.stack(part) for part in zip(*(self.kept[int(row)] for row in rows)))
+        return tokens, None, masks.float()
+
+
+def training_rows(data: Radiographs, config: Config, repeat: int) -> dict[float, np.ndarray]:
+    """Classification's labelled rows of each fraction, nested, without images that --balance or --mask-images
+    leave out."""
+    rows, train = labelled_rows(data, config, repeat), data.where("train")
+    positive, order = (data.labels[train] == 1).any(1), []
+    empty = np.random.default_rng(config.seed).permutation(train[~positive])
+    left_out = empty[int(positive.sum()) :] if config.balance == "yes" else []
+    for fraction in sorted(rows):
+        new = np.setdiff1d(rows[fraction], [*order, *left_out])
+        order += np.random.default_rng(config.seed + repeat).permutation(new).astype(int).tolist()
+        rows[fraction] = np.sort(np.array(order[: config.mask_images], int))
+        if not order:
+            raise InputError(f"--fractions {fraction:g}: no training image is left; give a larger share")
+    return rows
+
+
+@torch.no_grad()
+def predict(decoder, model: Adaptor, images: FrozenImages, name: str, rows: np.ndarray) -> tuple:
+    """(predicted masks, true masks) of image rows, bool [B, C, H, W], from features as FEATURES name them."""
+    x, maps, masks = images.read(rows)
+    return decoder.eval()(model.features(x, name), maps) > 0, masks.bool()
+
+
+def train_decoder(model, images: FrozenImages, name: str, rows: dict, config: Config, seed: int, place: Path):
+    """AdamW, cosine to zero over the epochs (the authors': over 100); the best epoch by validation Dice."""
+    dim, classes = model.settings["width" if name == "adaptor" else "image_dim"], len(images.data.class_names)
+    with retune.seeded(seed):
+        if images.unet:
+            decoder = UNetDecoder(dim, classes, images.side)
+        else:
+            decoder = PatchDecoder(dim, config.decoder_width, classes, images.grid, images.side)
+    parameters = decoder.to(images.device).parameters()
+    optimizer = torch.optim.AdamW(parameters, config.mask_lr, weight_decay=config.mask_weight_decay)
+
+    def one_epoch(k: int) -> dict:
+        decoder.train()
+        factor = (1 + math.cos(math.pi * k / config.mask_epochs)) / 2
+        optimizer.param_groups[0]["lr"] = config.mask_lr * factor
+        for batch in torch.randperm(len(rows["train"])).split(config.mask_batch):
+            x, maps, masks = images.read(rows["train"][batch.numpy()], config.augment == "yes")
+            loss = mask_loss(decoder(model.features(x, name), maps), masks, config.mask_loss)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        return {"score": measure_decoder(decoder, model, images, name, rows["val"])[0].mean().item()}
+
+    train_epochs(place, decoder, optimizer, seed, config.mask_epochs, config.patience, one_epoch)
+    return decoder
+
+
+def measure_decoder(decoder, model: Adaptor, images: FrozenImages, name: str, rows: np.ndarray) -> tuple:
+    """(Dice [n, C], whether the finding is there [n, C]) of the given rows."""
     parts = np.array_split(rows, math.ceil(len(rows) / 32))
-    return torch.cat([decode(decoder, features(part), grid, masks.shape[1:]).cpu() > 0 for part in parts])
+    masks = (predict(decoder, model, images, name, part) for part in parts)
+    found = [(dice(guess, truth).cpu(), truth.flatten(2).any(-1).cpu()) for guess, truth in masks]
+    return tuple(map(torch.cat, zip(*found)))
 
 
-def dice_row(name: str, found: dict[str, torch.Tensor], truth: torch.Tensor, column) -> dict:
-    """A line of the table: Dice over all test images (empty-mask rule), and over those with the finding."""
-    truth, row = truth[:, column], {"finding": name, "images": len(truth)}
-    present = truth.flatten(-2).any(-1)
-    row["with it"] = int(present.sum()) if present.ndim == 1 else int(present.any(1).sum())
-    scores = {k: dice(v[:, column], truth) for k, v in found.items()}
-    row |= {k: v.mean().item() for k, v in scores.items()}
-    return row | {
-        f"{k}, with it": v[present].mean().item() if present.any() else math.nan for k, v in scores.items()
-    }
+def segment(model: Adaptor, encoder, data: Radiographs, masks, config: Config, device: str) -> list[dict]:
+    """Train decoders on adapted and bare frozen features for each labelled share and repeat; test Dice,
+    overlay.png."""
+    file = config.folder / "segmentation.json"
+    results = retune.read_json(file) if file.exists() else []
+    jobs = [(r, f, name) for r in range(config.repeats) for f in config.fractions for name in FEATURES]
+    if len(results) == len(jobs):
+        return results
+    images, random = FrozenImages(encoder, data, masks, config, device), np.random.default_rng(config.seed)
+    most = config.mask_images and max(1, config.mask_images // 4)
+    rows = {split: np.sort(random.permutation(data.where(split))[:most]) for split in ("val", "test")}
+    retune.log(f"segmentation: {images.grid**2} tokens an image; {len(rows['test']):,} test images")
+    for repeat, fraction, name in jobs[len(results) :]:
+        rows["train"] = training_rows(data, config, repeat)[fraction]
+        place = config.folder / "segmentation" / f"{name.split()[0]}-{fraction:g}-{repeat}"
+        decoder = train_decoder(model, images, name, rows, config, config.seed + repeat, place)
+        scores, present = measure_decoder(decoder, model, images, name, rows["test"])
+        there = torch.where(present, scores, torch.nan)  # Dice where the finding is
+        columns = (present.sum(0), scores.mean(0), there.nanmean(0))
+        findings = zip(data.class_names, *(column.tolist() for column in columns))
+        results.append({"fraction": fraction, "repeat": repeat, "features": name, "n": len(rows["train"]),
+                        "dice": scores.mean().item(), "dice, with it": there.nanmean().item(),
+                        "findings": list(map(list, findings))})  # fmt: skip
+        if name == "adaptor" and repeat == 0 and fraction == max(config.fractions):
+            picked = rows["test"][np.argsort(-(data.labels[rows["test"]] == 1).sum(1), kind="stable")[:4]]
+            guess, truth = predict(decoder, model, images, name, picked)
+            draw_overlay(config.folder / "overlay.png", encoder, data, picked, truth.cpu(), guess.cpu())
+        retune.write_json(file, results)
+    return retune.read_json(file)
 
 
 def segmentation_table(results: Sequence[dict]) -> str:
-    """Test Dice per finding: over all images (1 for an empty mask found empty), and where it is present."""
-    header = ["segmentation, test Dice", "images", "with it", "adaptor", "bare", "adaptor, where present",
-              "bare, where present"]  # fmt: skip
-    return retune.markdown_table(header, [list(row.values()) for row in results])
-
-
-def draw_overlay(path: Path, data, chosen, test, truth, predicted, encoder, images: int = 4) -> None:
-    """A few test images, true outlines above predicted ones, a colour per finding."""
-    from matplotlib.figure import Figure
-
-    present = truth.flatten(-2).any(-1).sum(1)
-    picked = torch.argsort(present, descending=True, stable=True)[:images].tolist()
-    figure = Figure(figsize=(2.6 * len(picked), 5.8), layout="constrained")
-    axes = figure.subplots(2, len(picked), squeeze=False)
-    colours = [f"C{c}" for c in range(len(data.class_names))]
-    for column, i in enumerate(picked):
-        image = data.images[chosen[test[i]]]
-        image = (
-            retune.read_image(image) if isinstance(image, Path) else torch.from_numpy(np.array(image))[None]
-        )
-        grey = encoder.transform(image)[0].numpy()
-        for line, (masks, title) in enumerate(((truth[i], "true"), (predicted[i], "predicted"))):
-            axes[line, column].imshow(grey, cmap="gray")
-            for mask, colour in zip(masks, colours):
-                if mask.any():
-                    axes[line, column].contour(mask.numpy(), levels=[0.5], colors=colour, linewidths=1.2)
-            axes[line, column].set_title(f"{title}: {data.names[chosen[test[i]]]}", fontsize=8)
-            axes[line, column].axis("off")
-    handles = [figure.axes[0].plot([], [], color=c, label=n)[0] for c, n in zip(colours, data.class_names)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
-    with retune.atomic(path) as partial:
-        figure.savefig(partial, dpi=80, format="png")
+    """Mean test Dice per labelled share, over all images and where the finding is present; then per finding."""
+    titles = {"dice": "test Dice, all images", "dice, with it": "test Dice, where present"}
+    tables = [table_by_fraction(title, results, key) for key, title in titles.items()]
+    largest = [r for r in results if r["fraction"] == max(r["fraction"] for r in results)]
+    kinds = [[r["findings"] for r in largest if r["features"] == kind] for kind in FEATURES]
+    rows = []
+    for c, (name, count, *_) in enumerate(kinds[0][0]):
+        means = [np.array([found[c][2:] for found in kind], float).mean(0) for kind in kinds]
+        rows.append([name, count, *(float(mean[key]) for key in (0, 1) for mean in means)])
+    header = ["test Dice, all labels", "with it", *FEATURES, *(f"{kind}, with it" for kind in FEATURES)]
+    return "\n\n".join([*tables, retune.markdown_table(header, rows)])
