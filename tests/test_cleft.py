@@ -18,14 +18,7 @@ from cleft.__main__ import main
 from cleft.config import Config, resolve_defaults
 from retune import HERE, DualEncoder, InputError
 
-TEXTS = [
-    "no edema",
-    "there is a large left pleural effusion",
-    "cardiomegaly",
-    "a normal chest",
-    "edema",
-    "mass",
-]
+TEXTS = ["no edema", "a large left pleural effusion", "cardiomegaly", "a normal chest", "edema", "mass"]
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +29,11 @@ def folder(tmp_path_factory):
     tokenizer = towers.train_tokenizer(TEXTS)
     text = towers.SMALL_TEXT | {"vocab_size": len(tokenizer), "n_embd": 16, "n_positions": 96}
     settings = {
-        "name": "vit", "dim": 8, "image": {"model": vit, "pool": "pre_norm_mean", "head": [retune.linear(24, 8)]},
+        "name": "vit", "dim": 8,
+        "image": {"model": vit, "pool": "pre_norm_mean", "head": [retune.linear(24, 8)]},
         "text": {"model": text, "pool": "last", "head": [retune.linear(16, 8)], "context_length": 96},
-        "transform": {"resize": [18, 18], "crop": 16, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3},
+        "transform": {"resize": [18, 18], "crop": 16, "interpolation": "bilinear", "mean": [0.5] * 3,
+                      "std": [0.5] * 3},
     }  # fmt: skip
     target = tmp_path_factory.mktemp("encoder") / "vit"
     with retune.seeded(0):
