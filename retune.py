@@ -1,9 +1,7 @@
 """RE-tune: incremental fine-tuning of biomedical vision-language models for multi-label chest X-rays.
 
-The whole method is in this module, in the order in which a run uses it: settings, prompts, radiographs, frozen
-encoders, embedding cache, model and loss, scenarios, metrics, training, report, command line, helpers. Data flow
-one way: files -> embeddings -> adaptors -> scores -> report. With `prompts.json` beside it, it is the whole program
-for a CSV of images and a folder of an encoder; its classes and functions can also be copied out one by one.
+The whole method, in the order in which a run uses it: files -> embeddings -> adaptors -> scores -> report. With
+`prompts.json` beside it this is the whole program; its classes and functions can also be copied out one by one.
 
     python retune.py --scenario data --epochs 5                       # embedded demo, nothing to download
     python retune.py --data csv --data-dir my_xrays --scenario class  # your own images
@@ -25,6 +23,7 @@ import gzip
 import hashlib
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
@@ -81,17 +80,17 @@ class Config:
 
     scenario: str = setting("data", "how training data arrive", group="scenario",
                             choices=("data", "class", "label", "joint", "zero"))
-    parts: int | None = setting(None, "parts of the training set (5, or one per class)", type=int)
+    parts: int | str | None = setting(None, "parts of the training set (5, or one per class), or `column`",
+                                      type=lambda text: text if text == "column" else int(text))
+    part_order: tuple[str, ...] | None = setting(None, "order of --parts column (the file's)", nargs="+")
     class_order: tuple[str, ...] | None = setting(None, "order of arrival, or `random` by seed", nargs="+")
     contiguous: bool = setting(False, "cut parts in file order, as the authors do, instead of by patient")
     positives_only: bool = setting(False, "class, label: train on all positives of the new class only")
 
     method: str = setting("retune", "retune, a method of experiments/, or MODULE:CLASS", group="method")
-    set: tuple[str, ...] = setting((), "what only the method has; --method NAME --help lists it", nargs="+",
-                                   metavar="NAME=VALUE")
+    set: tuple[str, ...] = setting((), "as --method NAME --help lists", nargs="+", metavar="NAME=VALUE")
     whiten: bool = setting(False, "centre and half-whiten the image embeddings (ours)")
-    adaptor: str = setting("mlp", "mlp (the paper's), linear, residual (ours)",
-                           choices=("mlp", "linear", "residual"))
+    adaptor: str = setting("mlp", "the paper's is mlp, ours residual", choices=("mlp", "linear", "residual"))
     adapt: str = setting("both", "towers that get an adaptor", choices=("both", "shared", "image", "text"))
     pool: str = setting("mean", "how a class's prompts join", choices=("mean", "single", "max"))
     negatives: bool = setting(True, "train and score with positive prompts alone", flag="--no-negatives")
@@ -100,20 +99,22 @@ class Config:
     prompts: str = setting(str(HERE / "prompts.json"), "file of positive and negative prompts")
     wording: str = setting("specific", "prompts of each finding, or templates", choices=("specific", "generic"))
 
-    epochs: int | None = setting(None, "epochs a task (10)", type=int, group="training")
+    epochs: int = setting(10, "epochs a task (authors: 10)", group="training")
     lr: float | None = setting(None, "learning rate (authors: 1e-4; small sets: 1e-3)", type=float)
     batch_size: int | None = setting(None, "batch size (authors: 6144; small sets: 64)", type=int)
     optimizer: str = setting("adam", "optimiser, one for all tasks", choices=("adam", "sgd"))
+    threshold: str = setting("youden", "thresholds, from validation: youden, f1 or sensitivity=0.95 (ours)")
     seed: int = setting(27, "seed; several give mean and standard deviation", nargs="+")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    output: str = setting("runs/{data}-{encoder}-{scenario}-seed{seed}",
-                          "folder of the run; any setting in braces is filled in")
+    output: str = setting("runs/{data}-{encoder}-{scenario}-seed{seed}", "folder of the run; {any setting} works")
     figures: bool = setting(True, "draw no figures", flag="--no-figures")
     # fmt: on
 
     def __post_init__(self):
         positive = "demo_images encode_batch parts epochs batch_size lr logit_scale"
-        check_values(self, positive, lambda value: 0 < value < math.inf, "be positive")
+        check_values(self, positive, lambda value: value == "column" or 0 < value < math.inf, "be positive")
+        rule = re.compile(r"youden|f1|sensitivity=(0?\.\d+|1)")
+        check_values(self, "threshold", rule.fullmatch, "be youden, f1 or sensitivity=0.95")
         check_values(self, "seed workers", lambda value: 0 <= value < 2**32, "be from 0 to 4294967295")
         if self.data == "demo" and self.data_dir is not None:
             raise InputError(f"--data-dir {self.data_dir}: the demo reads none; say which --data it is")
@@ -121,35 +122,28 @@ class Config:
     @property
     def root(self) -> Path:
         """The data set's folder, which must exist."""
-        if self.data_dir is None or not Path(self.data_dir).is_dir():
-            raise InputError(
-                f"--data {self.data} needs its folder; --data-dir {self.data_dir} is not a folder"
-            )
+        if not os.path.isdir(self.data_dir or ""):
+            raise InputError(f"--data {self.data}: --data-dir {self.data_dir} is not a folder")
         return Path(self.data_dir)
 
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return output_folder(self)
 
-
-AUTHORS = {"epochs": 10, "lr": 1e-4, "batch_size": 6144}  # arXiv 2410.17827
-SMALL = {"epochs": 10, "lr": 1e-3, "batch_size": 64}  # (ours) enough steps for a small set to learn
 SMALL_SET = 20_000  # training images from which on the authors' settings hold
-MAY_DIFFER = (  # when a run is resumed
+MAY_DIFFER = (  # when a run is resumed; of --prompts and --set the contents are compared
     "data_dir", "output", "cache_dir", "device", "workers", "encode_batch", "encoder_dir", "prompts", "figures",
     "skip_bad_images", "set",
 )  # fmt: skip
 
 
 def resolve_defaults(config: Config, data: Radiographs) -> Config:
-    """Fill in what the data decide: hyperparameters by the size of the set, a random class order."""
-    preset = SMALL if len(data.where("train")) < SMALL_SET else AUTHORS
-    chosen = {name: value for name, value in preset.items() if getattr(config, name) is None}
-    if config.class_order == ("random",):
-        order = np.random.default_rng(config.seed).permutation(len(data.class_names))
-        chosen["class_order"] = tuple(data.class_names[c] for c in order)
-    return dataclasses.replace(config, **chosen)
+    """Fill in what the data decide: learning rate and batch size by the size of the set, a random class order."""
+    small = len(data.where("train")) < SMALL_SET  # (ours) enough steps for a small set to learn
+    order = config.class_order
+    if order == ("random",):
+        shuffled = np.random.default_rng(config.seed).permutation(len(data.class_names))
+        order = tuple(data.class_names[c] for c in shuffled)
+    lr = config.lr or (1e-3 if small else 1e-4)
+    batch_size = config.batch_size or (64 if small else 6144)
+    return dataclasses.replace(config, class_order=order, lr=lr, batch_size=batch_size)
 
 
 # ------------------------------------------------------------------------------------------------- 2. Prompts
@@ -158,9 +152,8 @@ def resolve_defaults(config: Config, data: Radiographs) -> Config:
 def load_prompts(path: Path, class_names: Sequence[str], wording: str = "specific") -> dict[str, dict]:
     """Positive and negative prompts of every class, {class: {"positive": [...], "negative": [...]}}.
 
-    The JSON file maps a finding to such a pair or to the name of a synonymous finding; "default" holds templates
-    with `{finding}` for all others. Names match without regard to case, `_` and `-`. `wording="generic"` uses the
-    templates for every class (ours). The wording is ours, in the spirit of the authors' templates.
+    The JSON file maps a finding to such a pair or to a synonymous finding; "default" holds templates with `{finding}`
+    for all others, or for all (`wording="generic"`, ours). Case, `_` and `-` do not matter. The wording is ours.
     """
 
     def plain(name: str) -> str:
@@ -199,8 +192,8 @@ class Radiographs:
     images: paths, or uint8 [N, H, W] (an array, or what yields [H, W] by row and draws it on demand).
     labels: float32 [N, C], 1 / 0 / nan; nan is unknown: never trained on, never scored.
     patients, split: [N] texts; split is "train", "val" or "test". names: [N], what reports call an image.
-    rows: [N], where each image's labels stand ("labels.csv row 7"). reports, view, sex, age, part: [N] texts, if
-    known. note: what the loader decided, for the user to read. key: identifies images that are not files.
+    rows: [N], where each image's labels stand ("labels.csv row 7"). reports, view, sex, age, part: [N], if known.
+    note: what the loader decided, for the user to read. key: identifies images that are not files.
     """
 
     images: Sequence
@@ -237,10 +230,7 @@ class Radiographs:
 
 
 def patient_split(patients: Sequence[str], shares: dict[str, float]) -> np.ndarray:
-    """The split of every image [N] by a hash of its patient id: new patients never move the old ones.
-
-    shares: split -> share of the patients; their sum is 1.
-    """
+    """The split of every image [N] by a hash of its patient id, so that new patients never move the old ones."""
     edges = np.cumsum(list(shares.values()))[:-1]
     ids, patient = np.unique(np.asarray(patients, str), return_inverse=True)
     position = [int.from_bytes(hashlib.sha256(p.encode()).digest()[:8], "big") / 2**64 for p in ids]
@@ -251,29 +241,28 @@ def read_table(path: str | Path, required: Sequence[str] = ()):
     """A CSV (or .gz) as a pandas frame of texts whose index says where a row stands: "labels.csv row 7"."""
     import pandas
 
-    try:
+    with input_errors(path, "not a readable CSV"):
         opener = gzip.open if str(path).endswith(".gz") else open
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             lines = csv.reader(file)
             header = [name.strip() for name in next(lines, [])]
-            widths = [len(line) for line in lines]
+            widths = np.array([len(line) for line in lines])
+        n = 1 + np.flatnonzero(widths).max(initial=-1)  # blank lines may follow
+        wrong = np.flatnonzero(widths[:n] != len(header))
+        if len(header) == 1 and (mark := re.search("[;\t|]", header[0])):
+            raise ValueError(f"fields are separated by {mark[0]!r}; save it with commas")
+        if len(wrong):
+            fields = f"{widths[wrong[0]]} fields where the header has {len(header)}"
+            raise ValueError(f"row {wrong[0] + 2}: {fields}")
+        if not n:
+            raise ValueError("the table has a header and no rows" if header else "the file is empty")
         if duplicated := [name for name in header if header.count(name) > 1]:
             raise ValueError(f"column {duplicated[0]!r} is duplicated")
-        filled = max((i + 1 for i, width in enumerate(widths) if width), default=0)  # blank lines may follow
-        options = {"skiprows": 1, "nrows": filled, "skip_blank_lines": False, "encoding": "utf-8-sig"}
-        table = pandas.read_csv(path, names=header or [""], dtype=str, keep_default_na=False, **options)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:
-        raise InputError(f"{path}: not a readable CSV ({one_line(error)})") from None
-    if len(header) == 1 and (found := [d for d in ";\t|" if d in header[0]]):
-        raise InputError(f"{path}: fields are separated by {found[0]!r}; save it with commas")
-    if not filled:
-        raise InputError(f"{path}: {'the table has a header and no rows' if header else 'the file is empty'}")
+        options = {"skiprows": 1, "nrows": n, "skip_blank_lines": False, "encoding": "utf-8-sig"}
+        table = pandas.read_csv(path, names=header, dtype=str, keep_default_na=False, **options)
     if missing := [name for name in required if name not in header]:
         raise InputError(f"{path}: no column {missing[0]!r}; the columns are {', '.join(header)}")
-    table.index = [f"{path} row {i + 2}" for i in range(filled)]
-    refuse_row(table, np.array(widths[:filled]) != len(header), f"has not {len(header)} fields as the header")
+    table.index = [f"{path} row {i + 2}" for i in range(n)]
     return table
 
 
@@ -285,16 +274,14 @@ def refuse_row(table, bad: np.ndarray, reason: str, column: str = "") -> None:
         raise InputError(f"{table.index[i]}: {value}{reason}")
 
 
-LABELS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0, "": None, "nan": None}
-
-
-def label_value(text: str) -> float | None | str:
-    """1.0, 0.0, -1.0 (uncertain), None (blank), or the text itself when it is not a label."""
+def label_value(text: str) -> float | None:
+    """1, 0, -1 (uncertain) or nan (blank); None for a text that is no label."""
     plain = text.strip().lower()
     try:
-        return LABELS[plain] if plain in LABELS else {1.0: 1.0, 0.0: 0.0, -1.0: -1.0}[float(plain)]
-    except (KeyError, ValueError):
-        return text
+        value = float({"true": 1, "yes": 1, "false": 0, "no": 0, "": math.nan}.get(plain, plain))
+    except ValueError:
+        return None
+    return value if value in (1, 0, -1) or math.isnan(value) else None
 
 
 def parse_labels(table, classes: Sequence[str], uncertain: str, blank: str) -> tuple[np.ndarray, str]:
@@ -302,30 +289,29 @@ def parse_labels(table, classes: Sequence[str], uncertain: str, blank: str) -> t
 
     uncertain: ones | zeros | ignore (CheXpert's U-Ones, U-Zeros, U-Ignore); blank: zero | ignore.
     """
-    policy = {"ones": 1.0, "zeros": 0.0, "zero": 0.0, "ignore": math.nan}
-    meaning = {1.0: 1.0, 0.0: 0.0, -1.0: policy[uncertain], None: policy[blank]}
     labels = np.empty((len(table), len(classes)), np.float32)
-    counts = {-1.0: 0, None: 0}
     for j, name in enumerate(classes):
         codes, texts = table[name].factorize()
         values = [label_value(text) for text in texts]
-        bad = np.array([value not in meaning for value in values])[codes]
+        bad = np.array([value is None for value in values])[codes]
         refuse_row(table, bad, "is not 1, 0, -1, blank; --classes says which columns are findings", name)
-        labels[:, j] = np.array([meaning[value] for value in values])[codes]
-        for value, count in zip(values, np.bincount(codes)):
-            counts[value] = counts.get(value, 0) + int(count)
-    note = f"labels: {counts[-1.0]:,} uncertain (-1) -> {uncertain}, {counts[None]:,} blank -> {blank}"
-    return labels, note
+        labels[:, j] = np.array(values)[codes]
+    is_blank = np.isnan(labels)
+    is_uncertain = labels == -1
+    policy = {"ones": 1, "zeros": 0, "zero": 0, "ignore": math.nan}
+    labels[is_blank] = policy[blank]
+    labels[is_uncertain] = policy[uncertain]
+    counts = f"{is_uncertain.sum():,} uncertain (-1) -> {uncertain}, {is_blank.sum():,} blank -> {blank}"
+    return labels, f"labels: {counts}"
 
 
 def check_classes(config: Config, known: Sequence[str]) -> list[str]:
     """--classes, each of which must be known; empty without it."""
     chosen = list(config.classes or ())
-    for name in chosen:
-        if name not in known:
-            raise InputError(f"--classes {name!r}: {suggest(name, known)}")
-        if chosen.count(name) > 1:
-            raise InputError(f"--classes names {name!r} twice")
+    if unknown := [name for name in chosen if name not in known]:
+        raise InputError(f"--classes {unknown[0]!r}: {suggest(unknown[0], known)}")
+    if len(set(chosen)) < len(chosen):
+        raise InputError(f"--classes {' '.join(chosen)}: a name is duplicated")
     return chosen
 
 
@@ -338,11 +324,11 @@ def from_table(table, labels: np.ndarray, classes: Sequence[str], config: Config
             raise InputError(f"--view {config.view}: the views are {', '.join(sorted(set(table['view'])))}")
         table = table[wanted]
         labels = labels[wanted]
-    known = {name: table[name].tolist() for name in GROUPS if name in table}
-    reports = table["report"].tolist() if "report" in table else None
-    columns = (table[name].tolist() for name in ("patient", "split", "name"))
     root = str(config.root)
     images = [os.path.join(root, path) for path in table["path"].tolist()]
+    columns = (table[name].tolist() for name in ("patient", "split", "name"))
+    known = {name: table[name].tolist() for name in GROUPS if name in table}
+    reports = table["report"].tolist() if "report" in table else None
     return Radiographs(images, labels, classes, *columns, table.index, reports, note, **known)
 
 
@@ -354,25 +340,25 @@ def load_demo(config: Config) -> Radiographs:
     names = [f"phantom-{i:06d}" for i in range(len(demo))]
     key = f"{config.demo_images} phantoms of {file_checksum(phantoms.__file__)}"
     note = "DEMO: synthetic phantoms, not patients; these numbers say nothing about clinical performance."
-    split = patient_split(demo.patients, SHARES)
-    columns = (demo.images, demo.labels, demo.class_names, demo.patients, split, names)
-    return Radiographs(*columns, reports=demo.reports, note=note, key=key)
+    columns = (demo.class_names, demo.patients, patient_split(demo.patients, SHARES), names)
+    return Radiographs(demo.images, demo.labels, *columns, reports=demo.reports, note=note, key=key)
 
 
 def load_csv(config: Config) -> Radiographs:
     """Anybody's own data: `path`, a column per finding (1/0/-1/blank), optional `patient`, `split`, `report`, GROUPS.
 
-    Paths are absolute or relative to --data-dir, which holds the only CSV unless --labels-csv names one. Without
-    `split`: 70/10/20% of the patients by hash. Without `patient` each image counts as a patient of its own.
+    Paths are absolute or relative to --data-dir, which holds one CSV unless --labels-csv names it. Without `split`:
+    70/10/20% of the patients by hash. Without `patient` each image counts as a patient of its own.
     """
     path = config.labels_csv or only_file(config.root, "*.csv")
     table = read_table(path, ["path"])
     table = table.rename(columns={name: name.lower() for name in table if name.lower() in GROUPS})
     findings, others = [], []
     for name in (name for name in table if name not in ("path", "patient", "split", "report", *GROUPS)):
-        kinds = table[name].map(lambda text: type(label_value(text)).__name__).value_counts()
+        values = [label_value(text) for text in table[name].tolist()]
+        labelled = sum(value in (1, 0, -1) for value in values)
         # a column mostly of labels is a finding, so that its misspelt label is refused below
-        (findings if kinds.get("str", 0) <= kinds.get("float", 0) else others).append(name)
+        (findings if values.count(None) <= labelled else others).append(name)
     classes = check_classes(config, list(table)) or findings
     if not classes:
         raise InputError(f"{path}: no column holds labels; findings can be named with --classes")
@@ -417,23 +403,18 @@ def load_nih(config: Config) -> Radiographs:
     table = read_table(path, ["Image Index", "Finding Labels", "Patient ID"])
     table = table.rename(columns={"Image Index": "name", "Patient ID": "patient", "View Position": "view",
                                   "Patient Gender": "sex", "Patient Age": "age"})  # fmt: skip
-    lists = {}
-    for split, file in (("train", "train_val_list.txt"), ("test", "test_list.txt")):
-        if not (root / file).is_file():
-            raise InputError(f"{root / file}: no such file; the official lists decide the split")
-        lists |= dict.fromkeys((root / file).read_text(encoding="utf-8", errors="replace").split(), split)
-    codes, combinations = table["Finding Labels"].factorize()
-    found = [combination.split("|") for combination in combinations]
-    unknown = np.array([not {*NIH_FINDINGS, "No Finding"}.issuperset(names) for names in found])[codes]
+    findings = table["Finding Labels"].str.get_dummies("|")
+    unknown = findings.drop(columns=[*NIH_FINDINGS, "No Finding"], errors="ignore").any(axis=1)
     refuse_row(table, unknown, f"is not made of {', '.join(NIH_FINDINGS)}", "Finding Labels")
-    labels = np.array([[name in names for name in NIH_FINDINGS] for names in found], np.float32)[codes]
-    listed = table["name"].map(lists)
+    labels = findings.reindex(columns=NIH_FINDINGS, fill_value=0).to_numpy()
+    train, test = ((root / f"{name}_list.txt").read_text().split() for name in ("train_val", "test"))
+    listed = table["name"].map(dict.fromkeys(train, "train") | dict.fromkeys(test, "test"))
     refuse_row(table, listed.isna(), "is in neither train_val_list.txt nor test_list.txt", "name")
     held_out = patient_split(table["patient"], {"train": 7 / 8, "val": 1 / 8})
     table["split"] = np.where(listed == "train", held_out, "test")
-    folders = [d for d in [root / "images", *sorted(root.glob("images_*/images"))] if d.is_dir()]
-    home = {name: folder.relative_to(root) for folder in folders for name in os.listdir(folder)}
-    table["path"] = [f"{home.get(name, 'images')}/{name}" for name in table["name"]]
+    folders = [d for d in (root / "images", *sorted(root.glob("images_*/images"))) if d.is_dir()]
+    home = {name: str(folder.relative_to(root)) for folder in folders for name in os.listdir(folder)}
+    table["path"] = [f"{home.get(name, 'images')}/{name}" for name in table["name"].tolist()]
     note = "nih: labels mined from reports; every finding that is not named counts as absent"
     return from_table(table, labels, NIH_FINDINGS, config, note)
 
@@ -449,15 +430,15 @@ COMPETITION_FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema",
 def load_chexpert(config: Config) -> Radiographs:
     """CheXpert: 223,414 training images of 64,540 patients (191,027 frontal), 14 findings with -1 for uncertain.
 
-    `train.csv` (or --labels-csv: VisualCheXbert, CheXbert), `valid.csv` (234 images of 200 studies), and for the
-    test (668 images of 500 studies) `test_labels.csv`, one row per image, or `groundtruth.csv`, one per study.
-    Without either, `valid.csv` is the test set and a twentieth of the training patients validate, and we say so.
+    `train.csv` (or --labels-csv: VisualCheXbert, CheXbert), `valid.csv` (234 images), and for the test (668 images)
+    `test_labels.csv` or, a row per study, `groundtruth.csv`; without either `valid.csv` is the test set and a
+    twentieth of the training patients validate.
     Irvin et al., AAAI 2019. Stanford's research use agreement; neither images nor labels may be passed on.
     """
     import pandas
 
     # an archive is CheXpert-v1.0-small, CheXpert-v1.0 or a batch of it, of which some hold patients without `train`
-    root = config.root
+    root = config.root.absolute()
     folders = [*sorted(root.glob("CheXpert-v1.0*")), root / "test", root]
     home = {name: str(folder) for folder in folders if folder.is_dir() for name in os.listdir(folder)}
     train = config.labels_csv or f"{home.get('train.csv', root)}/train.csv"
@@ -466,7 +447,7 @@ def load_chexpert(config: Config) -> Radiographs:
     files = {"train": train, "val": valid, "test": test} if test else {"train": train, "test": valid}
     classes = config.classes or COMPETITION_FINDINGS
     tables = [chexpert_table(path, classes, home).assign(split=split) for split, path in files.items()]
-    table = pandas.concat(tables)
+    table = pandas.concat(tables).rename(columns={"Sex": "sex", "Age": "age"}).fillna("")
     labels, note = parse_labels(table, classes, config.uncertain, config.blank or "zero")
     if test is None:
         note += "; no test labels, so valid.csv is the test set and val is cut from train by patient"
@@ -475,31 +456,23 @@ def load_chexpert(config: Config) -> Radiographs:
     return from_table(table, labels, classes, config, note)
 
 
-CHEXPERT_PATH = re.compile(r"(train|valid|test)/([^/]+)/(.+)")
-
-
 def chexpert_table(path: str, classes: Sequence[str], home: dict[str, str]):
-    """One CheXpert table, a row per image: `home` says which folder holds a split or a patient.
-
-    What stands before the split in a path (`CheXpert-v1.0-small/`) does not matter. The row of a study (column
-    `Study`) stands for each image in the study's folder, so that folder must be there.
-    """
-    table = read_table(path, classes)
-    column = "Study" if "Study" in table else "Path"
-    if column not in table:
-        raise InputError(f"{path}: no column 'Path' or 'Study'; the columns are {', '.join(table)}")
-    found = [CHEXPERT_PATH.search(place.replace("\\", "/")) for place in table[column].tolist()]
+    """One CheXpert table, a row per image: `home` says which folder holds a split, or a patient of a batch."""
+    column = "Study" if Path(path).name == "groundtruth.csv" else "Path"
+    table = read_table(path, [column, *classes])
+    pattern = re.compile(r"(train|valid|test)/([^/]+)/.+")  # whatever archive's name comes before
+    found = [pattern.search(place.replace("\\", "/")) for place in table[column].tolist()]
     bad = np.array([match is None for match in found])
     refuse_row(table, bad, "is not <train|valid|test>/<patient>/<study>/<image>", column)
     paths = []
-    for match in found:
-        name, split, patient, rest = match.group(0, 1, 2, 3)
-        in_batch = split not in home and patient in home
-        paths.append(f"{home[patient]}/{patient}/{rest}" if in_batch else f"{home.get(split, '')}/{name}")
-    table = table.assign(
-        name=[match[0] for match in found], path=paths, patient=[match[2] for match in found]
-    )
-    if column == "Study":
+    for name, split, patient in (match.group(0, 1, 2) for match in found):
+        if split not in home and patient in home:
+            paths.append(f"{home[patient]}/{name.removeprefix(split + '/')}")
+        else:
+            paths.append(f"{home[split]}/{name}" if split in home else name)
+    names = [match[0] for match in found]
+    table = table.assign(name=names, patient=[match[2] for match in found], path=paths)
+    if column == "Study":  # a row stands for each image in the study's folder
         images = [[image.name for image in sorted(Path(path).glob("*.jpg"))] for path in paths]
         refuse_row(table, np.array([not names for names in images]), "holds no .jpg of this study", "path")
         table = table.assign(image=images).explode("image")
@@ -509,18 +482,14 @@ def chexpert_table(path: str, classes: Sequence[str], home: dict[str, str]):
         table["Frontal/Lateral"] = table["name"].str.extract(r"_(\w+)\.\w+$")[0]
     fine = table.get("AP/PA", table["Frontal/Lateral"])
     table["view"] = np.where(fine.isin(["AP", "PA"]), fine, table["Frontal/Lateral"])
-    table = table.rename(columns={"Sex": "sex", "Age": "age"})
-    return table[[name for name in (*classes, "name", "path", "patient", *GROUPS) if name in table]]
-
-
-MIMIC_SPLITS = {"train": "train", "validate": "val", "test": "test"}
+    return table
 
 
 def load_mimic(config: Config) -> Radiographs:
     """MIMIC-CXR-JPG: 377,110 images of 227,835 studies of 65,379 patients, CheXpert's 14 findings per study.
 
-    Labels of `mimic-cxr-2.0.0-chexpert.csv` (or --labels-csv: `-negbio`), the official split, views from the
-    metadata, gzipped or not.
+    Labels of `mimic-cxr-2.0.0-chexpert.csv` (or --labels-csv: `-negbio`), the official split, views if the metadata
+    are there; gzipped or not.
     Johnson et al., arXiv 1901.07042. PhysioNet's credentialed licence; neither images nor labels may be passed on.
     """
 
@@ -533,19 +502,18 @@ def load_mimic(config: Config) -> Radiographs:
     refuse_row(studies, studies["study_id"].duplicated(), "is duplicated", "study_id")
     labels, note = parse_labels(studies, classes, config.uncertain, config.blank or "zero")
     table = read_table(release("split"), ["dicom_id", "study_id", "subject_id", "split"])
-    refuse_row(table, ~table["split"].isin(list(MIMIC_SPLITS)), "is not train, validate or test", "split")
-    label_row = table["study_id"].map(dict(zip(studies["study_id"], range(len(studies)))))
-    note += f"; left out {table['study_id'][label_row.isna()].nunique():,} studies without labels"
-    table = table[label_row.notna()]
+    split = table["split"].map({"train": "train", "validate": "val", "test": "test"})
+    refuse_row(table, split.isna(), "is not train, validate or test", "split")
+    table["path"] = "s" + table["study_id"] + "/" + table["dicom_id"] + ".jpg"
+    table["path"] = "files/p" + table["subject_id"].str[:2] + "/p" + table["subject_id"] + "/" + table["path"]
+    table = table.assign(split=split, name=table["path"], patient=table["subject_id"])
     if config.view != "all" or release("metadata").is_file():
         metadata = read_table(release("metadata"), ["dicom_id", "ViewPosition"])
         views = dict(zip(metadata["dicom_id"], metadata["ViewPosition"]))
-        table = table.assign(view=table["dicom_id"].map(views).fillna(""))
-    columns = zip(table["subject_id"], table["study_id"], table["dicom_id"])
-    paths = [f"files/p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg" for subject, study, dicom in columns]
-    table = table.assign(name=paths, path=paths, patient=table["subject_id"])
-    table["split"] = table["split"].map(MIMIC_SPLITS)
-    return from_table(table, labels[label_row.dropna().astype(int)], classes, config, note)
+        table["view"] = table["dicom_id"].map(views).fillna("")
+    study = studies.set_index("study_id").index.get_indexer(table["study_id"])  # [N], -1 without labels
+    note += f"; left out {table['study_id'][study < 0].nunique():,} studies without labels"
+    return from_table(table[study >= 0], labels[study[study >= 0]], classes, config, note)
 
 
 CHESTMNIST = "https://zenodo.org/records/10519652/files/{}?download=1"
@@ -556,25 +524,23 @@ CHESTMNIST_MD5 = {28: "02c8a6516a18b556561a56cbdd36c4a8", 64: "9de6cd0b934ebb5b7
 def load_chestmnist(config: Config) -> Radiographs:
     """ChestMNIST: ChestX-ray14 at 28, 64, 128 or 224 pixels: 78,468 train, 11,219 val, 22,433 test; 14 findings.
 
-    Reads `chestmnist.npz` or `chestmnist_<size>.npz` in --data-dir (else in --cache-dir), or downloads it there.
-    It is unpacked into --cache-dir, so that memory does not grow with --size. No patient ids.
+    Reads or downloads `chestmnist.npz` or `chestmnist_<size>.npz` in --data-dir (else in --cache-dir), and unpacks it
+    into --cache-dir, so that memory does not grow with --size.
     Yang et al., "MedMNIST v2", Scientific Data 2023. CC BY 4.0.
     """
-    import zipfile
-
     from torchvision.datasets.utils import download_url
 
     folder = config.root if config.data_dir else Path(config.cache_dir)
     path = folder / ("chestmnist.npz" if config.size == 28 else f"chestmnist_{config.size}.npz")
     parts = ("train", "val", "test")
-    try:
+    with input_errors(path, f"not ChestMNIST at {config.size} pixels; put the published file there"):
         if not path.exists():
             download_url(CHESTMNIST.format(path.name), folder, path.name, CHESTMNIST_MD5[config.size])
         key = f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
         unpacked = Path(config.cache_dir) / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
         if not unpacked.exists():
-            with atomic(unpacked) as partial, zipfile.ZipFile(path) as archive:
-                archive.extractall(partial)
+            with atomic(unpacked) as partial:
+                shutil.unpack_archive(path, partial, "zip")
         images = [np.load(unpacked / f"{part}_images.npy", "r", allow_pickle=False) for part in parts]
         labels = [np.load(unpacked / f"{part}_labels.npy", allow_pickle=False) for part in parts]
         if any(array.shape != (len(y), config.size, config.size) for array, y in zip(images, labels)):
@@ -584,9 +550,6 @@ def load_chestmnist(config: Config) -> Radiographs:
         note = "chestmnist: official split; no patient ids, so each image counts as a patient of its own"
         columns = (np.concatenate(labels), NIH_FINDINGS, names, split, names)
         return Radiographs(torch.utils.data.ConcatDataset(images), *columns, note=note, key=key)
-    except Exception as error:
-        reason = f"not ChestMNIST at {config.size} pixels ({one_line(error)})"
-        raise InputError(f"{path}: {reason}; put the published file there") from None
 
 
 DATASETS: dict[str, Callable[[Config], Radiographs]] = {
@@ -618,60 +581,64 @@ def load_radiographs(config: Config) -> Radiographs:
 
 def check_splits(data: Radiographs) -> None:
     """InputError that names a split without images, or training images without any label."""
-    for split in ("train", "val", "test"):
-        if not (data.split == split).any():
-            count = len(np.unique(data.patients))
-            raise InputError(
-                f"the {split} split has no readable images; patients: {count:,}; add some, or a split"
-            )
+    if empty := [split for split in SHARES if not (data.split == split).any()]:
+        count = f"patients: {len(np.unique(data.patients)):,}"
+        raise InputError(f"the {empty[0]} split has no readable images; {count}; add some, or a split")
     if np.isnan(data.labels[data.where("train")]).all():
         raise InputError(f"no training image has a known label of {', '.join(data.class_names)}")
+
+
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")
+
+
+def list_images(paths: Sequence[str]) -> list[str]:
+    """The paths of images, of those in folders and below, and of those in the column `path` of CSVs, beside them."""
+    found = []
+    for path in map(Path, paths):
+        if path.suffix.lower() == ".csv":
+            found += [path.parent / name for name in read_table(path, ["path"])["path"].str.strip().tolist()]
+        else:
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_FILES)
+            found += inside if path.is_dir() else [path]
+    if not found:
+        raise InputError(f"{', '.join(paths)}: no images ({', '.join(IMAGE_FILES)})")
+    return [str(path) for path in found]
 
 
 def read_image(path: str | Path) -> torch.Tensor:
     """Decode a PNG, JPEG, TIFF or DICOM file to uint8 [1 or 3, H, W]; InputError when it is not one.
 
-    More than 8 bits are scaled by the image's own range, since 12-bit images come in 16-bit files. An alpha
-    channel is dropped; CMYK and palettes become RGB.
+    More than 8 bits are scaled by the image's own range, since 12-bit images come in 16-bit files; alpha is dropped.
     """
     from PIL import Image
 
-    try:
+    with input_errors(path, "not a readable PNG, JPEG, TIFF or (with pip install pydicom) DICOM image"):
         if Path(path).suffix.lower() in (".dcm", ".dicom"):
             return read_dicom(path)
         with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
             if image.mode[0] in "IF":
-                return stretch(torch.from_numpy(np.array(image, np.float32))[None])
+                return stretch(np.array(image, np.float32))
             pixels = np.array(image.convert("L" if image.mode in ("L", "LA", "1") else "RGB"))
         return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:
-        reason = f"{one_line(error)}; PNG, JPEG, TIFF and DICOM are read"
-        raise InputError(f"{path}: not a readable image ({reason})") from None
 
 
-def stretch(pixels: torch.Tensor) -> torch.Tensor:
-    """Scale an image's own range to uint8 0..255; a constant image becomes 0."""
+def stretch(pixels: np.ndarray) -> torch.Tensor:
+    """Scale the own range of an image [H, W] to uint8 [1, H, W], 0..255; a constant image becomes 0."""
+    pixels = torch.from_numpy(pixels)[None]
     low, high = pixels.aminmax()
     return ((pixels - low) / (high - low).clamp_min(1e-6) * 255).round().to(torch.uint8)
 
 
 def read_dicom(path: str | Path) -> torch.Tensor:
     """A grey DICOM image of one frame as uint8 [1, H, W]: modality LUT, window or VOI LUT, MONOCHROME1 inverted."""
-    try:
-        import pydicom
-        from pydicom.pixels import apply_modality_lut, apply_voi_lut
-    except ImportError:
-        raise ImportError("DICOM needs pydicom 3: pip install pydicom") from None
+    import pydicom
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
     image = pydicom.dcmread(path)
-    frames = int(image.get("NumberOfFrames") or 1)
-    channels = image.get("SamplesPerPixel", 1)
-    if (frames, channels) != (1, 1):
-        raise ValueError(f"{frames} frames of {channels} channels; one grey frame is read")
-    values = apply_voi_lut(apply_modality_lut(image.pixel_array, image), image, index=0)
-    pixels = torch.from_numpy(values.astype(np.float32))[None]
-    return stretch(-pixels if image.get("PhotometricInterpretation") == "MONOCHROME1" else pixels)
+    values = apply_voi_lut(apply_modality_lut(image.pixel_array, image), image, index=0).astype(np.float32)
+    if values.ndim != 2:
+        raise ValueError(f"pixels of shape {values.shape}; one grey frame is read")
+    return stretch(-values if image.get("PhotometricInterpretation") == "MONOCHROME1" else values)
 
 
 # ------------------------------------------------------------------------------------------ 4. Frozen encoders
@@ -680,8 +647,8 @@ def read_dicom(path: str | Path) -> torch.Tensor:
 def transform_image(image: torch.Tensor, resize, crop, interpolation, mean, std) -> torch.Tensor:
     """uint8 image [1 or 3,H,W] -> normalised float pixels [3,h,w]; a single channel is repeated to three.
 
-    `resize`: length of the shorter side, or [height, width]; `crop`: side of the central square, or None. The
-    resizing is antialiased and rounds to uint8, as PIL's does.
+    resize: length of the shorter side, or [height, width], antialiased and rounded to uint8 as PIL does it; crop:
+    side of the central square, or None.
     """
     from torchvision.transforms.v2 import InterpolationMode, functional
 
@@ -700,10 +667,9 @@ class Normalize(nn.Module):
 
 
 POOLS = ("cls", "mean", "last", "pooler", "pre_norm_mean", "none")
-LAYERS = {"Linear": nn.Linear, "Conv2d": nn.Conv2d, "BatchNorm2d": nn.BatchNorm2d, "LayerNorm": nn.LayerNorm,
-          "ReLU": nn.ReLU, "GELU": nn.GELU, "AdaptiveAvgPool2d": nn.AdaptiveAvgPool2d, "Flatten": nn.Flatten,
-          "Unflatten": nn.Unflatten, "TransformerEncoderLayer": nn.TransformerEncoderLayer,
-          "Normalize": Normalize}  # fmt: skip
+LAYERS = {layer.__name__: layer for layer in (
+    nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.ReLU, nn.GELU, nn.AdaptiveAvgPool2d, nn.Flatten,
+    nn.Unflatten, nn.TransformerEncoderLayer, Normalize)}  # fmt: skip
 
 
 class Tower(nn.Module):
@@ -785,10 +751,7 @@ class DualEncoder(nn.Module):
         return torch.cat([self.text(*(tensor.to(device) for tensor in pair)).float() for pair in tokens])
 
     def tokenize(self, texts: Sequence[str], truncate: bool = False) -> dict[str, torch.Tensor]:
-        """M texts -> {"input_ids": [M,T], "attention_mask": [M,T]}, padded on the right.
-
-        Padding "longest" is masked; "max_length" fills the context and is attended to, as SigLIP was trained.
-        """
+        """M texts -> {"input_ids": [M,T], "attention_mask": [M,T]}, padded on the right."""
         config = self.config["text"]
         length = config["context_length"]
         padding = config.get("padding", "longest")
@@ -799,7 +762,7 @@ class DualEncoder(nn.Module):
         options = {"padding": padding, "padding_side": "right", "truncation": True, "max_length": length}
         tokens = self.tokenizer(texts, return_tensors="pt", return_attention_mask=True, **options)
         mask = tokens["attention_mask"]
-        mask = mask if padding == "longest" else torch.ones_like(mask)
+        mask = mask if padding == "longest" else torch.ones_like(mask)  # SigLIP attends to its padding
         return {"input_ids": tokens["input_ids"], "attention_mask": mask}
 
     def fingerprint(self) -> str:
@@ -825,16 +788,22 @@ class DualEncoder(nn.Module):
     def load(cls, name: str, directory: str | Path | None = None, crop: int | None = None) -> DualEncoder:
         """The encoder `name`: tiny, biomedclip, biovil, a folder, or a hub id of a transformers CLIP/SigLIP.
 
-        `directory` holds its files exactly as published, or as `save` wrote them, and rules out the network;
-        without it they come from the hub's cache or are downloaded. `crop` replaces a convolutional tower's
-        (BioViL: RE-tune's 512; its own is 480). InputError if a file is missing or unfit.
+        Or what open_clip reads, `open_clip:` before a folder or hub id (docs/encoders.md).
+        `directory` holds its files as published, or as `save` wrote them, and rules out the network; without it
+        they come from the hub's cache or are downloaded. `crop` replaces a convolutional tower's (BioViL).
         """
-        folder = Path(directory or (HERE / "demo" / "tiny" if name == "tiny" else name))
+        place = name.removeprefix("open_clip:")
+        folder = Path(directory or (HERE / "demo" / "tiny" if name == "tiny" else place))
         if directory is None and (name in HUB or not folder.is_dir()):
             folder = download(name)
-        try:
-            config, state, tokenizer = read_encoder(folder)
-            config = {"name": folder.name if Path(name).is_dir() else name} | config
+        with input_errors(folder, f"does not hold the encoder {name}"):
+            found = experiment("encoders").read(folder) if place != name else read_encoder(folder)
+            if isinstance(found, DualEncoder):  # open_clip's own towers
+                if crop is not None:
+                    raise InputError("the image size of open_clip's towers is fixed, leave --crop out")
+                return found
+            config, state, tokenizer = found
+            config = {"name": folder.name if Path(place).is_dir() else name} | config
             if name in HUB and config["name"] != name:
                 raise InputError(f"it is the encoder {config['name']}, not {name}")
             if crop is not None:
@@ -845,14 +814,12 @@ class DualEncoder(nn.Module):
                 encoder = cls(config, tokenizer)
             own = encoder.state_dict()
             state = {k: value for k, value in state.items() if k in own or not re.search(UNUSED_KEYS, k)}
-            counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
+            counters = {k: value for k, value in own.items() if k.endswith("num_batches_tracked")}
             load_weights(encoder, counters | state, folder)
             # A tokenizer or a transform that does not fit the towers fails here and not in the middle of a run.
             encoder.encode_texts(["", "no finding"])
             encoder.encode_images(encoder.transform(torch.zeros(1, 40, 60, dtype=torch.uint8))[None])
-        except Exception as error:
-            raise InputError(f"{folder}: does not hold the encoder {name} ({one_line(error)})") from None
-        return encoder
+            return encoder
 
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> list:
@@ -901,10 +868,12 @@ KEYS = {  # BiomedCLIP; BioViL; CLIP and SigLIP
 }
 BIOVIL_IMAGE = "biovil_image_resnet50_proj_size_128.pt"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+VOCABULARIES = ("vocab.txt", "tokenizer.json", "vocab.json", "spiece.model")
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 HUB = {  # name: repository, revision, alternatives for the weights, the best first
     "biomedclip": ("microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", None, OPEN_CLIP_WEIGHTS),
     "biovil": ("microsoft/BiomedVLP-CXR-BERT-specialized", "v1.1", WEIGHTS),
+    "biovil-t": ("microsoft/BiomedVLP-BioViL-T", "v1.0", WEIGHTS),
 }
 # fmt: on
 
@@ -915,17 +884,18 @@ def download(name: str) -> Path:
 
     if name not in HUB and "/" not in name:
         raise InputError(f"unknown encoder {name!r}: use tiny, {', '.join(HUB)}, a folder, or OWNER/NAME")
-    repository, revision, weights = HUB.get(name, (name, None, WEIGHTS))
-    try:
+    place = name.removeprefix("open_clip:")
+    default = (place, None, WEIGHTS if place == name else OPEN_CLIP_WEIGHTS)
+    repository, revision, weights = HUB.get(name, default)
+    files = f"*.json, *.txt, *.model, biovil*.pt and {' or '.join(weights)}"
+    remedy = f"accept its terms, if any; get {files} from https://huggingface.co/{repository}; --encoder-dir FOLDER"
+    with input_errors(f"encoder {name!r}", f"cannot be downloaded; {remedy}"):
         for pattern in weights:
-            patterns = ["*.json", "*.txt", "*.model", BIOVIL_IMAGE, pattern]
+            patterns = ["*.json", "*.txt", "*.model", "biovil*.pt", pattern]
             folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
             if any(folder.glob(pattern)):
                 break
         return folder
-    except Exception as error:
-        remedy = f"fetch the files of {repository} elsewhere and name their folder with --encoder-dir"
-        raise InputError(f"encoder {name!r} cannot be downloaded: {remedy} ({one_line(error)})") from None
 
 
 def read_encoder(folder: Path) -> tuple[dict, dict[str, torch.Tensor], object]:
@@ -935,15 +905,15 @@ def read_encoder(folder: Path) -> tuple[dict, dict[str, torch.Tensor], object]:
     if {"dim", "image", "text", "transform"} <= set(config):
         return config, read_weights(folder, "model.safetensors"), read_tokenizer(folder)
     if config.get("model_type") in ("clip", "siglip"):
-        return read_transformers(folder, config), read_weights(folder, *WEIGHTS), read_tokenizer(folder)
-    if open_clip:
+        return read_transformers(folder), read_weights(folder, *WEIGHTS), read_tokenizer(folder)
+    if re.search(r"vit_base_patch16_224.*Biomed(NLP|BERT)", str(open_clip)):
         normalise = {key: open_clip["preprocess_cfg"][key] for key in ("mean", "std")}
         config = BIOMEDCLIP | {"transform": BIOMEDCLIP["transform"] | normalise}
         return config, read_weights(folder, *OPEN_CLIP_WEIGHTS), read_tokenizer(folder, bert=True)
     if (folder / BIOVIL_IMAGE).is_file():
         state = read_weights(folder, BIOVIL_IMAGE) | read_weights(folder, *WEIGHTS)
         return BIOVIL, state, read_tokenizer(folder, bert=True)
-    raise InputError(f"no known {' nor '.join(names)}, and no {BIOVIL_IMAGE}")
+    return experiment("encoders").read(folder)
 
 
 def read_weights(folder: Path, *patterns: str) -> dict[str, torch.Tensor]:
@@ -955,7 +925,8 @@ def read_weights(folder: Path, *patterns: str) -> dict[str, torch.Tensor]:
         raise InputError(f"no weights: {' or '.join(patterns)} is missing")
     state = {}
     for file in files:
-        found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+        with input_errors(file, "not readable weights"):
+            found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
         for key, tensor in found.items():
             for pattern, replacement in KEYS.items():
                 key = re.sub(rf"^{pattern}(?=\.|$)", replacement, key)
@@ -969,35 +940,33 @@ def read_tokenizer(folder: Path, bert: bool = False):
     """The tokenizer of a folder, without network; BERT's by hand, as BioViL's config asks for code from the hub."""
     from transformers import AutoTokenizer, BertTokenizer
 
-    names = ("vocab.txt", "tokenizer.json", "vocab.json", "spiece.model")
-    files = [folder / name for name in names if (folder / name).is_file()]
-    if not files:
-        raise InputError(f"no tokenizer: one of {', '.join(names)} is missing")
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise InputError(f"no tokenizer: one of {', '.join(VOCABULARIES)} is missing")
     if not bert:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    is_json = files[0].suffix == ".json"
-    return BertTokenizer(vocab=read_json(files[0])["model"]["vocab"] if is_json else str(files[0]))
+    if (folder / "vocab.txt").is_file():
+        return BertTokenizer(str(folder / "vocab.txt"))
+    return BertTokenizer(read_json(folder / "tokenizer.json")["model"]["vocab"])
 
 
-def read_transformers(folder: Path, published: dict) -> dict:
+def read_transformers(folder: Path) -> dict:
     """Our config for a transformers CLIP or SigLIP; its image processor's settings become the transform."""
-    from transformers import AutoImageProcessor
+    from transformers import AutoConfig, AutoImageProcessor
 
-    kind = published["model_type"]
-    wanted = "hidden_act|layer_norm_eps|num_.*|.*_size|.*_token_id|max_position_embeddings"  # shape a tower
-    towers = {}
-    for part in ("vision", "text"):
-        found = (published.get(f"{part}_config") or {}) | (published.get(f"{part}_config_dict") or {})
-        model = {key: value for key, value in found.items() if re.fullmatch(wanted, key)}
-        towers[part] = {"model": {"model_type": f"{kind}_{part}_model"} | model, "pool": "pooler", "head": []}
-    vision, text = towers["vision"], towers["text"]
-    text["context_length"] = text["model"].get("max_position_embeddings", 77 if kind == "clip" else 64)
-    if kind == "clip":
-        dim = published.get("projection_dim", 512)
-        vision["head"] = [linear(vision["model"].get("hidden_size", 768), dim, bias=False)]
-        text["head"] = [linear(text["model"].get("hidden_size", 512), dim, bias=False)]
+    published = AutoConfig.from_pretrained(folder, local_files_only=True)
+    shaping = "model_type|hidden_act|layer_norm_eps|num_.*|.*_size|.*_token_id|max_position_embeddings"
+    towers = []
+    for part in (published.vision_config, published.text_config):
+        model = {key: value for key, value in part.to_dict().items() if re.fullmatch(shaping, key)}
+        towers.append({"model": model, "pool": "pooler", "head": []})
+    vision, text = towers
+    text["context_length"] = published.text_config.max_position_embeddings
+    dim = published.vision_config.hidden_size
+    if published.model_type == "clip":
+        vision["head"] = [linear(dim, published.projection_dim, bias=False)]
+        text["head"] = [linear(published.text_config.hidden_size, published.projection_dim, bias=False)]
+        dim = published.projection_dim
     else:
-        dim = vision["model"].get("hidden_size", 768)
         text["padding"] = "max_length"
         # the text tower uses neither, and transformers' defaults for them lie outside its vocabulary
         text["model"] |= {"bos_token_id": None, "eos_token_id": None}
@@ -1016,28 +985,21 @@ def read_transformers(folder: Path, published: dict) -> dict:
 CHUNK = 4096  # images a chunk: the most that a killed process loses; batches never straddle chunks
 
 
-class Images(torch.utils.data.Dataset):
-    """(row, transformed pixels [3, h, w], "") of image `row`; (row, None, reason) of an unreadable one."""
-
-    def __init__(self, images: Sequence, transform: Callable):
-        self.images = images
-        self.transform = transform
-
-    def __getitem__(self, row: int) -> tuple[int, torch.Tensor | None, str]:
-        image = self.images[row]
+def read_batch(rows: Sequence[int], images: Sequence, transform: Callable) -> list[tuple]:
+    """(row, transformed pixels [3, h, w], "") of each image; (row, None, reason) of an unreadable one."""
+    batch = []
+    for row in rows:
         try:
-            is_file = isinstance(image, (str, Path))
-            pixels = read_image(image) if is_file else torch.from_numpy(np.array(image))[None]
-            return row, self.transform(pixels), ""
+            is_file = isinstance(images[row], (str, Path))
+            pixels = read_image(images[row]) if is_file else torch.from_numpy(np.array(images[row]))[None]
+            batch.append((row, transform(pixels), ""))
         except InputError as error:
-            return row, None, str(error)
+            batch.append((row, None, str(error)))
+    return batch
 
 
 def embedding_key(encoder: DualEncoder, data: Radiographs, precision: str) -> str:
-    """A hash of all that shapes the embeddings: encoder with transform, precision, and every image.
-
-    A file is known by its real path, size and modification time, so that re-processed files are embedded anew.
-    """
+    """A hash of encoder, transform, precision and every image: a file's real path, size and modification time."""
     digest = hashlib.sha256(f"{encoder.fingerprint()} {precision} {len(data.images)} {data.key}".encode())
     if data.key is None and isinstance(data.images, np.ndarray):
         digest.update(np.ascontiguousarray(data.images).data)
@@ -1055,9 +1017,9 @@ def embed(
 ) -> np.memmap:  # fmt: skip
     """Embed every image once: a read-only memory map [N, D], float32, not normalised.
 
-    Chunks of rows are written into the array in the cache key's folder, each followed by a file that says so; ranks
-    take chunks in turn and a restarted process skips finished ones. An unreadable image raises InputError, or with
-    `skip_bad_images` is a row of nan, listed by `embedding_facts`.
+    Chunks of rows are written into one array, each followed by a file that says so: ranks take chunks in turn, and a
+    restarted process skips finished ones. An unreadable image raises InputError, or with `skip_bad_images` is a row
+    of nan, listed by `embedding_facts`.
     """
     folder = Path(cache_dir) / embedding_key(encoder, data, precision)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1073,28 +1035,28 @@ def embed(
             with atomic(array) as partial:
                 np.lib.format.open_memmap(partial, "w+", np.float32, (n, encoder.dim)).flush()
         barrier()  # the other ranks start when the first one holds the folder
-        if not (folder / "facts.json").exists():
-            todo = {file: rows for file, rows in list(chunks.items())[rank::world] if not file.exists()}
-            with progress(total=sum(map(len, todo.values())), desc="embedding", unit="image") as bar:
-                for file, rows in todo.items():
-                    start = time.perf_counter()
-                    options = (batch_size, workers, precision, device, skip_bad_images)
-                    block, bad = embed_rows(encoder, data, rows, bar, *options)
-                    with open(array, "r+b") as output:  # not through a map: a full disk is an error here
-                        output.seek((rows.start - n) * block.strides[0], os.SEEK_END)
-                        output.write(block.data)
-                    write_json(file, {"seconds": time.perf_counter() - start, "unreadable": bad})
-            barrier()
-            if rank == 0:
-                parts = [read_json(file) for file in chunks]
-                facts = {"sha256": file_checksum(array), "seconds": sum(part["seconds"] for part in parts)}
-                facts["unreadable"] = {row: why for part in parts for row, why in part["unreadable"].items()}
-                write_json(folder / "facts.json", facts)
+        todo = [file for file in list(chunks)[rank::world] if not file.exists()]
+        with progress(total=sum(len(chunks[file]) for file in todo), desc="embedding", unit="image") as bar:
+            for file in todo:
+                start = time.perf_counter()
+                options = (batch_size, workers, precision, device, skip_bad_images)
+                block, bad = embed_rows(encoder, data, chunks[file], bar, *options)
+                with open(array, "r+b") as output:  # not through a map: a full disk is an error here
+                    output.seek((chunks[file].start - n) * block.strides[0], os.SEEK_END)
+                    output.write(block.data)
+                write_json(file, {"seconds": time.perf_counter() - start, "unreadable": bad})
         barrier()
-    embeddings = np.load(array, mmap_mode="r", allow_pickle=False)
-    facts = embedding_facts(embeddings)
-    if file_checksum(array) != facts["sha256"]:
-        raise InputError(f"{folder}: damaged cache (its checksum differs); delete this folder to embed again")
+        if rank == 0 and not (folder / "facts.json").exists():
+            parts = [read_json(file) for file in chunks]
+            facts = {"sha256": file_checksum(array), "seconds": sum(part["seconds"] for part in parts)}
+            facts["unreadable"] = {row: why for part in parts for row, why in part["unreadable"].items()}
+            write_json(folder / "facts.json", facts)
+        barrier()
+    with input_errors(folder, "damaged cache; delete this folder to embed again"):
+        embeddings = np.load(array, mmap_mode="r", allow_pickle=False)
+        facts = embedding_facts(embeddings)
+        if file_checksum(array) != facts["sha256"]:
+            raise ValueError("its checksum differs")
     if facts["unreadable"] and not skip_bad_images:
         raise InputError(f"{next(iter(facts['unreadable'].values()))}; --skip-bad-images leaves such out")
     return embeddings
@@ -1107,21 +1069,22 @@ def embed_rows(
     block = np.full((len(rows), encoder.dim), np.nan, np.float32)
     bad: dict[int, str] = {}
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    options = {"num_workers": min(workers, len(batches)), "collate_fn": list, "generator": torch.Generator()}
-    images = Images(data.images, encoder.transform)
+    options = {"num_workers": min(workers, len(batches)), "generator": torch.Generator()}
+    read = functools.partial(read_batch, images=data.images, transform=encoder.transform)
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    for batch in torch.utils.data.DataLoader(images, batch_sampler=batches, **options):
+    every_row = range(len(data.images))
+    for batch in torch.utils.data.DataLoader(every_row, batch_sampler=batches, collate_fn=read, **options):
         bad |= {row: f"{data.rows[row]}: {reason}" for row, pixels, reason in batch if pixels is None}
         if bad and not skip_bad_images:
             raise InputError(f"{next(iter(bad.values()))}; --skip-bad-images leaves such out")
-        good = [row - rows.start for row, pixels, _ in batch if pixels is not None]
+        good = {row - rows.start: pixels for row, pixels, _ in batch if pixels is not None}
         if good:
-            pixels = torch.stack([pixels for _, pixels, _ in batch if pixels is not None]).to(device)
+            pixels = torch.stack(list(good.values())).to(device)
             with torch.autocast(device.split(":")[0], low, enabled=low is not None):
-                block[good] = encoder.encode_images(pixels).cpu().numpy()
-            norms = np.linalg.norm(block[good], axis=1)
+                block[list(good)] = encoder.encode_images(pixels).cpu().numpy()
+            norms = np.linalg.norm(block[list(good)], axis=1)
             if not np.isfinite(norms).all():  # of numbers above 1e19 all cosines would be 0
-                first = data.rows[good[0] + rows.start]
+                first = data.rows[batch[0][0]]
                 raise InputError(f"{first}: its batch embeds to nan or huge numbers; use --precision fp32")
         bar.update(len(batch))
     return block, bad
@@ -1234,10 +1197,10 @@ class Whitening(nn.Module):
 
 
 class Method(nn.Module):
-    """What `--method` names: a model of image embeddings that learns task after task. Subclass it.
+    """What `--method` names, subclassed: a model of image embeddings that learns task after task.
 
     `--set NAME=VALUE` gives the keyword parameters of `__init__` that follow dim and n_classes. A method without
-    trainable parameters is not trained by gradient; it learns in `after_task`.
+    trainable parameters learns in `after_task` alone.
     """
 
     whitens = False  # True: works on whitened embeddings, with or without --whiten
@@ -1280,7 +1243,7 @@ class Method(nn.Module):
 
     def stored_bytes(self) -> int:
         """Bytes to keep from task to task beside the weights."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.memory().values())
+        return sum(tensor.nbytes for tensor in self.memory().values())
 
 
 class RETune(Method):
@@ -1375,11 +1338,9 @@ def data_incremental(part: np.ndarray, parts: int, n_classes: int) -> list[Task]
 
 def class_incremental(part: np.ndarray, groups: Sequence, class_names: Sequence[str]) -> list[Task]:
     """Part t of the images trains the t-th group of classes alone."""
-    tasks = []
-    for t, group in enumerate(groups):
-        name = " + ".join(class_names[c] for c in group)
-        tasks.append(Task(name, np.flatnonzero(part == t), tuple(map(int, group))))
-    return tasks
+    names = [" + ".join(class_names[c] for c in group) for group in groups]
+    rows = [np.flatnonzero(part == t) for t in range(len(groups))]
+    return [Task(name, rows[t], tuple(map(int, groups[t]))) for t, name in enumerate(names)]
 
 
 def label_incremental(part: np.ndarray, groups: Sequence, class_names: Sequence[str]) -> list[Task]:
@@ -1397,9 +1358,9 @@ def make_tasks(
     """Cut training rows 0..N-1 with labels [N, C] into the tasks of a scenario; ValueError for what cannot be.
 
     data, class, label: the three protocols above, in `parts` (data: 5, else one per class; fewer make groups of
-    classes). joint: one task of everything; zero: none. Parts are disjoint and share no patient; `contiguous` is
-    the authors' cut, ceil(N / parts) rows in file order. `order` names the classes in the order of their arrival.
-    `positives_only`: task t has all positives of its new classes instead, so an image with two comes twice.
+    classes); joint: one task of everything; zero: none. Parts share no patient; `contiguous` is the authors' cut,
+    ceil(N / parts) rows in file order. `order`: the classes in the order of their arrival. `positives_only`: task t
+    has all positives of its new classes instead, so an image with two comes twice.
     """
     names = list(class_names)
     n = len(labels)
@@ -1413,11 +1374,19 @@ def make_tasks(
         return []
     if scenario == "joint":
         return [Task("joint", np.arange(n), tuple(range(len(names))))]
+    ids, patient = np.unique(np.arange(n) if patients is None else np.asarray(patients), return_inverse=True)
     parts = (5 if scenario == "data" else len(names)) if parts is None else parts
-    most = len(names) if scenario != "data" else n if patients is None else len(set(patients))
+    most = len(ids) if scenario == "data" else len(names)
     if not 1 <= parts <= most:
         raise ValueError(f"--parts {parts}: the scenario {scenario} can have 1 to {most} parts here")
-    part = part_of_rows(n, parts, seed, patients, contiguous)
+    if contiguous:
+        part = np.arange(n) // math.ceil(n / parts)  # [N], the part of each row
+    else:
+        part = np.empty(len(ids), np.int64)
+        shuffled = np.random.default_rng(seed).permutation(len(ids))
+        for t, chosen in enumerate(np.array_split(shuffled, parts)):
+            part[chosen] = t
+        part = part[patient]
     groups = np.array_split([names.index(name) for name in order or names], parts)
     if scenario == "data":
         tasks = data_incremental(part, parts, len(names))
@@ -1429,17 +1398,6 @@ def make_tasks(
     if empty := [task.name for task in tasks if not len(task.rows)]:
         raise ValueError(f"--parts {parts}: task {empty[0]!r} has no images; use fewer parts")
     return tasks
-
-
-def part_of_rows(n: int, parts: int, seed: int, patients: Sequence | None, contiguous: bool) -> np.ndarray:
-    """The part [N] of every row: whole patients in random order, or contiguous rows."""
-    if contiguous:
-        return np.arange(n) // max(1, math.ceil(n / parts))
-    ids, patient = np.unique(np.arange(n) if patients is None else np.asarray(patients), return_inverse=True)
-    part = np.empty(len(ids), np.int64)
-    for t, chosen in enumerate(np.array_split(np.random.default_rng(seed).permutation(len(ids)), parts)):
-        part[chosen] = t
-    return part[patient]
 
 
 # -------------------------------------------------------------------------------------------------- 8. Metrics
@@ -1570,9 +1528,9 @@ def fit(
     targets = torch.as_tensor(labels)[rows][:, columns].to(bank.embeddings.dtype)  # [n, classes]
     if columns == list(range(labels.shape[1])):
         columns = slice(None)  # a view of all; a list would copy in every step
-    steps = epochs * math.ceil(len(rows) / batch_size)
     orders = (torch.randperm(len(rows), generator=generator) for _ in range(epochs))
     batches = (batch for order in orders for batch in order.split(batch_size))
+    steps = epochs * math.ceil(len(rows) / batch_size)
     batches = progress(batches, total=steps, desc=f"training {task.name}", unit="step")
     for step, batch in enumerate(batches, 1):
         if targets[batch].isnan().all():
@@ -1613,13 +1571,11 @@ def load_method(name: str) -> type[Method]:
     module, _, attribute = known.get(name, name).partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:
-        raise InputError(f"--method {name}: cannot be imported ({one_line(error)})") from error
-    if not (isinstance(found, type) and issubclass(found, Method)):
-        raise InputError(f"--method {name}: is not a subclass of retune.Method")
-    return found
+    with input_errors(f"--method {name}", "is not a subclass of retune.Method that can be imported"):
+        method = getattr(importlib.import_module(module), attribute)
+        if not issubclass(method, Method):
+            raise TypeError(f"{attribute} is another class")
+    return method
 
 
 def method_options(method: type[Method], given: Iterable[str]) -> dict[str, object]:
@@ -1653,6 +1609,12 @@ MODEL_KEYS = (
 )  # fmt: skip
 
 
+EXTRAS = (
+    "decisions",
+    "hospitals",
+)  # modules of experiments/ with `measure`, for the end of a run, and `summary`
+
+
 def load_model(path: Path, config: Config) -> tuple[Method, dict]:
     """The model that a run saved, on the CPU, and what is known of it; `config` gives no setting of the model.
 
@@ -1669,47 +1631,47 @@ def load_model(path: Path, config: Config) -> tuple[Method, dict]:
 
 def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Copy tensors into a model; InputError when names or shapes differ."""
-    try:
+    with input_errors(path, "does not fit this model"):
         model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise InputError(f"{path}: does not fit this model ({' '.join(str(error).split())})") from None
 
 
 def check_same_config(folder: Path, identity: dict) -> None:
     """Write config.json, or refuse a folder that holds another configuration, saying what differs."""
     path = folder / "config.json"
-    identity = json.loads(json.dumps(identity))
     if not path.exists():
         return write_json(path, identity)
     old = read_json(path)
-    differ = {"data_fingerprint": "labels changed (or the images, patients or split)",
-              "encoder_fingerprint": "the encoder changed"}  # fmt: skip
+    reasons = {"data_fingerprint": "labels changed (or the images, patients or split)",
+               "encoder_fingerprint": "the encoder changed"}  # fmt: skip
     found = []
-    for key in (key for key in identity if key not in MAY_DIFFER and old.get(key) != identity[key]):
-        before, now = str(old.get(key)), str(identity[key])
-        start = max(0, len(os.path.commonprefix([before, now])) - 30)
-        found.append(differ.get(key, f"{key} {before[start : start + 60]}, now {now[start : start + 60]}"))
+    for key, value in to_json(identity).items():
+        before = str(old.get(key))
+        now = str(value)
+        if before != now and key not in MAY_DIFFER:
+            start = max(0, len(os.path.commonprefix([before, now])) - 30)
+            change = f"{key} {before[start : start + 60]}, now {now[start : start + 60]}"
+            found.append(reasons.get(key, change))
     if found:
         raise InputError(f"{folder}: holds another run ({'; '.join(found)}); use another --output")
 
 
 def scenario_tasks(config: Config, data: Radiographs) -> list[Task]:
     """The tasks of the scenario, with rows counted in the whole data set."""
+    if config.parts == "column":
+        return experiment("hospitals").column_tasks(config, data)
     train = data.where("train")
-    options = (config.class_order, config.contiguous, config.positives_only)
-    known = (data.labels[train], data.class_names, config.parts, config.seed, data.patients[train])
-    try:
-        tasks = make_tasks(config.scenario, *known, *options)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    arrival = (config.parts, config.seed, data.patients[train], config.class_order)
+    known = (data.labels[train], data.class_names, *arrival, config.contiguous, config.positives_only)
+    with input_errors(f"--scenario {config.scenario}", "is not possible"):
+        tasks = make_tasks(config.scenario, *known)
     return [dataclasses.replace(task, rows=train[task.rows]) for task in tasks]
 
 
 def run(config: Config, load_data: Callable | None = None, load_encoder: Callable | None = None) -> dict:
     """A whole scenario: embed, zero-shot, each task, metrics after each; returns metrics.json.
 
-    What the run's folder holds decides what is left to do: finished tasks are loaded and measured again, so
-    that an interrupted run ends with the same metrics, bit for bit. Of several ranks all embed and one trains.
+    What the run's folder holds decides what is left to do; an interrupted run ends with the same metrics, bit for
+    bit. Of several ranks all embed and one trains.
     """
     data = (load_data or load_radiographs)(config)
     data = dataclasses.replace(data, split=data.split.copy())
@@ -1725,16 +1687,13 @@ def run(config: Config, load_data: Callable | None = None, load_encoder: Callabl
         "method_options": method_options(load_method(config.method), config.set), "prompt_texts": prompts,
         "encoder_fingerprint": encoder.fingerprint(), "data_fingerprint": digest.hexdigest(),
     }  # fmt: skip
-    folder = config.folder
-    try:
+    folder = output_folder(config)
+    with input_errors(f"--output {folder}", "cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {folder}: cannot be written ({error.strerror})") from None
     with locked(folder, wait=False) if ranks()[0] == 0 else contextlib.nullcontext():
         if ranks()[0] == 0:
             check_same_config(folder, identity)
         if (folder / "metrics.json").exists():
-            (folder / "resume.safetensors").unlink(missing_ok=True)
             log(f"{folder}: finished before; delete it to run again")
             return read_json(folder / "metrics.json")
         embeddings = embed(
@@ -1750,7 +1709,7 @@ def run(config: Config, load_data: Callable | None = None, load_encoder: Callabl
             check_splits(data)
             tasks = scenario_tasks(config, data)
         bank = embed_prompts(encoder, prompts).to(device)
-        metrics = train_and_measure(config, identity, data, tasks, embeddings, bank)
+        metrics = train_and_measure(config, folder, identity, data, tasks, embeddings, bank)
         metrics["cost"] |= {
             "encoder_parameters": sum(p.numel() for p in encoder.parameters()),
             "embed_seconds": facts["seconds"], "images_per_second": len(embeddings) / facts["seconds"],
@@ -1759,14 +1718,9 @@ def run(config: Config, load_data: Callable | None = None, load_encoder: Callabl
     return metrics
 
 
-def train_and_measure(config, identity, data, tasks, embeddings, bank) -> dict:
+def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, bank) -> dict:
     """Zero-shot, then every task: train it or load what an earlier process saved, and measure."""
-    folder = config.folder
     dim = embeddings.shape[1]
-    labels = torch.from_numpy(data.labels)
-
-    def build() -> Method:
-        return build_model(config, dim, len(data.class_names)).to(bank.embeddings.device)
 
     def measure(model: Method) -> dict:
         metrics = {}
@@ -1777,37 +1731,47 @@ def train_and_measure(config, identity, data, tasks, embeddings, bank) -> dict:
             metrics[split]["auroc_macro_ci"] = bootstrap_ci(scores, data.labels[rows], data.patients[rows])
         return metrics
 
-    zero_model = RETune(dim, adapt="none", pool=config.pool, negatives=config.negatives)
+    model = zero_model = RETune(dim, adapt="none", pool=config.pool, negatives=config.negatives)
     zero_shot = measure(zero_model)
     keys = ("encoder", "encoder_fingerprint", "method_options", *MODEL_KEYS)
     known = {"classes": data.class_names, "prompts": identity["prompt_texts"], "dim": dim}
     known |= {key: identity[key] for key in keys}
-    if not tasks:  # the encoder alone; saved, so that --predict scores with it
+    if tasks:
+        model = build_model(config, dim, len(data.class_names)).to(bank.embeddings.device)
+    else:  # the encoder alone; saved, so that --predict scores with it
         known |= {"method": "retune", "adapt": "none", "whiten": False, "method_options": {}}
-    model = build() if tasks else zero_model
     optimizer = None
     if parameters := [p for p in model.parameters() if p.requires_grad]:
         optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer]
         optimizer = optimizer(parameters, lr=config.lr, fused=True)
-    done, seconds = load_checkpoint(folder, model, optimizer)
-    after_task = []
-    for k, task in enumerate(tasks, 1):
-        file = folder / f"task_{k}.safetensors"
-        if k <= done:
-            finished = build()
-            load_weights(finished, load_tensors(file)[0], file)
-            after_task.append(measure(finished))
-            continue
+    done, finished = load_checkpoint(folder, model, optimizer)
+    seconds, after_task = finished or (0.0, [])
+    labels = torch.from_numpy(data.labels)
+    options = {"epochs": config.epochs, "batch_size": config.batch_size}
+    for k, task in list(enumerate(tasks, 1))[done:]:
         start = time.perf_counter()
-        learn_task(config, model, bank, embeddings, labels, task, k, optimizer)
+        if k == 1 and isinstance(model.whitening, Whitening):
+            model.whitening.estimate(embeddings, task.rows)
+        trained, targets = model.before_task(task, labels, bank)
+        if optimizer:  # what has nothing to train by gradient learns in after_task alone
+            options["generator"] = torch.Generator().manual_seed(10_007 * config.seed + k)
+            fit(model, bank, embeddings, targets, trained, optimizer, **options)
+        model.after_task(embeddings, labels, task, bank)
         seconds += time.perf_counter() - start
-        save_tensors(file, model.state_dict(), known)
-        save_checkpoint(folder, model, optimizer, k, seconds)
         after_task.append(measure(model))
+        save_tensors(folder / f"task_{k}.safetensors", model.state_dict(), known)
+        save_checkpoint(folder, model, optimizer, k, (seconds, after_task))
+    extras = {}  # (ours) what `summary` prints below the paper's measures
+    for name in EXTRAS if (HERE / "experiments").is_dir() else ():
+        if name == "decisions" or config.parts == "column":
+            extras[name] = experiment(name).measure(config, folder, data, tasks, embeddings, bank, model)
+    known["decisions"] = (
+        {key: extras["decisions"][key] for key in ("rule", "temperature", "threshold")} if extras else {}
+    )
     save_tensors(folder / "adaptors.safetensors", model.state_dict(), known)
     if memory := model.memory():
         save_tensors(folder / "statistics.safetensors", memory, {})
-    auroc = np.array([[m["test"]["auroc"][c] for c in data.class_names] for m in (zero_shot, *after_task)])
+    auroc = np.array([list(m["test"]["auroc"].values()) for m in (zero_shot, *after_task)])  # [T + 1, C]
     return to_json({
         "config": identity, "classes": data.class_names,
         "tasks": [{"name": task.name, "classes": [data.class_names[c] for c in task.classes],
@@ -1817,73 +1781,72 @@ def train_and_measure(config, identity, data, tasks, embeddings, bank) -> dict:
         "cost": {"trainable_parameters": sum(p.numel() for p in parameters), "train_seconds": seconds,
                  "peak_memory_mb": peak_memory_mb(), "stored_bytes": model.stored_bytes(),
                  "train_patients": len(np.unique(data.patients[data.where("train")]))},
-    })  # fmt: skip
+    } | extras)  # fmt: skip
 
 
-def learn_task(config: Config, model: Method, bank, embeddings, labels, task, k: int, optimizer) -> None:
-    """The k-th task: the method's hooks around its training by gradient, if it has anything to train."""
-    if k == 1 and isinstance(model.whitening, Whitening):
-        model.whitening.estimate(embeddings, task.rows)
-    seen, known = model.before_task(task, labels, bank)
-    if optimizer is not None:
-        generator = torch.Generator().manual_seed(10_007 * config.seed + k)
-        options = {"epochs": config.epochs, "batch_size": config.batch_size, "generator": generator}
-        fit(model, bank, embeddings, known, seen, optimizer, **options)
-    model.after_task(embeddings, labels, task, bank)
-
-
-def save_checkpoint(folder: Path, model: Method, optimizer, task: int, seconds: float) -> None:
-    """Save what the task after `task` starts from: weights, the method's memory, the optimiser's state."""
-    state = {"task": task, "seconds": seconds, "model": model.state_dict(), "memory": model.memory()}
+def save_checkpoint(folder: Path, model: Method, optimizer, task: int, finished=None) -> None:
+    """Save what the task after `task` starts from: weights, the method's memory, the optimiser; what is finished."""
+    state = {"task": task, "finished": finished, "model": model.state_dict(), "memory": model.memory()}
     state["optimizer"] = optimizer.state_dict() if optimizer else None
+    content = io.BytesIO()  # torch.save to a full disk is no OSError
+    torch.save(state, content)
     with atomic(folder / "resume.pt") as partial:
-        torch.save(state, partial)
+        partial.write_bytes(content.getvalue())
 
 
-def load_checkpoint(folder: Path, model: Method, optimizer) -> tuple[int, float]:
-    """Load what `save_checkpoint` wrote: (finished tasks, seconds they took); (0, 0.0) in a new folder."""
+def load_checkpoint(folder: Path, model: Method, optimizer) -> tuple[int, object]:
+    """Load what `save_checkpoint` wrote: (task, finished); (0, None) in a new folder."""
     path = folder / "resume.pt"
     if not path.exists():
-        return 0, 0.0
-    try:
+        return 0, None
+    with input_errors(path, "damaged; delete its folder and run again"):
         state = torch.load(path, weights_only=True, map_location="cpu")
         model.load_state_dict(state["model"])
         model.load_memory(state["memory"])
         if optimizer:
             optimizer.load_state_dict(state["optimizer"])
-        return state["task"], state["seconds"]
-    except Exception as error:
-        raise InputError(f"{path}: damaged ({one_line(error)}); delete its folder and run again") from None
+        return state["task"], state["finished"]
 
 
-def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
-    """Score images with a run's saved adaptors alone: [{"image", "findings": {name: {"score", "present"}}}].
-
-    InputError when the encoder is not the one that the adaptors were trained on. An unreadable image is an
-    InputError too, or with --skip-bad-images has "error" instead of findings.
-    """
+def load_predictor(folder: Path, config: Config, device: str = "cpu") -> tuple:
+    """(encoder, model, prompt bank, what was saved of them) of a run; InputError for another encoder than its own."""
     path = folder / "adaptors.safetensors"
-    device = pick_device(config.device)
     model, known = load_model(path, config)
     name = known["encoder"] if config.encoder == "tiny" else config.encoder
     encoder = DualEncoder.load(name, config.encoder_dir, crop=known["crop"]).to(device)
     if encoder.fingerprint() != known["encoder_fingerprint"]:
         raise InputError(f"{path}: trained on another encoder than {name}; name the right one with --encoder")
-    bank = embed_prompts(encoder, known["prompts"]).to(device)
-    model.to(device)
+    return encoder, model.to(device), embed_prompts(encoder, known["prompts"]).to(device), known
+
+
+def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
+    """Score images with a run's saved adaptors alone: [{"image", "findings": {name: {"score", "present"}}}].
+
+    These are the paper's; the run's temperatures and thresholds add "probability" and "decision". InputError for
+    an unreadable image, which with --skip-bad-images has "error" instead of findings.
+    """
+    device = pick_device(config.device)
+    encoder, model, bank, known = load_predictor(folder, config, device)
     predictions = []
     for image in progress(images, desc="predicting", unit="image"):
-        _, pixels, reason = Images([image], encoder.transform)[0]
-        if pixels is None and not config.skip_bad_images:
-            raise InputError(f"{reason}; --skip-bad-images goes on")
-        if pixels is None:
-            predictions.append({"image": image, "error": reason})
+        try:
+            pixels = encoder.transform(read_image(image))
+        except InputError as error:
+            if not config.skip_bad_images:
+                raise
+            predictions.append({"image": image, "error": str(error)})
             continue
         with torch.inference_mode():
-            embedding = encoder.encode_images(pixels[None].to(device))
-            scores, decisions = model.scores(model.whitening(embedding), bank, known["score"])
+            embedding = model.whitening(encoder.encode_images(pixels[None].to(device)))
+            scores, decisions = model.scores(embedding, bank, known["score"])
+            logits = dict(zip(known["classes"], model.logits(embedding, bank)[0].tolist()))
         findings = zip(known["classes"], scores[0].tolist(), decisions[0].tolist())
         findings = {finding: {"score": round(s, 6), "present": d > 0} for finding, s, d in findings}
+        for finding, threshold in known["decisions"].get("threshold", {}).items():
+            if threshold is not None:
+                odds = max(-700.0, logits[finding] / known["decisions"]["temperature"][finding])
+                probability = round(1 / (1 + math.exp(-odds)), 6)
+                findings[finding] |= {"probability": probability, "decision": probability >= threshold}
         predictions.append({"image": image, "findings": findings})
     return predictions
 
@@ -1893,7 +1856,7 @@ def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
 
 def print_summary(config: Config, data: Radiographs, tasks: Sequence[Task], device: str) -> None:
     """Say before a run what it will do: the data, what became of their labels, the settings in force."""
-    counts = ", ".join(f"{(data.split == split).sum():,} {split}" for split in ("train", "val", "test"))
+    counts = ", ".join(f"{(data.split == split).sum():,} {split}" for split in SHARES)
     known = (~np.isnan(data.labels)).sum(0)
     shares = [f"{p / n:.0%}" if n else "no labels" for p, n in zip(np.nansum(data.labels, axis=0), known)]
     log(data.note or f"{config.data}: every label is known")
@@ -1932,32 +1895,22 @@ def stages(metrics: dict) -> list[tuple[str, dict]]:
 def summary(metrics: dict) -> str:
     """The run in text: AUROC per task and class, continual-learning measures, a line for a paper."""
     config = metrics["config"]
-    last = stages(metrics)[-1][1]
     header = ["test AUROC after", *metrics["classes"], "macro AUROC", "macro AP", "macro F1", "exact match"]
-    rows = [
-        [name, *m["auroc"].values(), m["auroc_macro"], m["ap_macro"], m["f1_macro"], m["accuracy"]]
-        for name, m in stages(metrics)
-    ]
-    value = {key: "-" if v is None else f"{v:.3f}" for key, v in metrics["continual"].items()}
+    keys = ("auroc_macro", "ap_macro", "f1_macro", "accuracy")
+    rows = [[name, *m["auroc"].values(), *(m[key] for key in keys)] for name, m in stages(metrics)]
+    continual = {key: "-" if value is None else f"{value:.3f}" for key, value in metrics["continual"].items()}
+    last = stages(metrics)[-1][1]
     numbers = (last["auroc_macro"], *last["auroc_macro_ci"])
-    auroc, low, high = ("-" if v is None else f"{v:.3f}" for v in numbers)
+    auroc, low, high = ("-" if value is None else f"{value:.3f}" for value in numbers)
     run = ", ".join(str(config[key]) for key in ("method", "data", "encoder", "scenario"))
     interval = f"95% CI {low} to {high}, 1,000 patient-level bootstrap resamples, n = {last['n']:,} images"
-    lines = [markdown_table(header, rows), ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in value.items())]
-    lines.append(f"{run}, seed {config['seed']}: macro AUROC {auroc} ({interval})")
+    measures = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in continual.items())
+    line = f"{run}, seed {config['seed']}: macro AUROC {auroc} ({interval})"
+    lines = [markdown_table(header, rows), measures, line]
+    lines += [experiment(name).summary(metrics[name]) for name in EXTRAS if name in metrics]
     if config["data"] == "demo":
         lines.append("Demo on synthetic phantoms: not clinical numbers.")
     return "\n\n".join(lines)
-
-
-def seeds_summary(runs: Sequence[dict]) -> str:
-    """Mean and standard deviation over the seeds of the last task's test measures."""
-    rows = []
-    for name in ("auroc_macro", "ap_macro", "f1_macro", "accuracy", *runs[0]["continual"]):
-        found = [(stages(run)[-1][1] | run["continual"])[name] for run in runs]
-        cell = "-" if None in found else f"{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f}"
-        rows.append([name.replace("_", " "), cell])
-    return markdown_table(["last task, test split", f"mean ± standard deviation of {len(runs)} seeds"], rows)
 
 
 def report(folder: Path, metrics: dict, data: Radiographs, tasks: Sequence[Task]) -> None:
@@ -2035,66 +1988,90 @@ def parse_config(config_class: type, arguments: argparse.Namespace):
 
 
 def run_seeds(config: Config, seeds: Sequence[int]) -> None:
-    """Run every seed and print its table; of several, also the mean and deviation."""
+    """Run every seed and print its table; of several, also mean and deviation of the last task's test measures."""
     configs = [dataclasses.replace(config, seed=seed) for seed in dict.fromkeys(seeds)]
-    if len({chosen.folder for chosen in configs}) < len(configs):
+    if len({output_folder(chosen) for chosen in configs}) < len(configs):
         raise InputError(f"{len(configs)} runs need a folder each; --output must contain {{seed}}")
     runs = []
     for chosen in configs:
         if metrics := run(chosen):
             runs.append(metrics)
-            log(f"{summary(metrics)}\n\nwritten to {chosen.folder}\n")
-    if len(runs) > 1:
-        log(seeds_summary(runs))
+            log(f"{summary(metrics)}\n\nwritten to {output_folder(chosen)}\n")
+    if len(runs) < 2:
+        return
+    rows = []
+    for name in ("auroc_macro", "ap_macro", "f1_macro", "accuracy", *runs[0]["continual"]):
+        found = [(stages(metrics)[-1][1] | metrics["continual"])[name] for metrics in runs]
+        cell = "-" if None in found else f"{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f}"
+        rows.append([name.replace("_", " "), cell])
+    log(markdown_table(["last task, test split", f"mean ± standard deviation of {len(runs)} seeds"], rows))
 
 
-def print_predictions(predictions: list[dict], as_json: bool) -> None:
-    """A table of image x finding with score and decision, or JSON."""
-    if as_json:
-        return print(json.dumps(predictions, indent=1))
+def predictions_table(predictions: list[dict]) -> str:
+    """A table of image x finding with probability (without thresholds: score) and decision."""
     names = list(dict.fromkeys(name for p in predictions for name in p.get("findings", ())))
     rows = []
     for p in predictions:
         found = p.get("findings", {}).values()
-        cells = [f"{f['score']:.3f} {'yes' if f['present'] else ' no'}" for f in found]
+        shown = [(f.get("probability", f["score"]), f.get("decision", f["present"])) for f in found]
+        cells = [f"{value:.3f} {'yes' if decision else ' no'}" for value, decision in shown]
         rows.append([p["image"], *(cells or ["unreadable"] * len(names))])
-    print(markdown_table(["image", *names], rows))
+    return markdown_table(["image", *names], rows)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line of this module."""
-    parser = build_parser(Config, __doc__)
-    other = parser.add_argument_group("instead of a run")
-    other.add_argument("--predict", nargs="+", metavar="IMAGE", help="score images with a run's adaptors")
-    other.add_argument("--run", type=Path, metavar="FOLDER", help="a finished run")
-    other.add_argument("--json", action="store_true", help="predictions as JSON")
-    other.add_argument("--convert", metavar="ENCODER", help="write an encoder in our folder format, to --to")
-    other.add_argument("--to", type=Path, metavar="FOLDER", help="a new folder")
-    return parser
-
-
-def execute(argv: Sequence[str]) -> None:
-    """Do what the command line says."""
+def method_help(argv: Sequence[str]) -> str:
+    """What `--method NAME --help` says of a method that is not RE-tune; empty when that is not asked for."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--method", default="retune")
     parser.add_argument("--help", "-h", action="store_true")
     asked = parser.parse_known_args(argv)[0]
-    if asked.help and asked.method != "retune":
-        method = load_method(asked.method)
-        options = "".join(f"\n  --set {name}={value}" for name, value in method_options(method, ()).items())
-        return print(inspect.getdoc(method) + options)
-    parser = make_parser()
+    if not asked.help or asked.method == "retune":
+        return ""
+    method = load_method(asked.method)
+    options = [f"\n  --set {name}={value}" for name, value in method_options(method, ()).items()]
+    return inspect.getdoc(method) + "".join(options)
+
+
+def execute(argv: Sequence[str]) -> None:
+    """Do what the command line says."""
+    if text := method_help(argv):
+        return print(text)
+    parser = build_parser(Config, __doc__)
+    other = parser.add_argument_group("instead of a run")
+    images = "score images, folders or CSVs (column `path`) with a run's adaptors; also to --output FILE.csv"
+    other.add_argument("--predict", nargs="+", metavar="PATH", help=images)
+    other.add_argument(
+        "--heatmap", type=Path, metavar="FOLDER", help="with --predict: where the encoder looks"
+    )
+    other.add_argument("--export", type=Path, metavar="FILE", help="write a run as an ONNX file")
+    other.add_argument("--export-card", action="store_true", help="write a model card into a run")
+    other.add_argument("--run", type=Path, metavar="FOLDER", help="a finished run")
+    other.add_argument("--json", action="store_true", help="predictions as JSON")
+    other.add_argument("--convert", metavar="ENCODER", help="write an encoder in our folder format, to --to")
+    other.add_argument("--to", type=Path, metavar="FOLDER", help="a new folder")
     arguments = parser.parse_args(argv)
-    if bool(arguments.predict) != bool(arguments.run) or bool(arguments.convert) != bool(arguments.to):
-        parser.error("--predict needs --run and --convert needs --to")
+    uses_run = arguments.predict or arguments.export or arguments.export_card
+    if bool(uses_run) != bool(arguments.run) or bool(arguments.convert) != bool(arguments.to):
+        parser.error("--predict, --export and --export-card need --run, and --convert needs --to")
     seeds = np.atleast_1d(arguments.seed).tolist()
     arguments.seed = seeds[0]
     config = parse_config(Config, arguments)
     if arguments.convert:
         DualEncoder.load(arguments.convert, config.encoder_dir, config.crop).save(arguments.to)
         print(f"written to {arguments.to}")
-    elif arguments.predict:
-        print_predictions(predict(arguments.predict, arguments.run, config), arguments.json)
+    elif uses_run:
+        predictions = []
+        if arguments.predict:
+            predictions = predict(list_images(arguments.predict), arguments.run, config)
+            print(json.dumps(predictions, indent=1) if arguments.json else predictions_table(predictions))
+        files = (
+            arguments.export,
+            arguments.export_card,
+            arguments.heatmap,
+            arguments.output != Config.output,
+        )
+        if any(files):
+            experiment("deploy").execute(arguments, config, predictions)
     else:
         join_ranks()
         run_seeds(config, seeds)
@@ -2123,6 +2100,22 @@ class InputError(ValueError):
     """Something the user gave cannot be used; one line that names it, its value and the remedy."""
 
 
+@contextlib.contextmanager
+def input_errors(subject: str | Path, trouble: str) -> Iterator[None]:
+    """Turn whatever fails inside into an InputError: the file or option, what is wrong with it, and the reason."""
+    try:
+        yield
+    except Exception as error:
+        missing = isinstance(error, FileNotFoundError) and str(error.filename) == str(subject)
+        reason = "no such file" if missing else f"{trouble} ({one_line(error)})"
+        raise InputError(f"{subject}: {reason}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """The first 500 characters of what another library says of an error, in one line."""
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
 def check_values(config, names: str, good: Callable, rule: str) -> None:
     """InputError for a setting that is not good: its option, its value and the rule ("be positive")."""
     for name in names.split():
@@ -2136,10 +2129,8 @@ def output_folder(config) -> Path:
     values = dataclasses.asdict(config)
     for name in (name for name in values if name.endswith("encoder")):  # a name, an id, a path, NAME=FILE
         values[name] = Path(values[name].split("=")[0]).name.replace(":", "-")
-    try:
+    with input_errors(f"--output {config.output}", "braces may hold any setting of a run"):
         return Path(config.output.format(**values))
-    except (KeyError, ValueError, IndexError, AttributeError) as error:
-        raise InputError(f"--output {config.output}: {error} is not a setting of a run") from None
 
 
 def check_new_folder(directory: str | Path) -> Path:
@@ -2156,11 +2147,6 @@ def suggest(name: str, known: Iterable[str]) -> str:
     alike = [k for k in known if name.lower() in k.lower()]
     alike = alike or difflib.get_close_matches(name, known, 1, cutoff=0)
     return f"did you mean {alike[0]!r}? Known: {', '.join(known)}"
-
-
-def one_line(error: BaseException) -> str:
-    """The first 200 characters of what another library says of an error, in one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -2184,7 +2170,7 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
     import filelock
 
     try:
-        with filelock.FileLock(folder / ".lock", timeout=-1 if wait else 0):
+        with filelock.FileLock(folder / ".lock", blocking=wait):
             yield
     except filelock.Timeout:
         raise InputError(f"{folder}: another process is writing here; use another --output") from None
@@ -2213,12 +2199,8 @@ def write_json(path: Path, value) -> None:
 
 def read_json(path: Path):
     """Read a JSON file; InputError names the file and where it breaks."""
-    try:
+    with input_errors(path, "not valid JSON"):
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:
-        raise InputError(f"{path}: not valid JSON ({one_line(error)})") from None
 
 
 def file_checksum(path: str | Path) -> str:
@@ -2243,14 +2225,10 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """What `save_tensors` wrote; InputError for a missing or damaged file."""
     from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in list(file.keys())}
-            return tensors, json.loads(file.metadata()["retune"])
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:
-        raise InputError(f"{path}: damaged ({one_line(error)}); delete its folder and run again") from None
+    trouble = "damaged or missing; delete its folder and run again"
+    with input_errors(path, trouble), safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in list(file.keys())}
+        return tensors, json.loads(file.metadata()["retune"])
 
 
 @contextlib.contextmanager
@@ -2261,16 +2239,20 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def experiment(name: str):
+    """The module `experiments.NAME`, where what goes beyond the method lives."""
+    with input_errors(f"experiments/{name}.py", "needed for this, with what it imports"):
+        return importlib.import_module(f"experiments.{name}")
+
+
 def pick_device(name: str) -> str:
     """auto: this rank's GPU, else Apple's, else the CPU."""
     if name == "auto" and torch.cuda.is_available():
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if name == "auto":
         return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
+    with input_errors(f"--device {name}", "cannot be used"):
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: cannot be used ({one_line(error)})") from None
     return name
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every table and figure of the README: runs what is missing, then writes Markdown, CSV, LaTeX and PNG.
+# Every table and figure of docs/results.md: runs what is missing, then writes Markdown, LaTeX, CSV and PNG.
 #
 #     bash run_experiments.sh                                                       # the demo, no download
 #     DATA=chexpert DATA_DIR=/data/CheXpert ENCODER=biovil bash run_experiments.sh  # the real thing
@@ -15,51 +15,75 @@ ENCODER=${ENCODER:-tiny}        # frozen encoder
 ENCODER_DIR=${ENCODER_DIR:-}    # its files as published, where there is no network
 SEEDS=${SEEDS:-27 28 29}
 ORDERS=${ORDERS:-1 2 3 4 5}     # seeds of the random class orders
-OUT=${OUT:-results}             # results go to $OUT/$DATA-$ENCODER, embeddings to $OUT/cache
+OUT=${OUT:-experiments/results} # results go to $OUT/$DATA-$ENCODER, embeddings to $OUT/cache
 OPTIONS=${OPTIONS:-}            # more options of retune.py, such as "--view frontal --contiguous"
-ONLY=${ONLY:-main forgetting adaptors prompts order cost calibration figures}
+ONLY=${ONLY:-main forgetting adaptors prompts cost calibration methods differences orders figures}
 
 [[ $DATA == demo ]] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # its matrices are too small to divide
 RESULTS=$OUT/$DATA-$(basename "$ENCODER")
-RETUNE=(python retune.py --data "$DATA" ${DATA_DIR:+--data-dir "$DATA_DIR"} --encoder "$ENCODER"
+SHARED=(--data "$DATA" ${DATA_DIR:+--data-dir "$DATA_DIR"} --encoder "$ENCODER"
     ${ENCODER_DIR:+--encoder-dir "$ENCODER_DIR"} --cache-dir "$OUT/cache" --no-figures $OPTIONS --seed $SEEDS)
 DONE=$RESULTS/runs/finished.txt
 
-# run FOLDER OPTION...: one process; a folder for each combination of values; {name} stands for a setting.
-run() {
-    local command=("${RETUNE[@]}" "${@:2}" --output "$RESULTS/runs/$1/{scenario}-seed{seed}")
-    if grep -qxsF -- "${command[*]}" "$DONE"; then return; fi
+# once COMMAND...: runs a command that has not ended well before, and records it with the commit.
+once() {
+    if grep -qxsF -- "$*" "$DONE"; then return; fi
     mkdir -p "$RESULTS/runs"
     rm -f "$RESULTS/runs/tables.txt"
     local commit changed
     commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)
     changed=$(git diff --quiet HEAD 2>/dev/null || echo " and changes")
-    echo "$(date -u +%FT%TZ) commit $commit$changed: ${command[*]}" | tee -a "$RESULTS/commands.txt"
-    "${command[@]}" >>"$RESULTS/runs/log.txt" || { echo "failed: ${command[*]}" >&2; exit 1; }
-    echo "${command[*]}" >>"$DONE"
+    echo "$(date -u +%FT%TZ) commit $commit$changed: $*" | tee -a "$RESULTS/commands.txt"
+    "$@" >>"$RESULTS/runs/log.txt" || { echo "failed: $*" >&2; exit 1; }
+    echo "$*" >>"$DONE"
 }
 
-# A table each: what it needs beside RE-tune as the paper has it, which all tables compare with.
-EVERY="--scenario joint data label class"
-main()        { run "data-{parts}" --scenario data --parts 10 20; }
-forgetting()  { run "{method}" --method linear mlp ewc lwf replay joint --scenario data label class; }
-adaptors()    { run "{adaptor}-{adapt}" --adaptor mlp linear --adapt both shared image text $EVERY
-                run "residual-{logit_scale}-{lr}" --adaptor residual --lr 1e-3 1e-4 --logit-scale 1 10 $EVERY
-              }
-prompts()     { for o in "--pool single max" --no-negatives "--wording generic" "--score pos"; do
-                run "prompts-{pool}-{negatives}-{wording}-{score}" $o --scenario joint class; done; }
-order()       { run order --class-order random --scenario class --seed $ORDERS; }
+# run FOLDER OPTION=VALUE,VALUE...: every combination; {name} in the folder stands for a setting.
+run() {
+    once python -m experiments.sweep --grid "${@:2}" -- "${SHARED[@]}" \
+        --output "$RESULTS/runs/$1/{scenario}-seed{seed}"
+}
+
+# compare FOLDER OPTION=VALUE,VALUE...: the same in every scenario.
+compare() {
+    run "$1" scenario=joint,class,label,data "${@:2}"
+    run "$1-{parts}" scenario=data parts=10,20 "${@:2}"
+}
+
+# What each table needs beside RE-tune as the paper has it, which all of them compare with.
+main()        { :; }
+forgetting()  { run "{method}-{whiten}" scenario=class,label,data method=linear,mlp,ewc,lwf,replay,joint whiten=no; }
 cost()        { forgetting; }
 calibration() { forgetting; }
-figures()     { forgetting; }
+adaptors()    { local every=scenario=joint,class,label,data
+                run "{adaptor}-{adapt}" $every adaptor=mlp adapt=shared,image,text
+                run "{adaptor}-{adapt}" $every adaptor=linear adapt=both,shared,image,text
+                run "residual-{logit_scale}-{lr}" $every adaptor=residual lr=1e-3,1e-4 logit-scale=1,10; }
+prompts()     { local option; for option in pool=single,max no-negatives=yes wording=generic score=pos; do
+                run "prompts-{pool}-{negatives}-{wording}-{score}" scenario=joint,class $option; done; }
+methods()     { compare "{method}-{whiten}" method=linear,mlp,ewc,lwf,replay,joint,ncm,slda,l3a whiten=no,yes
+                compare "{method}-{whiten}" method=retune whiten=yes
+                compare "{method}" method=distil,analytic
+                compare "{method}-linear" method=analytic "set=features=0"
+                compare "{method}-1000" method=analytic "set=features=1000"
+                compare "{method}-1000-own" method=analytic "set=features=1000 shared=0"
+                compare "{method}-{whiten}" method=ranpac whiten=no,yes
+                compare "{method}-{whiten}-zero" method=ranpac "set=zero_shot=1" whiten=no,yes; }
+differences() { methods; }
+figures()     { methods; }
+orders()      { local order=("scenario=class" "class-order=random" "seed=${ORDERS// /,}")
+                run "order-{method}-{whiten}" "${order[@]}" method=retune,distil,analytic
+                run "order-{method}-1000" "${order[@]}" method=analytic "set=features=1000"
+                run "order-{method}-{whiten}" "${order[@]}" method=lwf,ewc whiten=yes
+                run "order-{method}-zero" "${order[@]}" method=ranpac "set=zero_shot=1" whiten=yes; }
 
-run "{adaptor}-{adapt}" $EVERY
+compare retune method=retune
 for table in $ONLY; do "$table"; done
 
 if grep -qxsF -- "$ONLY" "$RESULTS/runs/tables.txt"; then
     echo "nothing to do: every run, table and figure is in $RESULTS; delete it to start again"
 else
-    command=(python tables.py "$RESULTS" --only $ONLY)
+    command=(python -m experiments.tables "$RESULTS" --only $ONLY)
     "${command[@]}" || { echo "failed: ${command[*]}" >&2; exit 1; }
     echo "$ONLY" >>"$RESULTS/runs/tables.txt"
 fi

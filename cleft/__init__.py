@@ -1,0 +1,1 @@
+"""CLEFT, in the order of use: config, captions, data, towers, model, training, evaluation, tables."""

@@ -1,0 +1,16 @@
+"""Methods beside RE-tune, and what compares them. `--method NAME` imports the class only when it is asked for."""
+
+METHODS = {
+    "linear": "experiments.baselines:Linear",
+    "mlp": "experiments.baselines:MLP",
+    "ewc": "experiments.baselines:EWC",
+    "lwf": "experiments.baselines:LwF",
+    "replay": "experiments.baselines:Replay",
+    "joint": "experiments.baselines:Joint",
+    "ncm": "experiments.streaming:NCM",
+    "slda": "experiments.streaming:SLDA",
+    "ranpac": "experiments.streaming:RanPAC",
+    "l3a": "experiments.streaming:L3A",
+    "distil": "experiments.distil:Distil",
+    "analytic": "experiments.analytic:Analytic",
+}

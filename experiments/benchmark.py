@@ -1,7 +1,9 @@
-"""Speed and memory, each a ratio to a yardstick measured in the same run: `python benchmark.py [--only NAME ...]`.
+"""Speed and memory, each a ratio to a yardstick measured in the same run.
+
+    python -m experiments.benchmark [--only NAME ...]
 
 Medians of interleaved repeats, so that a machine that slows down slows both sides. No network and no data are
-needed: weights and images are random. A GPU is used for the encoder if there is one.
+needed: weights, images and tables are random. A GPU is used for the encoder if there is one.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
@@ -25,48 +29,68 @@ import retune
 
 BATCH, CLASSES, PROMPTS = 6144, 5, 8  # the authors' batch, classes, prompts a class (four of each polarity)
 TOKENS = 22  # BERT-base's own tokenizer pads the prompts of CheXpert's classes in prompts.json to this length
+CHEXPERT = 223_414  # training images
 
 
-def interleaved(
-    ours: Callable[[], float], yardstick: Callable[[], float], repeats: int
-) -> tuple[float, float]:
+def interleaved(ours: Callable[[], float], plain: Callable[[], float], repeats: int) -> list[float]:
     """Medians of the seconds that two functions report, run in turn after one warm-up each."""
-    ours(), yardstick()
-    pairs = [(ours(), yardstick()) for _ in range(repeats)]
-    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+    pairs = [(ours(), plain()) for _ in range(repeats + 1)][1:]
+    return [statistics.median(column) for column in zip(*pairs)]
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Wall seconds of one call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
-def training_problem(dim: int, rows: int = BATCH):
+def child(*arguments: object) -> list[float]:
+    """The numbers that this script prints in a process of its own; memory is that of one job alone."""
+    command = [sys.executable, "-m", "experiments.benchmark", "--child", *map(str, arguments)]
+    root = Path(retune.__file__).parent
+    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root).stdout
+    return [float(number) for number in output.split()]
+
+
+def peak_anonymous_mb(function: Callable[[], object]) -> float:
+    """MB of the highest anonymous memory of this process while `function` runs, sampled; Linux alone tells."""
+    samples = []
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.002) or not samples:
+            status = Path("/proc/self/status").read_text()
+            samples.append(int(status.split("RssAnon:")[1].split()[0]) / 1024)
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    function()
+    done.set()
+    sampler.join()
+    return max(samples)
+
+
+def training_problem(dim: int, rows: int = BATCH, model_class: type = retune.RETune) -> tuple:
     """(model, prompt bank, embeddings [rows, dim], labels, optimiser) of the authors' setting."""
     generator = torch.Generator().manual_seed(0)
-    bank = retune.PromptBank(
-        torch.randn(CLASSES * PROMPTS, dim, generator=generator),
-        torch.arange(2 * CLASSES).repeat_interleave(PROMPTS // 2),
-    )
-    model = retune.RETune(dim)
+    prompts = torch.randn(CLASSES * PROMPTS, dim, generator=generator)
+    bank = retune.PromptBank(prompts, torch.arange(2 * CLASSES).repeat_interleave(PROMPTS // 2))
+    model = model_class(dim)
     embeddings = torch.randn(rows, dim, generator=generator).numpy()
     labels = (torch.rand(rows, CLASSES, generator=generator) < 0.2).float()
     return model, bank, embeddings, labels, torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
 
 
-def step_seconds(problem, steps: int, before_step: Callable | None = None) -> float:
-    """Seconds a step of `retune.fit`; `before_step()` runs inside every step."""
+def train(problem: tuple, epochs: int, task: retune.Task | None = None) -> float:
+    """Seconds of `retune.fit` on a task, all rows and classes where none is given."""
     model, bank, embeddings, labels, optimizer = problem
-    task = retune.Task("benchmark", np.arange(len(embeddings)), tuple(range(CLASSES)))
-    penalty = None if before_step is None else (lambda images, logits: before_step())
-    start = time.perf_counter()
-    retune.fit(
-        model, bank, embeddings, labels, task, optimizer, epochs=steps, batch_size=BATCH,
-        generator=torch.Generator().manual_seed(0), penalty=penalty,
+    task = task or retune.Task("benchmark", np.arange(len(embeddings)), tuple(range(CLASSES)))
+    return seconds(
+        lambda: retune.fit(
+            model, bank, embeddings, labels, task, optimizer, epochs=epochs, batch_size=BATCH,
+            generator=torch.Generator().manual_seed(0),
+        )
     )  # fmt: skip
-    return (time.perf_counter() - start) / steps
 
 
 def matmul_seconds(size: int = 2048) -> float:
@@ -75,86 +99,102 @@ def matmul_seconds(size: int = 2048) -> float:
     return seconds(lambda: [a @ a for _ in range(3)]) / 3
 
 
-def training_flops(dim: int, repeats: int) -> tuple:
+def training(repeats: int, folder: Path) -> Iterator[tuple]:
     """Floating-point rate of adaptor training as a share of the matrix product's."""
-    problem = training_problem(dim)
-    ours, peak = interleaved(lambda: step_seconds(problem, 512 // dim * 10), matmul_seconds, repeats)
-    # Linear(D, 2D) and Linear(2D, D): forward 8, weight gradients 8, one input gradient 4 (x has none).
-    operations = 20 * BATCH * dim**2 + 6 * BATCH * dim * 2 * CLASSES + 24 * CLASSES * PROMPTS * dim**2
-    rate, best = operations / ours, 2 * 2048**3 / peak
-    return (
-        f"training, D = {dim}, batch {BATCH}",
-        f"{rate / 1e9:.0f} GFLOP/s",
-        f"{best / 1e9:.0f} GFLOP/s fp32 matmul",
-        rate / best,
-    )
+    for dim, steps in ((128, 40), (512, 10)):
+        problem = training_problem(dim)
+        ours, peak = interleaved(lambda p=problem, n=steps: train(p, n) / n, matmul_seconds, repeats)
+        # Linear(D, 2D) and Linear(2D, D): forward 8, weight gradients 8, one input gradient 4 (x has none).
+        operations = 20 * BATCH * dim**2 + 6 * BATCH * dim * 2 * CLASSES + 24 * CLASSES * PROMPTS * dim**2
+        rate, best = operations / ours, 2 * 2048**3 / peak
+        yardstick = f"{best / 1e9:.0f} GFLOP/s fp32 matmul"
+        yield f"training, D = {dim}, batch {BATCH}", f"{rate / 1e9:.0f} GFLOP/s", yardstick, rate / best
 
 
-def reencoding(repeats: int) -> tuple:
+def reencoding(repeats: int, folder: Path) -> Iterator[tuple]:
     """Our step against the same step that runs a BERT-base-sized text tower over 40 prompts first."""
     from transformers import BertConfig, BertModel
 
     tower = BertModel(BertConfig(), add_pooling_layer=False).eval()
     tokens = torch.randint(1000, (CLASSES * PROMPTS, TOKENS))
 
-    def encode() -> float:
-        with torch.no_grad():
-            tower(tokens)
-        return 0.0
+    class Reencoding(retune.RETune):
+        def penalty(self, images, logits):
+            with torch.no_grad():
+                tower(tokens)
+            return 0.0
 
-    problem = training_problem(128)
-    ours, theirs = interleaved(
-        lambda: step_seconds(problem, 20), lambda: step_seconds(problem, 1, encode), repeats
-    )
-    return (
-        "step, prompts embedded once",
-        f"{ours * 1e3:.1f} ms",
-        f"{theirs * 1e3:.0f} ms re-encoding 40 prompts of {TOKENS} tokens",
-        theirs / ours,
-    )
+    cached, encoding = training_problem(128), training_problem(128, model_class=Reencoding)
+    ours, theirs = interleaved(lambda: train(cached, 20) / 20, lambda: train(encoding, 1), repeats)
+    yardstick = f"{theirs * 1e3:.0f} ms re-encoding 40 prompts of {TOKENS} tokens"
+    yield "step, prompts embedded once", f"{ours * 1e3:.1f} ms", yardstick, theirs / ours
 
 
-def vit_encoder(folder: Path) -> retune.DualEncoder:
-    """A dual encoder with BiomedCLIP's image tower (ViT-B/16), random weights, and a one-layer text tower."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
+def scale(repeats: int, folder: Path) -> Iterator[tuple]:
+    """A whole data-incremental training, 20 parts x 10 epochs, on as many embeddings as CheXpert has images."""
+    for dim in (128, 512):
+        problem = training_problem(dim, CHEXPERT)
+        patients = np.arange(CHEXPERT) // 4
+        tasks = retune.make_tasks("data", problem[3].numpy(), list("abcde"), 20, 0, patients)
+        took = sum(train(problem, 10, task) for task in tasks)
+        peak = statistics.median(matmul_seconds() for _ in range(repeats))
+        ideal = 10 * CHEXPERT * 20 * dim**2 * peak / (2 * 2048**3)
+        what = f"20 parts x 10 epochs, {CHEXPERT:,} x {dim}"
+        yield what, f"{took:.1f} s", f"{ideal:.1f} s at matmul peak", ideal / took
 
-    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
-    text = {
-        "model_type": "bert",
-        "vocab_size": 2,
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    projection = ["Linear", {"in_features": 32, "out_features": 768}]
-    config = {
-        "name": "vit", "dim": 768,
-        "image": {"model": {"model_type": "vit"}, "pool": "cls", "head": []},
-        "text": {"model": text, "pool": "cls", "head": [projection], "context_length": 16},
-        "transform": {"resize": 224, "crop": 224, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3},
-    }  # fmt: skip
-    return retune.DualEncoder(config, tokenizer)
+
+def write_embeddings(file: Path, rows: int) -> None:
+    """A file of embeddings [rows, 512], written in blocks."""
+    array = np.lib.format.open_memmap(file, "w+", np.float32, (rows, 512))
+    block = np.random.default_rng(0).standard_normal((10_000, 512), dtype=np.float32)
+    for start in range(0, rows, len(block)):
+        array[start : start + len(block)] = block
+
+
+def train_on(file: str) -> None:
+    """Train one epoch on a file of embeddings and print the peak of anonymous memory."""
+    model, bank, _, _, optimizer = training_problem(512, rows=1)
+    embeddings = np.load(file, mmap_mode="r")
+    labels = torch.empty(len(embeddings), CLASSES).bernoulli_(0.2)
+    print(peak_anonymous_mb(lambda: train((model, bank, embeddings, labels, optimizer), 1)))
+
+
+def memory(repeats: int, folder: Path) -> Iterator[tuple]:
+    """Anonymous memory of training at three sizes of the embedding file; the ratio is to the smallest."""
+    peaks = {}
+    for rows in (50_000, 200_000, 1_000_000):
+        file = folder / f"{rows}.npy"
+        write_embeddings(file, rows)
+        peaks[rows] = statistics.median(child("train", file)[0] for _ in range(repeats))
+        file.unlink()
+    for rows, mb in peaks.items():
+        yardstick = f"{peaks[50_000]:,.0f} MB at 50,000 rows"
+        yield f"training, anonymous memory, {rows:,} x 512", f"{mb:,.0f} MB", yardstick, mb / peaks[50_000]
+
+
+def vit_encoder() -> retune.DualEncoder:
+    """BiomedCLIP's image tower (ViT-B/16) with random weights; the text tower is that of the demo."""
+    tiny = retune.DualEncoder.load("tiny")
+    return retune.DualEncoder(retune.BIOMEDCLIP | {"text": tiny.config["text"]}, tiny.tokenizer)
 
 
 def jpegs(folder: Path, count: int) -> retune.Radiographs:
     """A data set of 320 x 320 grey JPEG files, the size of CheXpert-small."""
     from torchvision.io import write_jpeg
 
-    generator, images = torch.Generator().manual_seed(0), []
-    for i in range(count):
+    generator = torch.Generator().manual_seed(0)
+    images = [folder / f"{i:04d}.jpg" for i in range(count)]
+    for image in images:
         coarse = torch.rand(1, 1, 20, 20, generator=generator) * 255
         pixels = nn.functional.interpolate(coarse, size=(320, 320), mode="bilinear")[0].to(torch.uint8)
-        images.append(folder / f"{i:04d}.jpg")
-        write_jpeg(pixels, str(images[-1]))
+        write_jpeg(pixels, str(image))
     return retune.Radiographs(images, np.zeros((count, 1)), ["x"], images, ["train"] * count)
 
 
-def embedding(repeats: int, folder: Path) -> list[tuple]:
+def embedding(repeats: int, folder: Path) -> Iterator[tuple]:
     """Images a second from JPEG files against the tower's bare forward; bf16 against fp32."""
     device, count, batch = retune.pick_device("auto"), 24, 8
-    encoder, data = vit_encoder(folder).to(device), jpegs(folder, count)
+    encoder, data = vit_encoder().to(device), jpegs(folder, count)
     pixels = torch.randn(batch, 3, 224, 224, device=device)
 
     def bare(dtype: torch.dtype | None = None) -> float:
@@ -163,151 +203,97 @@ def embedding(repeats: int, folder: Path) -> list[tuple]:
 
     def from_files() -> float:
         with tempfile.TemporaryDirectory(dir=folder) as cache:
-            took = seconds(
-                lambda: retune.embed(encoder, data, Path(cache), batch_size=batch, workers=2, device=device)
-            )
-        return took
+            options = {"batch_size": batch, "workers": 2, "device": device}
+            return seconds(lambda: retune.embed(encoder, data, Path(cache), **options))
 
     ours, forward = interleaved(from_files, bare, repeats)
+    rate = "{:.1f} images/s".format
+    yardstick = f"{rate(count / forward)} bare forward"
+    yield "embedding 320 x 320 JPEGs, ViT-B/16", rate(count / ours), yardstick, forward / ours
     low, full = interleaved(lambda: bare(torch.bfloat16), bare, repeats)
-    return [
-        ("embedding 320 x 320 JPEGs, ViT-B/16", f"{count / ours:.1f} images/s", f"{count / forward:.1f} images/s bare forward", forward / ours),
-        ("encoder in bf16", f"{count / low:.1f} images/s", f"{count / full:.1f} images/s in fp32", full / low),
-    ]  # fmt: skip
+    yield "encoder in bf16", rate(count / low), f"{rate(count / full)} in fp32", full / low
 
 
-def two_ranks(repeats: int, folder: Path) -> tuple:
+def two_ranks(repeats: int, folder: Path) -> Iterator[tuple]:
     """Wall time of embedding the demo in one process against two ranks, on the same cores."""
-    script = Path(retune.__file__)
 
     def launch(ranks: int) -> float:
         with tempfile.TemporaryDirectory(dir=folder) as output:
             launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-            command = [
-                sys.executable,
-                *launcher,
-                str(script),
-                "--scenario",
-                "zero",
-                "--output",
-                f"{output}/run",
-            ]
-            command += ["--cache-dir", f"{output}/cache", "--workers", "0", "--no-figures"]
+            options = ["--scenario", "zero", "--output", f"{output}/run", "--cache-dir", f"{output}/cache"]
+            command = [sys.executable, *launcher, retune.__file__, *options, "--workers", "0", "--no-figures"]
             threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
             subprocess.run(command, check=True, capture_output=True, env=os.environ | threads)
             return json.loads(Path(f"{output}/run/metrics.json").read_text())["cost"]["embed_seconds"] / ranks
 
     ours, single = interleaved(lambda: launch(2), lambda: launch(1), repeats)
-    return "embedding the demo on 2 ranks", f"{ours:.1f} s", f"{single:.1f} s on 1", single / ours
+    yield "embedding the demo on 2 ranks", f"{ours:.1f} s", f"{single:.1f} s on 1", single / ours
 
 
-def write_embeddings(file: Path, rows: int) -> None:
-    """A file of embeddings [rows, 512], written, not mapped: a child's peak memory begins at its parent's."""
-    header = {"descr": "<f4", "fortran_order": False, "shape": (rows, 512)}
-    block = np.random.default_rng(0).standard_normal((10_000, 512), dtype=np.float32)
-    with open(file, "wb") as output:
-        np.lib.format.write_array_header_1_0(output, header)
-        output.writelines(block.data for _ in range(rows // len(block)))
+def write_chexpert(folder: Path) -> None:
+    """CheXpert's label files at their full size, without images."""
+    rows = range(CHEXPERT)
+    table = pd.DataFrame(
+        {"Path": [f"CheXpert-v1.0/train/patient{i // 4:05d}/study{i % 4}/a.jpg" for i in rows]}
+    )
+    table = table.assign(**{"Sex": "Female", "Age": 60, "Frontal/Lateral": "Frontal", "AP/PA": "AP"})
+    for finding in retune.CHEXPERT_FINDINGS:
+        table[finding] = np.random.default_rng(0).choice(["", "1.0", "0.0", "-1.0"], CHEXPERT)
+    table.to_csv(folder / "train.csv", index=False)
+    valid = table.head(234).assign(Path=table["Path"].str.replace("train/patient", "valid/other"))
+    valid.to_csv(folder / "valid.csv", index=False)
 
 
-def peak_memory(file: Path) -> float:
-    """Peak resident MB of a process that trains one epoch on a file of embeddings."""
-    command = [sys.executable, __file__, "--train-on", str(file)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+def load_chexpert(folder: str) -> None:
+    """Print the seconds and the MB of anonymous memory that loading CheXpert's tables takes."""
+    config = retune.Config(data="chexpert", data_dir=folder)
+    before = peak_anonymous_mb(lambda: None)
+    took = []
+    peak = peak_anonymous_mb(lambda: took.append(seconds(lambda: retune.load_radiographs(config))))
+    print(*took, peak - before)
 
 
-def train_on(file: Path) -> None:
-    """Train one epoch on a file of embeddings and print this process's peak memory."""
-    embeddings = np.load(file, mmap_mode="r")
-    model, bank, _, _, optimizer = training_problem(512, rows=1)
-    labels = torch.empty(len(embeddings), CLASSES).bernoulli_(0.2)
-    task = retune.Task("benchmark", np.arange(len(embeddings)), tuple(range(CLASSES)))
-    retune.fit(
-        model, bank, embeddings, labels, task, optimizer, epochs=1, batch_size=BATCH,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
-    print(retune.peak_memory_mb())
+def loading(repeats: int, folder: Path) -> Iterator[tuple]:
+    """Loading CheXpert's tables against pandas reading train.csv alone."""
+    write_chexpert(folder)
+    loads = [child("load", folder) for _ in range(repeats)]
+    plain = statistics.median(seconds(lambda: pd.read_csv(folder / "train.csv")) for _ in range(repeats))
+    took, mb = (statistics.median(column) for column in zip(*loads))
+    what = f"loading CheXpert's tables, {CHEXPERT:,} rows"
+    yield what, f"{took:.2f} s", f"{plain:.2f} s pandas.read_csv", took / plain
+    yield f"{what}, anonymous memory", f"{mb:,.0f} MB", "400 MB allowed", mb / 400
 
 
-def memory(repeats: int, folder: Path) -> list[tuple]:
-    """Peak memory of training at three sizes of the embedding file; the ratio is to the smallest."""
-    files = {rows: folder / f"{rows}.npy" for rows in (50_000, 200_000, 1_000_000)}
-    for rows, file in files.items():
-        write_embeddings(file, rows)
-    peaks = [[peak_memory(file) for file in files.values()] for _ in range(repeats)]
-    medians = [statistics.median(column) for column in zip(*peaks)]
-    for file in files.values():
-        file.unlink()
-    return [
-        (f"training memory, {rows:,} x 512", f"{mb:,.0f} MB", f"{medians[0]:,.0f} MB at 50,000 rows", mb / medians[0])
-        for rows, mb in zip(files, medians)
-    ]  # fmt: skip
-
-
-def scale(repeats: int) -> list[tuple]:
-    """A whole data-incremental training, 20 parts x 10 epochs, on as many embeddings as CheXpert has images."""
-    rows = []
-    for dim in (128, 512):
-        model, bank, embeddings, labels, optimizer = training_problem(dim, 223_414)
-        tasks = retune.make_tasks("data", labels.numpy(), list("abcde"), 20, 0, np.arange(223_414) // 4)
-        start = time.perf_counter()
-        for task in tasks:
-            retune.fit(
-                model, bank, embeddings, labels, task, optimizer, epochs=10, batch_size=BATCH,
-                generator=torch.Generator().manual_seed(0),
-            )  # fmt: skip
-        took, operations = time.perf_counter() - start, 10 * 223_414 * 20 * dim**2
-        ideal = operations / (2 * 2048**3 / statistics.median(matmul_seconds() for _ in range(repeats)))
-        rows.append(
-            (
-                f"20 parts x 10 epochs, 223,414 x {dim}",
-                f"{took:.1f} s",
-                f"{ideal:.1f} s at matmul peak",
-                ideal / took,
-            )
-        )
-    return rows
-
-
-def help_time(repeats: int) -> tuple:
+def help_time(repeats: int, folder: Path) -> Iterator[tuple]:
     """Wall time of `retune.py --help` against importing torch."""
-    run = lambda *command: seconds(
-        lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True)
-    )
-    ours, torch_alone = interleaved(
-        lambda: run(retune.__file__, "--help"), lambda: run("-c", "import torch"), repeats
-    )
-    return "retune.py --help", f"{ours:.2f} s", f"{torch_alone:.2f} s import torch", ours / torch_alone
+
+    def run(*command: str) -> float:
+        return seconds(lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True))
+
+    ours, plain = interleaved(lambda: run(retune.__file__, "-h"), lambda: run("-c", "import torch"), repeats)
+    yield "retune.py --help", f"{ours:.2f} s", f"{plain:.2f} s import torch", ours / plain
+
+
+MEASURES = {
+    "memory": memory, "training": training, "prompts": reencoding, "embedding": embedding, "ranks": two_ranks,
+    "scale": scale, "loading": loading, "help": help_time,
+}  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    # Memory first: a child's peak begins at that of its parent, which the other measures raise.
-    names = ("memory", "training", "prompts", "embedding", "ranks", "scale", "help")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="measure these alone")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="measure these alone")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats (default: 5)")
-    parser.add_argument("--train-on", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.train_on:
-        return train_on(arguments.train_on)
-    n = arguments.repeats
+    if arguments.child:
+        job, path = arguments.child
+        return {"train": train_on, "load": load_chexpert}[job](path)
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        measures = {
-            "training": lambda: [training_flops(128, n), training_flops(512, n)],
-            "prompts": lambda: [reencoding(n)],
-            "embedding": lambda: embedding(n, folder),
-            "ranks": lambda: [two_ranks(n, folder)],
-            "memory": lambda: memory(n, folder),
-            "scale": lambda: scale(n),
-            "help": lambda: [help_time(n)],
-        }
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {retune.pick_device('auto')}\n")
         print("| what | ours | yardstick | ratio |\n| --- | ---: | ---: | ---: |", flush=True)
         for name in arguments.only:
-            for what, ours, yardstick, ratio in measures[name]():  # rows appear as they are ready
+            for what, ours, yardstick, ratio in MEASURES[name](arguments.repeats, Path(folder)):
                 print(f"| {what} | {ours} | {yardstick} | {ratio:.2f} |", flush=True)
 
 

@@ -1,5 +1,3 @@
-"""One thread for torch in the tests and in the processes that they start: bits depend on the number of threads."""
+"""The fixtures of `tests/` are those of `tests/fixtures.py`, which `test_retune.py` uses too."""
 
-import os
-
-os.environ["OMP_NUM_THREADS"] = "1"
+pytest_plugins = ["tests.fixtures"]

@@ -1,27 +1,24 @@
-"""CLEFT: formulas against plain versions, pieces and ranks against one process, loaders, refusals, runs."""
+"""CLEFT: formulae against float64 versions, ranks, resumption, layouts of the data sets, every experiment."""
 
 import dataclasses
 import json
 import math
-import os
-import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
-import phantoms
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-import towers
+from torchvision.io import write_png
 
-import cleft
 import retune
-from cleft import Cleft, Config, settle
-from retune import DualEncoder, InputError
+from cleft import __main__ as program
+from cleft import captions, config, data, evaluation, model, tables, towers, training
+from cleft.__main__ import main
+from cleft.config import Config, resolve_defaults
+from retune import HERE, DualEncoder, InputError
 
-CAPTIONS = [
+TEXTS = [
     "no edema",
     "there is a large left pleural effusion",
     "cardiomegaly",
@@ -33,522 +30,722 @@ CAPTIONS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small encoder without batch normalisation in our format: ViT images, GPT-2 texts with dropout off."""
+    """A small encoder in our format, without batch normalisation and dropout: ViT images, GPT-2 texts."""
     vit = {"model_type": "vit", "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
            "intermediate_size": 32, "image_size": 16, "patch_size": 8}  # fmt: skip
-    tokenizer = towers.train_tokenizer(CAPTIONS)
-    text = towers.SMALL_TEXT | {"vocab_size": len(tokenizer), "n_embd": 16}
-    config = {
-        "name": "vit", "dim": 8, "image": {"model": vit, "pool": "pre_norm_mean", "head": towers.head(24, 8)},
-        "text": {"model": text, "pool": "last", "head": towers.head(16, 8), "context_length": 40},
-        "transform": {"resize": 16, "crop": 16, "interpolation": "bilinear", "mean": [0.5] * 3,
-                      "std": [0.5] * 3},
+    tokenizer = towers.train_tokenizer(TEXTS)
+    text = towers.SMALL_TEXT | {"vocab_size": len(tokenizer), "n_embd": 16, "n_positions": 96}
+    settings = {
+        "name": "vit", "dim": 8, "image": {"model": vit, "pool": "pre_norm_mean", "head": [retune.linear(24, 8)]},
+        "text": {"model": text, "pool": "last", "head": [retune.linear(16, 8)], "context_length": 96},
+        "transform": {"resize": [18, 18], "crop": 16, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3},
     }  # fmt: skip
     target = tmp_path_factory.mktemp("encoder") / "vit"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        DualEncoder(config, tokenizer).save(target)
+    with retune.seeded(0):
+        DualEncoder(settings, tokenizer).save(target)
     return target
 
 
 def settings(folder, **changes):
-    base = {"image": str(folder), "text": str(folder), "dim": 8, "batch_size": 12, "steps": 4,
-            "prompt_steps": 4, "prompt_lr": 0.1, "lr": 1e-2, "lora_dropout": 0.0, "truncate": True,
-            "demo_images": 200, "device": "cpu"}  # fmt: skip
-    return settle(Config(**base | changes))
+    base = {"image": str(folder), "text": str(folder), "dim": 8, "batch_size": 12, "steps": 4, "prompt_steps": 4,
+            "prompt_lr": 0.1, "lr": 1e-2, "lora_dropout": 0.0, "truncate": True, "demo_images": 300, "device": "cpu",
+            "foreground": "off", "augment": "off", "save_every": 2}  # fmt: skip
+    return resolve_defaults(Config(**base | changes))
 
 
 def make_model(folder, **changes):
-    config = settings(folder, **changes)
-    return Cleft(cleft.build_encoder(config, CAPTIONS), config), config
+    chosen = settings(folder, **changes)
+    return model.Cleft(towers.build_encoder(chosen, TEXTS), chosen), chosen
 
 
-def inputs(model, n=6):
-    pixels = torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    return [pixels, *model.encoder.tokenize((CAPTIONS * n)[:n]).values()]
+def inputs(built, n=12):
+    pixels = torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(built.log_scale.dtype)
+    return [pixels, *built.encoder.tokenize((TEXTS * n)[:n]).values()]
 
 
-# --------------------------------------------------------------------------------------------------- Formulas
+def radiographs(labels, names, split="test"):
+    ids = [str(i) for i in range(len(labels))]
+    return retune.Radiographs(ids, np.array(labels, np.float32), names, ids, [split] * len(ids))
 
 
-def test_contrastive_loss_is_both_cross_entropies():
-    images, texts = (F.normalize(torch.randn(5, 8, dtype=torch.float64), dim=1) for _ in range(2))
-    cosines = [[float(10 * (a * b).sum()) for b in texts] for a in images]
-    plain = 0.0
-    for table in (cosines, list(zip(*cosines, strict=True))):
-        for i, row in enumerate(table):
-            plain += (np.log(np.exp(row).sum()) - row[i]) / len(table)
-    assert abs(cleft.contrastive_loss(images, texts, torch.tensor(10.0)).item() - plain) < 1e-6
+def plain_loss(images, texts, scale):
+    """Mean cross-entropy of rows plus that of columns, in numpy."""
+    cosines = scale * images @ texts.T
+    loss = 0.0
+    for table in (cosines, cosines.T):
+        loss += np.mean([np.log(np.exp(row).sum()) - row[i] for i, row in enumerate(table)])
+    return loss
 
 
-def test_text_feature_is_the_last_token_whatever_the_padding(folder):
+@pytest.mark.parametrize("local", [False, True])
+def test_loss_and_its_gradients(local):
+    generator = torch.Generator().manual_seed(0)
+    vectors = [F.normalize(torch.randn(12, 8, generator=generator).double(), dim=1) for _ in range(2)]
+    scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+    own = [part.clone().requires_grad_() for part in vectors]
+    plain = plain_loss(*(x.numpy() for x in vectors), 5.0)
+    assert abs(model.contrastive_step(scale, *own, local) - plain) < 1e-9
+    step = torch.zeros(12, 8, dtype=torch.float64)
+    step[3, 4] = 1e-5
+    for i, part in enumerate(own):
+        moved = [[x + sign * step * (j == i) for j, x in enumerate(vectors)] for sign in (1, -1)]
+        up, down = (plain_loss(*(x.numpy() for x in pair), 5.0) for pair in moved)
+        assert abs(part.grad[3, 4] - (up - down) / 2e-5) < 1e-8
+
+
+def run_rank(rank, world, folder, local, target):
+    torch.set_num_threads(1)
+    place = {"init_method": f"file://{target}/store", "rank": rank, "world_size": world}
+    torch.distributed.init_process_group("gloo", **place)
+    built, _ = make_model(folder)
+    built.double()
+    vectors = built(*[tensor.chunk(world)[rank] for tensor in inputs(built)])
+    loss = model.contrastive_step(built.scale, *vectors, local)
+    gradients = {}
+    for name, p in built.named_parameters():
+        if p.grad is not None:
+            torch.distributed.all_reduce(p.grad)
+            gradients[name] = p.grad
+    torch.save((loss, gradients), f"{target}/{rank}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("local", [False, True])
+def test_four_processes_take_the_step_of_one(folder, tmp_path, local):
+    torch.multiprocessing.spawn(run_rank, (4, folder, local, tmp_path), 4)
+    built, _ = make_model(folder)
+    built.double()
+    vectors = built(*inputs(built))
+    pairs = zip(*(part.split(3) for part in vectors), strict=True) if local else [vectors]
+    losses = [model.contrastive_loss(*pair, built.scale) for pair in pairs]
+    expected = sum(losses) / len(losses)
+    expected.backward()
+    for rank in range(4):
+        loss, gradients = torch.load(tmp_path / f"{rank}.pt")
+        assert abs(loss - expected) < 1e-9
+        for name, p in built.named_parameters():
+            if p.grad is not None:
+                assert (gradients[name] - p.grad).abs().max() < 1e-9, name
+
+
+def test_text_feature_is_the_end_token_whatever_the_padding(folder):
     encoder = DualEncoder.load(str(folder)).double()
-    together = encoder.encode_texts(CAPTIONS)  # float32 from double
-    for text, row in zip(CAPTIONS, together, strict=True):
-        ids = torch.tensor([encoder.tokenizer(text)["input_ids"]])
-        with torch.inference_mode():
-            hidden = encoder.text.tower(ids)["last_hidden_state"][0, -1]  # [H]
-            alone = hidden @ encoder.text.head[0].weight.T
-        assert ids[0, -1] == encoder.tokenizer.eos_token_id
-        torch.testing.assert_close(row, alone.float(), atol=1e-6, rtol=0)
-
-
-def test_image_feature_is_the_mean_before_the_last_norm(folder):
-    encoder = DualEncoder.load(str(folder)).double()
-    pixels = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    tokens = encoder.tokenize(TEXTS)
     with torch.inference_mode():
-        hidden = encoder.image.tower(pixels, output_hidden_states=True)["hidden_states"][-1]  # [2, 5, H]
-        plain = hidden.mean(1) @ encoder.image.head[0].weight.T
-    torch.testing.assert_close(encoder.encode_images(pixels), plain.float(), atol=1e-6, rtol=0)
+        together = encoder.text(*tokens.values())
+        for text, row in zip(TEXTS, together, strict=True):
+            ids = torch.tensor([encoder.tokenizer(text)["input_ids"]])
+            assert ids[0, -1] == encoder.tokenizer.eos_token_id
+            hidden = encoder.text.tower(ids)["last_hidden_state"][0, -1]  # [H]
+            plain = encoder.text.head[0].weight @ hidden + encoder.text.head[0].bias
+            assert (row - plain).abs().max() < 1e-9
 
 
-def test_lora_sits_on_the_attention_and_adds_a_scaled_product(folder):
-    model, config = make_model(folder)
-    tuned = [name for name, p in model.encoder.text.tower.named_parameters() if p.requires_grad]
-    assert len(tuned) == 4 and all(".attn.c_attn.lora_" in name for name in tuned)  # 2 layers x A, B
-    frozen = DualEncoder.load(str(folder)).double()
-    model.double().eval()
-    tokens, generator = model.encoder.tokenize(CAPTIONS), torch.Generator().manual_seed(0)
-    torch.testing.assert_close(model.encoder.text(*tokens.values()), frozen.text(*tokens.values()))
-    state = dict(model.encoder.text.tower.named_parameters())
-    with torch.no_grad():
-        for layer, block in enumerate(frozen.text.tower.h):
-            prefix = f"base_model.model.h.{layer}.attn.c_attn.lora_"
-            state[f"{prefix}B.default.weight"].normal_(generator=generator)
-            product = state[f"{prefix}B.default.weight"] @ state[f"{prefix}A.default.weight"]  # [3H, H]
-            block.attn.c_attn.weight += (
-                config.lora_alpha / config.lora_rank * product.T
-            )  # Conv1D stores [H, 3H]
-    torch.testing.assert_close(
-        model.encoder.text(*tokens.values()), frozen.text(*tokens.values()), atol=1e-6, rtol=0
-    )
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """GPT-2 as published: byte-level BPE without an end token after a text and without padding."""
+    from tokenizers import processors
+    from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
+
+    target = tmp_path_factory.mktemp("gpt2")
+    backend = towers.train_tokenizer(TEXTS).backend_tokenizer
+    backend.post_processor = processors.ByteLevel()  # as GPT-2's: nothing after the text
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    shape = {k: v for k, v in towers.SMALL_TEXT.items() if k not in ("model_type", "eos_token_id")}
+    with retune.seeded(1):
+        GPT2Model(GPT2Config(**shape, vocab_size=len(tokenizer))).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
 
 
-@pytest.mark.parametrize("kind", ["lora", "ia3", "prefix", "none"])
-def test_each_peft_kind_trains_its_own_weights_only(folder, kind):
-    model, _ = make_model(folder, peft=kind)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    cleft.contrastive_step(model, [inputs(model)], 0, lambda: torch.autocast("cpu", enabled=False))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    optimizer.step()
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    text = {name for name in moved if name.startswith("encoder.text.tower")}
-    assert "log_scale" in moved and any(name.startswith("encoder.image.tower") for name in moved)
-    assert text and all(
-        p in str(text) for p in ({"lora": ["lora_B"], "ia3": ["ia3_l"], "prefix": ["prompt"]}.get(kind, []))
-    )
-    assert kind == "none" or all(dict(model.named_parameters())[name].requires_grad for name in text)
+def test_published_tokenizer_ends_every_text(published, folder):
+    from transformers import AutoTokenizer, GPT2Model
+
+    assert AutoTokenizer.from_pretrained(published)("edema")["input_ids"][-1] != 1
+    encoder = towers.build_encoder(settings(folder, text=str(published), context_length=64))
+    ids, mask = encoder.tokenize(["edema", "a normal chest with edema"]).values()
+    lengths = mask.sum(1)
+    assert (ids[[0, 1], lengths - 1] == encoder.tokenizer.eos_token_id).all()
+    encoder.double()
+    tower = GPT2Model.from_pretrained(published).double().eval()
+    with torch.inference_mode():
+        hidden = tower(ids[:1, : lengths[0]])["last_hidden_state"][0, -1]
+        plain = encoder.text.head[0].weight @ hidden + encoder.text.head[0].bias
+        assert (encoder.text(ids, mask)[0] - plain).abs().max() < 1e-9
+    assert encoder.image.head[0].bias is not None
 
 
-def test_captions_name_positives_and_on_request_negatives():
-    config = Config()
-    row, names = [1, 0, float("nan"), 1], ["edema", "mass", "hernia", "nodule"]
-    assert cleft.caption(row, names, config) == "a chest X-ray of a patient with edema, nodule"
-    assert cleft.caption([0, 0], names[:2], config) == "a chest X-ray of a patient with no finding"
-    negative = dataclasses.replace(config, negative_captions=True)
-    assert cleft.caption(row, names, negative) == "a chest X-ray of a patient with edema, nodule, no mass"
+def test_image_features_are_the_mean_before_the_last_norm(folder, tmp_path):
+    built, chosen = make_model(folder, cache_dir=str(tmp_path))
+    built.eval()
+    pairs = data.load_pairs(chosen)
+    features = training.embed_features(built, pairs, chosen)
+    built.double()
+    pixels = built.encoder.transform(torch.from_numpy(pairs.images[7])[None])[None].double()
+    with torch.inference_mode():
+        output = built.encoder.image.tower(pixels, output_hidden_states=True)
+        hidden = output["hidden_states"][-1][0]  # [5, H]
+        head = built.encoder.image.head[0]
+        plain = hidden.mean(0)
+        assert (torch.from_numpy(features[7]) - plain).abs().max() < 1e-5
+        assert (built.encoder.image(pixels)[0] - (head.weight @ plain + head.bias)).abs().max() < 1e-9
 
 
-def test_learning_rate_rises_then_follows_a_cosine():
-    rates = [towers.learning_rate(step, 110, 1.0, 10, 0.1) for step in range(110)]
-    assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
-    assert rates[60] == pytest.approx(0.1 + 0.9 * 0.5) and rates[-1] == pytest.approx(0.1, abs=1e-3)
+def test_schedule_rises_then_follows_a_cosine():
+    for step in range(0, 40_000, 1234):
+        plain = 4e-5 * (step + 1) / 4000
+        if step >= 4000:
+            plain = 1e-8 + (4e-5 - 1e-8) * (1 + math.cos(math.pi * (step - 4000) / 36_000)) / 2
+        assert abs(training.learning_rate(step, 40_000, 4e-5, 4000, 1e-8) - plain) < 1e-15
+
+
+def test_context_stands_before_the_class(folder):
+    built, chosen = make_model(folder)
+    built.double().eval()
+    prompt = model.Prompt(built, ["edema", "pleural effusion"], dataclasses.replace(chosen, context_tokens=7))
+    encoder, table = built.encoder, built.encoder.text.tower.get_input_embeddings().weight
+    words = encoder.tokenizer(chosen.base_caption, add_special_tokens=False)["input_ids"]
+    assert torch.equal(prompt.context, table[(words * 7)[:7]])
+    for name, row in zip(("edema", "pleural effusion"), prompt(), strict=True):
+        ids = encoder.tokenizer(name)["input_ids"]  # class name, end token
+        hidden = encoder.text.tower(inputs_embeds=torch.cat([prompt.context, table[ids]])[None])
+        feature = encoder.text.head(hidden["last_hidden_state"][0, -1])
+        assert (row - feature / feature.norm()).abs().max() < 1e-9
+
+
+def test_stage_2_takes_the_plain_step(folder, tmp_path):
+    built, chosen = make_model(folder, output=str(tmp_path), prompt_steps=1)
+    built.double().eval().requires_grad_(False)
+    pairs = data.load_pairs(chosen)
+    learn = pairs.where("train")
+    chosen = dataclasses.replace(chosen, batch_size=len(learn))
+    features = np.random.default_rng(0).normal(size=(300, 24))
+    plain = model.Prompt(built, pairs.class_names, chosen)
+    head = built.encoder.image.head[0]
+    x = F.normalize(torch.from_numpy(features[learn]) @ head.weight.T + head.bias, dim=1)
+    y = torch.from_numpy(pairs.labels[learn]).double()
+    logits = built.scale * x @ plain().T
+    loss = -(y * F.logsigmoid(logits) + (1 - y) * F.logsigmoid(-logits)).mean()
+    loss.backward()
+    expected = plain.context - chosen.prompt_lr * (plain.context.grad + 1e-3 * plain.context)
+    before = {name: p.clone() for name, p in built.state_dict().items()}
+    tuned = training.tune_prompt(built, pairs, features, chosen)
+    assert (tuned.context - expected).abs().max() < 1e-9
+    assert all(torch.equal(p, before[name]) for name, p in built.state_dict().items())
+
+
+def test_no_decay_on_one_dimensional_parameters(folder):
+    built, chosen = make_model(folder)
+    decayed, plain = training.make_adamw(built, chosen).param_groups
+    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0
+    assert {p.ndim for p in decayed["params"]} == {2, 3, 4} and {p.ndim for p in plain["params"]} == {0, 1}
+    (everything,) = training.make_adamw(built, dataclasses.replace(chosen, decay_all=True)).param_groups
+    assert len(everything["params"]) == len(decayed["params"]) + len(plain["params"])
 
 
 def test_batches_are_permutations_of_each_epoch():
     rows = np.arange(100, 111)
-    batches = list(cleft.batch_rows(rows, 5, 0, 4, 3))  # two epochs of two batches; one row is left over
+    batches = list(training.batch_rows(rows, 5, 0, 4, 3))  # two epochs of two batches; one row is left over
     assert all(len(set(np.concatenate(epoch))) == 10 for epoch in (batches[:2], batches[2:]))
     assert not np.array_equal(batches[0], batches[2])
-    resumed = list(cleft.batch_rows(rows, 5, 3, 4, 3))  # from the middle of an epoch
+    resumed = list(training.batch_rows(rows, 5, 3, 4, 3))  # from the middle of an epoch
     assert len(resumed) == 1 and np.array_equal(resumed[0], batches[3])
 
 
-def test_context_stands_before_the_class_name(folder):
-    model, config = make_model(folder)
-    model.eval()
-    prompt = cleft.Prompt(model, ["Edema", "Pleural Effusion"], dataclasses.replace(config, context_tokens=7))
-    encoder, table = model.encoder, model.encoder.text.tower.get_input_embeddings().weight
-    words = encoder.tokenizer(config.base_caption, add_special_tokens=False)["input_ids"]
-    assert torch.equal(prompt.context, table[(words * 7)[:7]])
-    for name, row in zip(("edema", "pleural effusion"), prompt(), strict=True):
-        ids = encoder.tokenizer(name)["input_ids"]  # class name, end token
-        whole = torch.cat([prompt.context, table[ids]])[None]
-        hidden = encoder.text.tower(inputs_embeds=whole)["last_hidden_state"][0, -1]
-        torch.testing.assert_close(row, F.normalize(encoder.text.head(hidden), dim=0), atol=1e-6, rtol=0)
+@pytest.mark.parametrize("kind", config.PEFT)
+def test_each_tuning_moves_its_own_weights(folder, kind):
+    built, _ = make_model(folder, peft=kind)
+    before = {name: p.detach().clone() for name, p in built.named_parameters()}
+    model.contrastive_step(built.scale, *built(*inputs(built)))
+    torch.optim.SGD([p for p in built.parameters() if p.requires_grad], 0.1).step()
+    moved = {name for name, p in built.named_parameters() if not torch.equal(p, before[name])}
+    text = {name for name in moved if name.startswith("encoder.text.tower")}
+    mark = {"lora": "lora_B", "adalora": "lora_E", "ia3": "ia3_l", "prefix": "prompt", "none": "wte"}
+    assert all(mark.get(kind) in name for name in text if kind != "none") and bool(text) == (kind != "frozen")
+    assert "log_scale" in moved and any(name.startswith("encoder.image.tower") for name in moved)
+    assert {"encoder.image.head.0.bias", "encoder.text.head.0.bias"} <= moved
 
 
-def test_stage_2_trains_the_context_by_plain_binary_cross_entropy(folder, tmp_path):
-    model, config = make_model(folder, output=str(tmp_path), prompt_steps=1, batch_size=140)
-    model.eval().requires_grad_(False)
-    data = retune.load_radiographs(retune.Config(demo_images=200))
-    config = dataclasses.replace(config, batch_size=len(data.where("train")))
-    embeddings = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
-    plain = cleft.Prompt(model, data.class_names, config)
-    x, y = (
-        torch.from_numpy(embeddings[data.where("train")]).double(),
-        torch.from_numpy(data.labels[data.where("train")]),
-    )
-    logits = model.scale.double() * F.normalize(x, dim=1) @ plain().double().T
-    loss = -(y * F.logsigmoid(logits) + (1 - y) * F.logsigmoid(-logits)).mean()
-    loss.backward()
-    rate = towers.learning_rate(0, 1, config.prompt_lr, 0, config.prompt_lr / 10)
-    expected = plain.context - rate * (plain.context.grad + 1e-3 * plain.context)
-    state = {name: p.clone() for name, p in model.state_dict().items()}
-    tuned = cleft.tune_prompt(model, data, embeddings, config)
-    torch.testing.assert_close(tuned.context, expected.detach(), atol=1e-6, rtol=0)
-    assert all(torch.equal(p, state[name]) for name, p in model.state_dict().items())
-
-
-# -------------------------------------------------------------------------------------- Pieces, ranks, resume
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def plain_gradients(folder, **changes):
-    """Gradients of the whole batch's loss by one backward pass."""
-    model, _ = make_model(folder, **changes)
-    loss = cleft.contrastive_loss(*model(*inputs(model, 12)), model.scale)
-    loss.backward()
-    return loss.item(), gradients(model)
-
-
-@pytest.mark.parametrize("pieces", [1, 3])
-def test_pieces_leave_loss_and_gradients_as_they_are(folder, pieces):
-    expected_loss, expected = plain_gradients(folder)
-    model, _ = make_model(folder)
-    parts = list(zip(*(tensor.split(12 // pieces) for tensor in inputs(model, 12)), strict=True))
-    loss = cleft.contrastive_step(model, parts, 0, lambda: torch.autocast("cpu", enabled=False))
-    assert loss.item() == pytest.approx(expected_loss, abs=1e-6)
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
-
-
-RANK = """
-import sys, torch, test_cleft, cleft, retune
-retune.join_ranks()
-torch.set_num_threads(1)
-rank, world = retune.ranks()
-model, _ = test_cleft.make_model(sys.argv[1])
-part = [tensor.chunk(world)[rank] for tensor in test_cleft.inputs(model, 12)]
-loss = cleft.contrastive_step(model, [part], 0, lambda: torch.autocast("cpu", enabled=False))
-retune.sum_gradients([p for p in model.parameters() if p.grad is not None])
-torch.save((loss.item(), test_cleft.gradients(model)), f"{sys.argv[2]}/{rank}.pt")
-"""
-
-
-def test_two_ranks_take_the_step_of_one(folder, tmp_path):
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    here = {"PYTHONPATH": str(Path(cleft.__file__).parent), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*command, script, folder, tmp_path], check=True, env=os.environ | here, capture_output=True
-    )
-    expected_loss, expected = plain_gradients(folder)
-    for rank in range(2):
-        loss, found = torch.load(tmp_path / f"{rank}.pt")
-        assert loss == pytest.approx(expected_loss, abs=1e-5)
-        for name, gradient in found.items():
-            torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
-
-
-def test_a_killed_run_resumes_to_the_same_weights(folder, tmp_path, monkeypatch):
-    data = retune.load_radiographs(retune.Config(demo_images=200))
-    options = {"save_every": 2, "lora_dropout": 0.1, "accumulate": 2}
-    whole = cleft.pretrain(settings(folder, output=str(make(tmp_path / "whole")), **options), data)
-    broken = settings(folder, output=str(make(tmp_path / "broken")), **options)
-    step = cleft.contrastive_step
-
-    def dies(*arguments):
-        if (Path(broken.output) / "stage1.pt").exists():
-            raise KeyboardInterrupt
-        return step(*arguments)
-
-    monkeypatch.setattr(cleft, "contrastive_step", dies)
-    with pytest.raises(KeyboardInterrupt):
-        cleft.pretrain(broken, data)
-    monkeypatch.setattr(cleft, "contrastive_step", step)
-    resumed = cleft.pretrain(broken, data)
-    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-
-
-def make(path):
-    path.mkdir()
-    return path
-
-
-@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"checkpointing": True, "peft": "lora"}])
-def test_bf16_and_checkpointing_stay_close_to_plain_training(folder, tmp_path, options):
-    data = retune.load_radiographs(retune.Config(demo_images=200))
-    plain = cleft.pretrain(settings(folder, output=str(make(tmp_path / "plain"))), data)
-    other = cleft.pretrain(settings(folder, output=str(make(tmp_path / "other")), **options), data)
-    tolerance = 0.2 if "precision" in options else 1e-5
-    for a, b in zip(plain.state_dict().values(), other.state_dict().values(), strict=True):
-        assert (a - b).abs().max() < tolerance
-
-
-# ------------------------------------------------------------------------------------------------- Evaluation
-
-
-def test_balanced_rows_have_one_finding_each():
-    labels = np.array([[1, 0], [1, 1], [0, 1], [0, 1], [1, 0], [0, 0], [np.nan, 1]], np.float32)
-    n = len(labels)
-    data = retune.Radiographs(
-        [Path(str(i)) for i in range(n)], labels, ("A", "B"), [str(i) for i in range(n)], ["test"] * n
-    )
-    rows = cleft.balanced_rows(data, np.arange(n), 200, 0)
-    assert set(rows[:2]) == {0, 4} and len(rows) == 4 and set(rows[2:]) <= {2, 3, 6}
-    measured = cleft.measure_balanced(np.array([[2.0, 0], [2, 0], [0, 2], [2, 0]], np.float32), data, rows)
-    assert measured["accuracy"] == 0.75 and measured["n"] == 4
-    with pytest.raises(InputError, match="B as its only finding"):
-        cleft.balanced_rows(data, np.array([0, 4]), 2, 0)
-
-
-def test_every_stage_runs_from_the_command_line(folder, tmp_path, capsys):
-    base = ["--image", str(folder), "--text", str(folder), "--dim", "8", "--batch-size", "12", "--steps", "3",
-            "--prompt-steps", "3", "--demo-images", "500", "--output", str(tmp_path / "run"),
-            "--cache-dir", str(tmp_path / "cache"), "--device", "cpu", "--truncate",
-            "--finetune-epochs", "1"]  # fmt: skip
-    assert cleft.main(["all", *base]) == 0, capsys.readouterr().err
-    results = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert {"zero-shot", "zero-shot, learned context", "linear probe", "full fine-tuning"} < set(results)
-    assert "linear probe" in (tmp_path / "run" / "evaluation.md").read_text()
-    lines = (tmp_path / "run" / "balanced.csv").read_text().splitlines()
-    assert lines[0] == "image,class" and len(lines) == 1 + results["balanced, zero-shot"]["n"]
-    assert cleft.main(["export", *base, "--to", str(tmp_path / "exported")]) == 0
-    exported = DualEncoder.load(str(tmp_path / "exported"))
-    config = cleft.settle(retune.build_configs(Config, parse(["all", *base]))[0])
-    data = retune.load_radiographs(retune.Config(demo_images=500))
-    model = cleft.stage1(config, data)
-    with torch.inference_mode():
-        tuned = model.encoder.text(*model.encoder.tokenize(CAPTIONS).values())
-    torch.testing.assert_close(exported.encode_texts(CAPTIONS), tuned, atol=1e-5, rtol=1e-5)
-    assert cleft.main(["evaluate", *base[:-1], "2", "--lr", "0.5"]) == 2
-    assert "(lr 4e-05, now 0.5)" in capsys.readouterr().err
-
-
-def parse(argv):
-    parser = retune.build_parser(Config, "")
-    parser.add_argument("command")
-    return parser.parse_args(argv)
+def test_image_tower_pretrained_random_frozen(folder):
+    name = "encoder.image.tower.embeddings.patch_embeddings.projection.weight"
+    built = {kind: make_model(folder, image_tower=kind)[0] for kind in config.IMAGE_TOWERS}
+    weights = {kind: each.state_dict()[name] for kind, each in built.items()}
+    assert torch.equal(weights["pretrained"], weights["frozen"])
+    assert not torch.equal(weights["pretrained"], weights["random"])
+    frozen = built["frozen"]
+    assert not frozen.encoder.image.tower.training and frozen.encoder.text.training
+    trained = {name for name, p in frozen.encoder.image.named_parameters() if p.requires_grad}
+    assert trained == {"head.0.weight", "head.0.bias"}
 
 
 def test_count_gives_the_two_claims():
-    table = cleft.count(Config())
+    table = towers.count_published(resolve_defaults(Config()))
     assert "2,621,440" in table and "3.6%" in table and "39.6%" in table
     lora = 32 * 8 * (2560 + 3 * 2560)  # layers x rank x (in + out) of c_attn
     assert lora == 2_621_440
 
 
-# ---------------------------------------------------------------------------------------------------- Loaders
+def test_unknown_labels_are_never_no_finding():
+    chosen, nan = resolve_defaults(Config()), math.nan
+    names = ["No Finding", "Edema", "Mass", "Nodule"]
+    base = "a chest X-ray of a patient with"
+    told = {(0, 1, 0, 1): f"{base} edema, nodule", (0, 0, 0, 0): f"{base} no finding", (0, nan, nan, nan): "",
+            (0, 0, nan, 0): "", (1, nan, 0, 0): f"{base} no finding", (nan, 1, nan, nan): f"{base} edema"}  # fmt: skip
+    for labels, text in told.items():
+        assert captions.chest_caption(labels, names, chosen) == text
+    negative = dataclasses.replace(chosen, negative_captions=True)
+    assert captions.chest_caption((0, 1, 0, nan), names, negative) == f"{base} edema, no mass"
 
 
-def write_embed(root):
-    header = "empi_anon,acc_anon,anon_dicom_path,ImageLateralityFinal,ViewPosition,FinalImageType"
-    exams, rows = [], []
-    for i in range(30):
-        for side, view in (("L", "CC"), ("R", "MLO")):
-            path = f"/mnt/NAS2/mammo/anon_dicom/cohort_1/{i}/{side}.dcm"
-            rows.append(f"{100 + i},{i},{path},{side},{view},2D")
-        rows.append(f"{100 + i},{i},/mnt/NAS2/mammo/anon_dicom/cohort_1/{i}/C.dcm,L,CC,cview")
-        exams += [
-            f"{100 + i},{i},L,{'NBAPSMK'[i % 7]},{1 + i % 4}.0",
-            f"{100 + i},{i},L,N,{1 + i % 4}.0",
-            f"{100 + i},{i},,B,",
-        ]
-    (root / "EMBED_OpenData_metadata.csv").write_text("\n".join([header, *rows]) + "\n")
-    (root / "EMBED_OpenData_clinical.csv").write_text(
-        "\n".join(["empi_anon,acc_anon,side,asses,tissueden", *exams]) + "\n"
-    )
+def test_mammogram_captions_and_prompts_have_one_form():
+    facts = {"side": "L", "position": "CC", "assessment": "S", "density": "3", "age": "56", "race": "white"}
+    facts["mass"] = "yes"
+    simple = captions.mammogram_caption(facts, "simple")
+    assert simple == "a left CC mammogram with BI-RADS 4, suspicious, breast density heterogeneously dense"
+    chosen = resolve_defaults(Config(data="embed"))
+    prompt = captions.class_prompt("BI-RADS 4", chosen)
+    assert prompt == "a mammogram with BI-RADS 4, suspicious"
+    assert f"{chosen.base_caption} {captions.class_phrase('BI-RADS 4')}" == prompt
+    for style in ("natural", "structural"):
+        text = captions.mammogram_caption(facts, style)
+        said = ("left CC", "56 years, white", "heterogeneously dense", "mass", "BI-RADS 4")
+        assert all(word in text for word in said) and "calcification" not in text
+        chosen = resolve_defaults(Config(data="embed", caption_style=style))
+        assert captions.class_prompt("BI-RADS 4", chosen).split("assessment")[1] in text
 
 
-def test_embed_joins_images_and_exams(tmp_path):
-    write_embed(tmp_path)
-    data = cleft.load_embed(retune.Config(data="embed", data_dir=str(tmp_path)))
-    assert len(data.images) == 60 and len(set(data.patients)) == 30  # synthetic 2D views are left out
-    assert data.names[0] == "cohort_1/0/L.dcm" and data.images[0] == tmp_path / "cohort_1/0/L.dcm"
-    left, right = data.labels[8], data.labels[9]  # exam 4: S on the left, B on both
-    classes = list(data.class_names)
-    assert (
-        classes[int(left[:7].argmax())] == "BI-RADS 4" and classes[7 + int(left[7:].argmax())] == "Density A"
-    )
-    assert classes[int(right[:7].argmax())] == "BI-RADS 2" and np.isnan(right[7:]).all()
-    assert (
-        data.reports[8]
-        == "a left CC mammogram with BI-RADS 4, suspicious, breast density almost entirely fatty"
-    )
-    assert data.reports[9] == "a right MLO mammogram with BI-RADS 2, benign"
+def test_otsu_agrees_with_brute_force():
+    grey = np.random.default_rng(0).integers(0, 256, (40, 30)).astype(np.uint8)
+    grey[10:25, 5:20] //= 3
+    values = grey.astype(np.float64)
+    parts = [(values[values <= t], values[values > t]) for t in range(255)]
+    within = [low.var() * low.size + high.var() * high.size for low, high in parts]
+    assert data.otsu_threshold(grey) == int(np.argmin(within))
+    image = torch.zeros(1, 20, 30, dtype=torch.uint8)
+    image[:, 4:9, 10:25] = 200
+    assert data.crop_foreground(image).shape == (1, 5, 15)
 
 
-# --------------------------------------------------------------------------------------------------- Refusals
+def test_augmentation_depends_on_the_draw_alone(folder):
+    chosen = settings(folder, augment="on", foreground="on")
+    encoder = DualEncoder.load(str(folder))
+    pairs = radiographs(np.zeros((8, 1)), ["A"])
+    pairs.images = np.random.default_rng(0).integers(0, 255, (8, 30, 40)).astype(np.uint8)
+    varied, plain = (data.make_transform(encoder, chosen, training=flag) for flag in (True, False))
+    (_, first), (_, second) = data.load_batches(pairs, varied, [(1, [0, 1]), (2, [0, 1])], 0)
+    ((rows, again),) = data.load_batches(pairs, varied, [(2, [1, 0])], 0)
+    assert rows == [1, 0] and torch.equal(again[0], second[1]) and not torch.equal(first, second)
+    ((_, test),) = data.load_batches(pairs, plain, [(1, [0])], 0)
+    cropped = data.crop_foreground(torch.from_numpy(pairs.images[0])[None])
+    assert torch.equal(test[0], encoder.transform(cropped)) and first.shape[1:] == (3, 16, 16)
 
 
-def test_rsna_is_a_choice_of_two_classes(folder, tmp_path):
-    from torchvision.io import write_png
+@pytest.mark.parametrize("kind", ["lora", "none"])
+def test_killed_run_resumes_to_the_same_weights(folder, tmp_path, monkeypatch, kind):
+    options = {"lora_dropout": 0.1, "augment": "on", "peft": kind}
+    pairs = data.load_pairs(settings(folder))
+    results = {}
+    for name in ("whole", "broken"):
+        chosen = settings(folder, output=str(tmp_path / name), **options)
+        chosen.folder.mkdir()
+        step = training.contrastive_step
 
-    root = make(tmp_path / "rsna")
-    boxes = ["patientId,x,y,width,height,Target"]
-    for i in range(60):
-        write_png(torch.full((1, 16, 16), 4 * i, dtype=torch.uint8), str(root / f"p{i}.png"))
-        boxes += [f"p{i},1,2,3,4,1", f"p{i},5,5,3,3,1"] if i % 2 else [f"p{i},,,,,0"]
-    (root / "stage_2_train_labels.csv").write_text("\n".join(boxes) + "\n")
-    base = ["--image", str(folder), "--text", str(folder), "--dim", "8", "--batch-size", "12", "--steps", "2",
-            "--prompt-steps", "2", "--data", "rsna", "--data-dir", str(root), "--output", str(tmp_path / "run"),
-            "--cache-dir", str(tmp_path / "cache"), "--device", "cpu", "--truncate"]  # fmt: skip
-    assert cleft.main(["all", *base]) == 0
-    results = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert set(results["zero-shot"]["auroc"]) == {"Pneumonia", "No Finding"}
-    assert 0 <= results["balanced, zero-shot"]["accuracy"] <= 1
-    labels = np.array([[1], [0], [np.nan]], np.float32)
-    data = retune.Radiographs([Path("a"), Path("b"), Path("c")], labels, ("Mass",), list("abc"), ["test"] * 3)
-    names = [name.lower() for name in cleft.two_classes(data).class_names]
-    config = Config(negative_captions=True)
-    told = [cleft.caption(row, names, config) for row in cleft.two_classes(data).labels]
-    assert told[0].endswith("with mass") and told[1].endswith("with no finding, no mass")
+        def dies(*arguments, path=chosen.folder / "stage1.pt", step=step):
+            if path.exists():
+                raise KeyboardInterrupt
+            return step(*arguments)
+
+        if name == "broken":
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(training, "contrastive_step", dies)
+                training.pretrain(chosen, pairs)
+        results[name] = training.pretrain(chosen, pairs).state_dict()
+    assert all(torch.equal(p, results["broken"][name]) for name, p in results["whole"].items())
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(folder, tmp_path, monkeypatch):
-    data, step = retune.load_radiographs(retune.Config(demo_images=200)), cleft.contrastive_step
-    config = settings(folder, output=str(tmp_path), save_every=1)
+def test_lowest_validation_loss_is_kept(folder, tmp_path, monkeypatch):
+    chosen = settings(folder, output=str(tmp_path), save_every=1)
+    losses = iter([3.0, 1.0, 2.0, 4.0])
+    monkeypatch.setattr(training, "validation_loss", lambda *arguments: next(losses))
+    kept = {}
+    save = training.save_checkpoint
 
-    def explodes(model, pieces, seed, autocast):
-        loss = step(model, pieces, seed, autocast)
-        return loss * math.nan if (tmp_path / "stage1.pt").exists() else loss
+    def watch(path, built, optimizer, state, loss):
+        kept[loss] = built.log_scale.item()
+        save(path, built, optimizer, state, loss)
 
-    monkeypatch.setattr(cleft, "contrastive_step", explodes)
+    monkeypatch.setattr(training, "save_checkpoint", watch)
+    built = training.pretrain(chosen, data.load_pairs(chosen))
+    assert built.log_scale.item() == kept[1.0] and len(set(kept.values())) == 4
+    assert training.load_model(chosen.folder, chosen).log_scale.item() == kept[1.0]
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(folder, tmp_path, monkeypatch):
+    chosen, step = settings(folder, output=str(tmp_path), save_every=1), training.contrastive_step
+
+    def explodes(*arguments):
+        return step(*arguments) * (math.nan if (tmp_path / "stage1.pt").exists() else 1)
+
+    monkeypatch.setattr(training, "contrastive_step", explodes)
     with pytest.raises(InputError, match="step 2: the loss is nan"):
-        cleft.pretrain(config, data)
+        training.pretrain(chosen, data.load_pairs(chosen))
     assert torch.load(tmp_path / "stage1.pt")["step"] == 1
 
 
-def test_a_tokenizer_without_padding_is_refused_with_the_remedy(tmp_path):
-    from transformers import GPT2Config, GPT2Model
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"checkpointing": True}, {"peft": "adalora"}])
+def test_other_arithmetic_trains_too(folder, tmp_path, options):
+    chosen = settings(folder, output=str(tmp_path / "plain"))
+    other = settings(folder, output=str(tmp_path / "other"), **options)
+    results = []
+    for each in (chosen, other):
+        each.folder.mkdir()
+        results.append(training.pretrain(each, data.load_pairs(each)).state_dict())
+    tolerance = 1e-5 if "checkpointing" in options else 0.2
+    shared = results[0].keys() & results[1].keys()
+    assert max((results[0][name] - results[1][name]).abs().max() for name in shared) < tolerance
 
-    GPT2Model(
-        GPT2Config(**{k: v for k, v in towers.SMALL_TEXT.items() if k != "model_type"}, vocab_size=1100)
-    ).save_pretrained(tmp_path)
-    tokenizer = towers.train_tokenizer(CAPTIONS)
-    tokenizer.pad_token = None
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="--pad-token"):
-        towers.text_part(settle(Config(text=str(tmp_path))), CAPTIONS)
-    config = settle(Config(image="small", text=str(tmp_path), pad_token="<end>"))
-    encoder = cleft.build_encoder(config, CAPTIONS)
-    for name, weight in GPT2Model.from_pretrained(tmp_path).state_dict().items():
-        assert torch.equal(encoder.text.tower.state_dict()[name], weight)
+
+def test_balanced_sets_have_one_known_finding():
+    labels = [[1, 0], [1, 1], [0, 1], [0, 1], [1, 0], [0, 0], [math.nan, 1]]
+    pairs = radiographs(labels * 2, ("A", "B"))
+    pairs.split[7:] = "train"
+    multi, balanced = evaluation.make_test_sets(pairs, Config(fractions=(1.0,)))
+    assert set(balanced.rows[:2]) == {0, 4} and set(balanced.rows[2:]) == {2, 3} and len(multi.rows) == 7
+    assert set(balanced.learn[1.0]) == {7, 9, 10, 11} and set(multi.learn[1.0]) == set(range(7, 14))
+    scores = np.array([[2.0, 0], [2, 0], [0, 2], [2, 0]])
+    measured = evaluation.measure(scores, balanced)
+    assert measured["accuracy"] == 0.75 and measured["n"] == 4
+    pairs.labels[[2, 3, 6]] = math.nan
+    with pytest.raises(InputError, match="B as its only finding"):
+        evaluation.make_test_sets(pairs, Config(fractions=(1.0,)))
+
+
+def test_fractions_are_nested_whole_patients():
+    pairs = retune.load_radiographs(retune.Config(demo_images=3000))
+    chosen = Config(fractions=(1.0, 0.01, 0.1))
+    shares = evaluation.fraction_rows(pairs, chosen)
+    train = pairs.where("train")
+    assert np.array_equal(shares[1.0], train) and set(shares[0.01]) < set(shares[0.1]) < set(train)
+    total = len(set(pairs.patients[train]))
+    for share, rows in shares.items():
+        chosen_patients = set(pairs.patients[rows])
+        assert len(chosen_patients) == math.ceil(share * total)
+        assert set(train[np.isin(pairs.patients[train], list(chosen_patients))]) == set(rows)
+    assert (pairs.labels[shares[0.01]] == 1).any(0).all()
+    other = evaluation.fraction_rows(pairs, dataclasses.replace(chosen, seed=1))
+    assert set(other[0.1]) != set(shares[0.1])
+
+
+def write_image(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = torch.randint(0, 40, (1, 24, 24), generator=torch.Generator().manual_seed(value)) + value % 200
+    write_png(noise.to(torch.uint8), str(path))
+
+
+def write_chexpert(root):
+    """170 patients: even ones have a competition finding, odd ones Lung Opacity alone."""
+    names, columns = retune.CHEXPERT_FINDINGS, ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA"]
+    for part, patients in (("train", range(100)), ("valid", range(100, 130)), ("test", range(130, 170))):
+        rows = []
+        for p in patients:
+            path = f"CheXpert-v1.0-small/{part}/patient{p:05d}/study1/view1_frontal.jpg"
+            labels = dict.fromkeys(names, "")
+            labels[retune.COMPETITION_FINDINGS[p // 2 % 5] if p % 2 == 0 else "Lung Opacity"] = "1.0"
+            if part == "train" and p < 3:
+                labels = dict.fromkeys(names, "-1.0")
+            rows.append([path, "Male", 50, "Frontal", "AP", *labels.values()])
+            write_image(root / path.removeprefix("CheXpert-v1.0-small/"), p)
+        file = {"train": "train.csv", "valid": "valid.csv", "test": "test_labels.csv"}[part]
+        pd.DataFrame(rows, columns=[*columns, *names]).to_csv(root / file, index=False)
+    return root
+
+
+def write_rsna(root):
+    import pydicom
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    rows = []
+    for i in range(60):
+        pixels = np.random.default_rng(i).integers(0, 200, (24, 24)).astype(np.uint8) + (40 if i % 2 else 0)
+        image = pydicom.Dataset()
+        image.file_meta = pydicom.dataset.FileMetaDataset()
+        image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        image.Rows = image.Columns = 24
+        image.BitsAllocated = image.BitsStored = 8
+        image.HighBit, image.SamplesPerPixel, image.PixelRepresentation = 7, 1, 0
+        image.PhotometricInterpretation, image.PixelData = "MONOCHROME2", pixels.tobytes()
+        (root / "stage_2_train_images").mkdir(parents=True, exist_ok=True)
+        image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1"
+        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = f"1.2.{i + 1}"
+        image.save_as(root / "stage_2_train_images" / f"p{i}.dcm", enforce_file_format=True)
+        boxes = [[1, 2, 3, 4, 1], [5, 5, 3, 3, 1]] if i % 2 else [["", "", "", "", 0]]
+        rows += [[f"p{i}", *box] for box in boxes]
+    table = pd.DataFrame(rows, columns=["patientId", "x", "y", "width", "height", "Target"])
+    table.to_csv(root / "stage_2_train_labels.csv", index=False)
+    return root
+
+
+def write_embed(root, images=True):
+    metadata, clinical = [], []
+    for i in range(140):
+        for side, view in (("L", "CC"), ("R", "MLO")):
+            path = f"images/cohort_1/{i}/{side}.png"
+            metadata.append([100 + i, i, f"/mnt/NAS2/mammo/anon_dicom/{path}", side, view, "2D"])
+            if images:
+                write_image(root / path, i)
+        metadata.append([100 + i, i, "/mnt/images/C.dcm", "L", "CC", "cview"])
+        clinical.append([100 + i, i, "L", "NBAPSMK"[i % 7], f"{1 + i % 4}.0", 50 + i % 30, "White", "R", ""])
+        clinical.append([100 + i, i, "L", "N", f"{1 + i % 4}.0", 50 + i % 30, "White", "", ""])
+        clinical.append([100 + i, i, "" if i % 7 else "R", "B", "", "", "", "", "A"])
+    (root / "tables").mkdir(parents=True)
+    columns = [
+        "empi_anon",
+        "acc_anon",
+        "anon_dicom_path",
+        "ImageLateralityFinal",
+        "ViewPosition",
+        "FinalImageType",
+    ]
+    pd.DataFrame(metadata, columns=columns).to_csv(root / "tables/EMBED_OpenData_metadata.csv", index=False)
+    columns = [
+        "empi_anon",
+        "acc_anon",
+        "side",
+        "asses",
+        "tissueden",
+        "age_at_study",
+        "RACE_DESC",
+        "massshape",
+        "calcfind",
+    ]
+    pd.DataFrame(clinical, columns=columns).to_csv(root / "tables/EMBED_OpenData_clinical.csv", index=False)
+    return root
+
+
+def command(folder, tmp_path, *argv):
+    """The command line of the docs with towers and numbers of steps small enough for a test."""
+    small = f"""--image {folder} --text {folder} --dim 8 --batch-size 12 --steps 3 --prompt-steps 3 --truncate
+        --context-length 96 --device cpu --cache-dir {tmp_path}/cache --fractions 0.5 1""".split()
+    return main([*map(str, argv), *small])
+
+
+def results_of(path):
+    return json.loads((path / "evaluation.json").read_text())
+
+
+def test_chexpert_then_rsna_with_one_model(folder, tmp_path, capsys):
+    """CheXpert by rule; with the same model 5x200, RSNA, probe and fine-tuning, other classes."""
+    chexpert, output = write_chexpert(tmp_path / "CheXpert"), tmp_path / "run"
+    here = ["--data-dir", chexpert]
+    assert command(folder, tmp_path, "all", "--data", "chexpert", *here, "--output", output) == 0
+    assert "left out, as nothing is known to say: 3 " in capsys.readouterr().out
+    assert set(results_of(output)["zero-shot"]["auroc"]) == set(retune.COMPETITION_FINDINGS)
+    assert results_of(output)["balanced, zero-shot, learned context"]["n"] == 20
+    table = pd.read_csv(output / "splits.csv", keep_default_na=False)
+    assert set(table["fraction or tests"]) == {"0.5", "1", "", "multi-label", "multi-label balanced"}
+    listed = pd.read_csv(chexpert / "train.csv").iloc[[4, 6, 8, 10, 12]]
+    listed[["Path", *retune.COMPETITION_FINDINGS]].fillna(0).to_csv(tmp_path / "5x200.csv", index=False)
+
+    def evaluate(name, *options):
+        argv = ["evaluate", "--model", output, "--output", tmp_path / name, "--cache-dir", tmp_path / "cache"]
+        argv += ["--device", "cpu", "--fractions", 0.5, 1, "--finetune-epochs", 1]
+        assert main([*map(str, argv), *map(str, options)]) == 0, capsys.readouterr().err
+        return results_of(tmp_path / name)
+
+    found = evaluate("five", "--data", "chexpert-5x200", *here, "--labels-csv", tmp_path / "5x200.csv")
+    assert found["5x200, zero-shot"]["n"] == 5 and "5x200, full fine-tuning, 50% of the labels" in found
+    found = evaluate("rsna", "--data", "rsna", "--data-dir", write_rsna(tmp_path / "RSNA"))
+    assert set(found["zero-shot"]["auroc"]) == {"Pneumonia", "No Finding"}
+    methods = [f"balanced, {m}, {s}%" for m in ("linear probe", "full fine-tuning") for s in (50, 100)]
+    assert {f"{method} of the labels" for method in methods} < set(found)
+    found = evaluate("one", "--data", "chexpert", *here, "--classes", "Edema")
+    assert set(found["zero-shot"]["auroc"]) == {"Edema"}
+    assert main(["evaluate", "--model", str(output), "--lr", "0.5"]) == 2
+    assert "--lr 0.5: the model in" in capsys.readouterr().err
+
+
+def test_captions_name_all_fourteen_findings(tmp_path):
+    chosen = resolve_defaults(Config(data="chexpert", data_dir=str(write_chexpert(tmp_path))))
+    pairs = data.load_pairs(chosen)
+    assert tuple(pairs.class_names) == retune.COMPETITION_FINDINGS
+    told = dict(zip(pairs.names, pairs.reports, strict=True))
+    assert told["train/patient00011/study1/view1_frontal.jpg"] == f"{chosen.base_caption} lung opacity"
+    assert told["train/patient00002/study1/view1_frontal.jpg"] == ""
+    assert sum(bool(pairs.reports[row]) for row in pairs.where("train")) == 97
+    assert not any("no finding" in text for text in pairs.reports)
+
+
+def test_listed_patients_are_not_trained_on(tmp_path):
+    root = write_chexpert(tmp_path)
+    listed = pd.read_csv(root / "train.csv").iloc[[4, 6]][["Path", *retune.COMPETITION_FINDINGS]].fillna(0)
+    listed.to_csv(tmp_path / "list.csv", index=False)
+    options = {"data": "chexpert-5x200", "data_dir": str(root)}
+    pairs = data.load_pairs(resolve_defaults(Config(**options, labels_csv=str(tmp_path / "list.csv"))))
+    assert list(pairs.patients[pairs.where("test")]) == ["patient00004", "patient00006"]
+    assert len(pairs.where("train")) == 98 and len(pairs.where("val")) == 30
+    with pytest.raises(InputError, match="--labels-csv"):
+        data.load_pairs(resolve_defaults(Config(**options)))
+
+
+def test_embed_joins_images_and_exams(tmp_path):
+    root = str(write_embed(tmp_path, images=False))
+    chosen = Config(data="embed", data_dir=root, caption_style="structural")
+    pairs = data.load_pairs(resolve_defaults(chosen))
+    assert len(pairs.images) == 280 and len(set(pairs.patients)) == 140  # synthetic 2D views are left out
+    assert pairs.names[0] == "images/cohort_1/0/L.png" and pairs.images[0] == f"{root}/{pairs.names[0]}"
+    left, right = pairs.labels[8], pairs.labels[9]  # exam 4: S on the left, B on both
+    classes = list(pairs.class_names)
+    assert classes[left[:7].argmax()] == "BI-RADS 4" and classes[7 + left[7:].argmax()] == "Density A"
+    assert classes[right[:7].argmax()] == "BI-RADS 2" and np.isnan(right[7:]).all()
+    assert pairs.reports[8] == (
+        "image: left CC mammogram; patient: 54 years, white; breast density: almost entirely fatty; "
+        "finding: mass and calcification; assessment: BI-RADS 4, suspicious"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", config.STYLES)
+def test_embed_gives_both_balanced_sets(folder, tmp_path, capsys, style):
+    root, output = write_embed(tmp_path / "EMBED"), tmp_path / "run"
+    options = ["--data", "embed", "--data-dir", root, "--output", output, "--caption-style", style]
+    assert command(folder, tmp_path, "all", *options) == 0, capsys.readouterr().err
+    found = results_of(output)
+    assert len(found["BI-RADS, zero-shot"]["auroc"]) == 7 and len(found["density, zero-shot"]["auroc"]) == 4
+    assert "density, linear probe, 50% of the labels" in found and "zero-shot" not in found
+
+
+def test_evaluation_is_checked_before_the_training(folder, tmp_path, capsys):
+    root = write_embed(tmp_path / "EMBED", images=False)
+    clinical = root / "tables/EMBED_OpenData_clinical.csv"
+    clinical.write_text(clinical.read_text().replace(",K,", ",,"))
+    options = ["--data", "embed", "--data-dir", root, "--output", tmp_path / "run"]
+    assert command(folder, tmp_path, "all", *options) == 2
+    assert "no test image has BI-RADS 6" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "stage1.pt").exists()
+
+
+@pytest.mark.slow
+def test_tables_skip_finished_runs(folder, tmp_path, capsys, monkeypatch):
+    ablations = {"text tower: lora": {}, "text tower: ia3": {"peft": "ia3"}}
+    monkeypatch.setattr(tables, "list_ablations", lambda chosen: ablations)
+    options = ["--demo-images", 600, "--output", tmp_path / "out", "--finetune-epochs", 1, "--seeds", 1, 2]
+    assert command(folder, tmp_path, "tables", *options) == 0, capsys.readouterr().err
+    main_table, ablations = ((tmp_path / "out" / f"{name}.md").read_text() for name in ("main", "ablations"))
+    results = pd.read_csv(tmp_path / "out" / "results.csv")
+    chosen = results.query("run == 'main' and test == 'multi-label' and method == 'zero-shot'")
+    assert f"{chosen['auroc_macro'].mean():.3f} ± {chosen['auroc_macro'].std(ddof=0):.3f}" in main_table
+    assert "full fine-tuning, 50% of the labels" in main_table and "text tower: ia3" in ablations
+    assert (tmp_path / "out" / "towers.png").stat().st_size > 5000
+    capsys.readouterr()
+    monkeypatch.setattr(program, "run", None)
+    assert command(folder, tmp_path, "tables", *options) == 0
+    assert (tmp_path / "out" / "main.md").read_text() == main_table
+
+
+def test_retune_learns_on_an_exported_encoder(folder, tmp_path, capsys):
+    options = ["--demo-images", 600, "--output", tmp_path / "run"]
+    assert command(folder, tmp_path, "pretrain", *options) == 0, capsys.readouterr().err
+    assert main(["export", "--model", str(tmp_path / "run"), "--to", str(tmp_path / "encoder")]) == 0
+    encoder = DualEncoder.load(str(tmp_path / "encoder"))
+    chosen = config.model_config(Config(model=str(tmp_path / "run")))
+    built = training.load_model(tmp_path / "run", chosen)
+    with torch.inference_mode():
+        tuned = built.encoder.text(*built.encoder.tokenize(TEXTS).values())
+    torch.testing.assert_close(encoder.encode_texts(TEXTS), tuned, atol=1e-5, rtol=1e-5)
+    argv = [
+        "--encoder",
+        tmp_path / "encoder",
+        "--demo-images",
+        300,
+        "--epochs",
+        1,
+        "--output",
+        tmp_path / "retune",
+    ]
+    argv += ["--cache-dir", tmp_path / "cache", "--no-figures", "--device", "cpu", "--workers", 0]
+    assert retune.main(list(map(str, argv))) == 0, capsys.readouterr().err
+    assert (tmp_path / "retune" / "metrics.json").exists()
 
 
 def test_wrong_input_is_named(folder, tmp_path):
-    model, config = make_model(folder)
+    built, chosen = make_model(folder)
     with pytest.raises(InputError, match="has no tokens"):
-        cleft.Prompt(model, [""], config)
-    with pytest.raises(InputError, match="the text tower reads 64"):
-        cleft.Prompt(model, ["Edema"], dataclasses.replace(config, context_tokens=80))
-    with pytest.raises(InputError, match="tokens"):
-        model.encoder.tokenize(["edema " * 60])
+        model.split_tokens(built.encoder.tokenizer, "", built.encoder.text.tower.get_input_embeddings())
+    with pytest.raises(InputError, match="the text tower reads 96"):
+        model.Prompt(built, ["edema"], dataclasses.replace(chosen, context_tokens=120))
     with pytest.raises(InputError, match="--peft ia3"):
-        cleft.add_peft(torch.nn.Linear(2, 2), dataclasses.replace(config, peft="ia3"))
+        towers.add_peft(torch.nn.Linear(2, 2), dataclasses.replace(chosen, peft="ia3"))
     with pytest.raises(InputError, match="--captions reports"):
-        data = retune.Radiographs([Path("a")], np.ones((1, 1)), ("A",), ["p"], ["train"])
-        cleft.captions(data, dataclasses.replace(config, captions="reports"))
+        write_rsna(tmp_path / "RSNA")
+        place = {"data": "rsna", "data_dir": str(tmp_path / "RSNA")}
+        data.load_pairs(dataclasses.replace(chosen, captions="reports", **place))
     with pytest.raises(InputError, match="--batch-size"):
-        next(cleft.batch_rows(np.arange(3), 4, 0, 1, 0))
-    with pytest.raises(InputError, match="--lr"):
-        Config(lr=-1.0)
-    for name, value in {"seed": 2**32, "warmup": math.inf, "weight_decay": math.nan}.items():
-        with pytest.raises(InputError, match=f"--{name.replace('_', '-')} {value} must be <"):
+        next(training.batch_rows(np.arange(3), 4, 0, 1, 0))
+    for name, value in {"lr": -1.0, "seed": 2**32, "warmup": math.inf}.items():
+        with pytest.raises(InputError, match=f"--{name.replace('_', '-')} {value} must be"):
             Config(**{name: value})
     for name in ("image", "text"):
         with pytest.raises(InputError, match="no transformers model"):
-            cleft.build_encoder(settings(folder, **{name: str(tmp_path / "nothing")}), CAPTIONS)
+            towers.build_encoder(settings(folder, **{name: str(tmp_path / "nothing")}), TEXTS)
     with pytest.raises(InputError, match="not finished"):
-        cleft.stage1(
-            dataclasses.replace(config, output=str(tmp_path)),
-            retune.load_radiographs(retune.Config(demo_images=200)),
-        )
+        training.load_model(tmp_path, chosen)
     (tmp_path / "stage1.pt").write_bytes(b"PK")
     with pytest.raises(InputError, match="damaged"):
-        cleft.restore(tmp_path / "stage1.pt", model)
+        training.load_checkpoint(tmp_path / "stage1.pt", built)
 
 
 @pytest.mark.parametrize("argv", [["export"], ["all", "--to", "elsewhere"]])
 def test_export_alone_needs_a_target(argv, capsys):
-    assert cleft.main(argv) == 2
+    assert main(argv) == 2
     assert capsys.readouterr().err.startswith("error: export needs --to, a new folder")
 
 
-def test_the_shipped_encoder_is_small_and_knows_its_words():
-    tiny = Path(cleft.__file__).parent / "tiny"
-    assert sum(file.stat().st_size for file in tiny.iterdir()) < 3e6
+def test_rsna_rows_that_do_not_fit_are_named(tmp_path):
+    root = write_rsna(tmp_path)
+    path = root / "stage_2_train_labels.csv"
+    text = path.read_text()
+    wrongs = {"p2,,,,,7": "row 5: Target '7'", "missing,,,,,0": "row 5: patientId 'missing'"}
+    for wrong, problem in wrongs.items():
+        path.write_text(text.replace("p2,,,,,0", wrong))
+        with pytest.raises(InputError, match=problem):
+            data.load_pairs(resolve_defaults(Config(data="rsna", data_dir=str(root))))
+
+
+def test_shipped_encoder_is_small_and_knows_its_words():
+    assert sum(file.stat().st_size for file in (HERE / "demo" / "tiny").iterdir()) < 3e6
     encoder = DualEncoder.load("tiny")
-    prompts = retune.load_prompts(Path(cleft.__file__).parent / "prompts.json", ["Edema", "Cardiomegaly"])
-    words = {
-        word
-        for entry in prompts.values()
-        for texts in entry.values()
-        for text in texts
-        for word in text.split()
-    }
+    prompts = retune.load_prompts(HERE / "prompts.json", ["Edema", "Cardiomegaly"])
+    texts = [text for entry in prompts.values() for part in entry.values() for text in part]
+    words = {word for text in texts for word in text.split()}
     assert all(len(encoder.tokenizer(word)["input_ids"]) == 2 for word in words)  # one token and the end
-    assert encoder.encode_texts(["edema"]).shape == (1, encoder.dim)
 
 
-def test_the_shipped_encoder_leaves_the_demo_something_to_learn(tmp_path):
+def test_make_tiny_trains_the_shipped_architecture(monkeypatch, tmp_path):
+    small = {"demo_images": 400, "steps": 2, "batch_size": 16, "lr": 1e-3}
+    monkeypatch.setattr(program, "TINY", config.TINY | small)
+    threads = torch.get_num_threads()
+    assert main(["make-tiny", "--to", str(tmp_path / "tiny"), "--output", str(tmp_path / "run")]) == 0
+    torch.set_num_threads(threads)
+    places = (HERE / "demo" / "tiny", tmp_path / "tiny")
+    shipped, made = (json.loads((path / "config.json").read_text()) for path in places)
+    for part in (shipped, made):
+        part["text"]["model"]["vocab_size"] = 0  # fewer phantoms have fewer words
+    assert shipped == made
+    files = [(path / "tokenizer_config.json").read_bytes() for path in places]
+    assert files[0] == files[1]
+
+
+def test_shipped_encoder_leaves_the_demo_something_to_learn(tmp_path):
     """Zero-shot like a real encoder on real X-rays (0.60 to 0.75), a linear probe far above it."""
-    data, encoder = retune.load_radiographs(retune.Config(demo_images=1500)), DualEncoder.load("tiny")
-    embeddings = retune.embed(encoder, data, tmp_path, batch_size=250)
-    prompts = retune.load_prompts(Path(cleft.__file__).parent / "prompts.json", data.class_names)
-    bank, everything = retune.embed_prompts(encoder, prompts), np.arange(len(data.images))
-    images = F.normalize(torch.from_numpy(np.array(embeddings)), dim=1)
-    means = torch.stack([bank.embeddings[bank.group == g].mean(0) for g in range(10)])
-    cosines = (images @ F.normalize(means, dim=1).T).numpy()  # columns: positive, negative of each class
-    zero = cleft.measure(cosines[:, 0::2] - cosines[:, 1::2], data, everything)["auroc_macro"]
-    probe = cleft.linear_probe(embeddings, data, data.where("train"), data.where("test"))
-    assert 0.6 < zero < 0.75
-    assert cleft.measure(probe, data, data.where("test"))["auroc_macro"] > 0.82
+    pairs, encoder = data.load_pairs(resolve_defaults(Config(demo_images=1500))), DualEncoder.load("tiny")
+    embeddings = retune.embed(encoder, pairs, tmp_path, batch_size=250)
+    bank = retune.embed_prompts(encoder, retune.load_prompts(HERE / "prompts.json", pairs.class_names))
+    zero = retune.RETune(encoder.dim, adapt="none")
+    scores = zero.scores(torch.from_numpy(np.array(embeddings)), bank)[0].numpy()
+    assert 0.6 < retune.evaluate(scores, scores > 0.5, pairs.labels, pairs.class_names)["auroc_macro"] < 0.75
+    multi = evaluation.make_test_sets(pairs, Config(fractions=(1.0,), balanced=0))[0]
+    probe = evaluation.linear_probe(embeddings, multi, multi.learn[1.0])
+    assert evaluation.measure(probe, multi)["auroc_macro"] > 0.82
 
 
 # --------------------------------------------------------------------------------------------------- Phantoms
-
-
-def test_phantoms_are_the_same_for_the_same_seed_in_any_order_and_process():
-    first, second = (phantoms.make_phantoms(40, seed=3) for _ in range(2))
-    pickled = pickle.loads(pickle.dumps(second))  # what a DataLoader's worker gets
-    assert first.reports == second.reports and first.patients == second.patients
-    for i in (39, 0, 17):
-        assert np.array_equal(first.images[i], pickled.images[i])
-    assert not np.array_equal(first.images[0], phantoms.make_phantoms(40, seed=4).images[0])
-    with pytest.raises(IndexError):
-        first.images[40]
-    with pytest.raises(ValueError, match="0 images"):
-        phantoms.make_phantoms(0, seed=1)
-
-
-@pytest.mark.parametrize("domain", list(phantoms.DOMAINS))
-def test_phantoms_have_findings_masks_patients_and_reports(domain):
-    drawn = phantoms.make_phantoms(400, seed=5, size=32, domain=domain)
-    prevalence = drawn.labels.mean(0)
-    assert (prevalence > 0.15).all() and (prevalence < 0.35).all()
-    assert 2 < len(drawn) / len(set(drawn.patients)) < 5
-    assert np.corrcoef(drawn.labels.T)[1, 3] > 0.1  # cardiomegaly comes with edema
-    for i in range(0, 400, 7):
-        image, masks = drawn.draw(i)
-        assert image.dtype == np.uint8 and image.shape == (32, 32) and masks.shape == (5, 32, 32)
-        assert np.array_equal(masks.any((1, 2)), drawn.labels[i] == 1)
-    assert all(drawn.reports) and len(set(drawn.reports)) > 200
-    assert set(drawn.patients).isdisjoint(phantoms.make_phantoms(400, seed=6, domain=domain).patients)
-
-
-def test_a_mask_covers_what_its_finding_changes():
-    """The same film with and without a finding differs inside the mask far more than elsewhere."""
-    drawn = phantoms.make_phantoms(300, seed=7, size=64)
-    for c in (0, 2, 3, 4):
-        i = int(np.flatnonzero((drawn.labels[:, c] == 1) & (drawn.labels.sum(1) == 1))[0])
-        image, masks = drawn.draw(i)
-        without = dataclasses.replace(drawn, severity=np.zeros_like(drawn.severity)).images[i]
-        change = np.abs(image.astype(float) - without)
-        assert change[masks[c]].mean() > 2 * change[~masks[c]].mean()

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import os
-import pickle
 import socket
 import sys
 import types
 from pathlib import Path
 
-import encoders
-import public_encoders
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -23,15 +21,10 @@ from torch import nn
 import retune
 
 PROMPTS = [
-    "edema",
-    "no edema",
-    "Findings consistent with pneumonia",
-    "there is no evidence of acute cardiomegaly",
-    "the heart is mildly enlarged",
-    "small left pleural effusion with atelectasis",
-    "no signs of consolidation in the right lower lobe or in the left upper lobe today",
-    "lungs are clear",
-]
+    "edema", "no edema", "Findings consistent with pneumonia", "there is no evidence of acute cardiomegaly",
+    "the heart is mildly enlarged", "small left pleural effusion with atelectasis",
+    "no signs of consolidation in the right lower lobe or in the left upper lobe today", "lungs are clear",
+]  # fmt: skip
 WORDS = sorted({word.lower() for prompt in PROMPTS for word in prompt.split()})
 SMALL_BERT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64}
 SMALL_TOWER = SMALL_BERT | {"num_attention_heads": 4, "layer_norm_eps": 1e-5}
@@ -77,76 +70,44 @@ def images(size, seed=0):
 
 # ---------------------------------------------------------------------- BiomedCLIP
 
+BIOMEDBERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
 OPEN_CLIP_CONFIG = {
     "model_cfg": {
         "embed_dim": 512,
-        "vision_cfg": {
-            "timm_model_name": "vit_base_patch16_224",
-            "timm_model_pretrained": False,
-            "timm_pool": "",
-            "timm_proj": "linear",
-            "image_size": 224,
-        },
-        "text_cfg": {
-            "hf_model_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
-            "hf_tokenizer_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
-            "hf_proj_type": "mlp",
-            "hf_pooler_type": "cls_last_hidden_state_pooler",
-            "context_length": 256,
-        },
+        "vision_cfg": {"timm_model_name": "vit_base_patch16_224", "timm_model_pretrained": False, "timm_pool": "",
+                       "timm_proj": "linear", "image_size": 224},
+        "text_cfg": {"hf_model_name": BIOMEDBERT, "hf_tokenizer_name": BIOMEDBERT, "hf_proj_type": "mlp",
+                     "hf_pooler_type": "cls_last_hidden_state_pooler", "context_length": 256},
     },
-    "preprocess_cfg": {
-        "mean": [0.48145466, 0.4578275, 0.40821073],
-        "std": [0.26862954, 0.26130258, 0.27577711],
-    },
-}
+    "preprocess_cfg": {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]},
+}  # fmt: skip
 
 
-FULL = pytest.param(
-    "full", marks=pytest.mark.skipif(not os.environ.get("RETUNE_FULL_SIZE"), reason="half a minute")
-)
-
-
-@pytest.mark.parametrize("size", ["small", FULL])
-def test_biomedclip_equals_open_clip(tmp_path, monkeypatch, size):
+def test_biomedclip_equals_open_clip(tmp_path, monkeypatch):
     """open_clip's own class, its state dict in the published layout, read by us: the same embeddings."""
     open_clip = pytest.importorskip("open_clip")
-    config, ours = copy.deepcopy(OPEN_CLIP_CONFIG["model_cfg"]), copy.deepcopy(public_encoders.BIOMEDCLIP)
+    config, ours = copy.deepcopy(OPEN_CLIP_CONFIG["model_cfg"]), copy.deepcopy(retune.BIOMEDCLIP)
     config["text_cfg"]["hf_model_pretrained"] = False
-    bert = transformers.BertConfig(
-        **(SMALL_BERT if size == "small" else {})
-    )  # BiomedBERT's sizes are BERT-base's
-    if size == "small":
-        config["vision_cfg"]["timm_model_name"] = "vit_tiny_patch16_224"
-        tiny = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3}
-        ours["image"] |= {
-            "model": ours["image"]["model"] | tiny,
-            "head": [public_encoders.linear(192, 512, bias=False)],
-        }
-        hidden = [
-            public_encoders.linear(48, 280, bias=False),
-            ["GELU", {}],
-            public_encoders.linear(280, 512, bias=False),
-        ]
-        ours["text"] |= {"model": {"model_type": "bert"} | SMALL_BERT, "head": hidden}
-        monkeypatch.setattr(public_encoders, "BIOMEDCLIP", ours)
+    config["vision_cfg"]["timm_model_name"] = "vit_tiny_patch16_224"
+    ours["image"]["model"] |= {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3}
+    ours["image"]["head"][0][1]["in_features"] = 192
+    ours["text"]["model"] |= SMALL_BERT
+    ours["text"]["head"][0][1] |= {"in_features": 48, "out_features": 280}
+    ours["text"]["head"][2][1]["in_features"] = 280
+    monkeypatch.setattr(retune, "BIOMEDCLIP", ours)
+    bert = transformers.BertConfig(**SMALL_BERT)
     monkeypatch.setattr("open_clip.hf_model.AutoConfig.from_pretrained", lambda *_, **__: bert)
-    with encoders.WithoutRandomWeights():
-        peer = open_clip.model.CustomTextCLIP(**config)
+    peer = open_clip.model.CustomTextCLIP(**config)
     torch.save(randomise(peer).state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     (tmp_path / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP_CONFIG))
     write_vocabulary(tmp_path)
-    encoder, pixels = encoders.DualEncoder.load("biomedclip", tmp_path), images(224)
-    assert (
-        encoder.dim == 512 and not encoder.training and not any(p.requires_grad for p in encoder.parameters())
-    )
+    encoder, pixels = retune.DualEncoder.load("biomedclip", tmp_path), images(224)
+    assert encoder.dim == 512 and not encoder.training
     tokens = encoder.tokenizer(PROMPTS, padding="max_length", max_length=64, return_tensors="pt")["input_ids"]
     with torch.inference_mode():  # the peer's padding is masked, so its length does not matter
         image_error = difference(encoder.encode_images(pixels), peer.encode_image(pixels))
         text_error = difference(encoder.encode_texts(PROMPTS), peer.encode_text(tokens))
-    print(
-        f"BiomedCLIP ({size}) against open_clip {open_clip.__version__}: {image_error:.1e}, {text_error:.1e}"
-    )
+    print(f"BiomedCLIP against open_clip {open_clip.__version__}: {image_error:.1e}, {text_error:.1e}")
     assert image_error <= 1e-4 and text_error <= 1e-4
 
 
@@ -154,11 +115,10 @@ def test_biomedclip_equals_open_clip(tmp_path, monkeypatch, size):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("size", ["small", FULL])
-def test_biovil_equals_hi_ml(tmp_path, monkeypatch, size):
+def test_biovil_equals_hi_ml(tmp_path, monkeypatch):
     """hi-ml-multimodal's own classes; the readers of DICOM and NIfTI that it imports are not needed for them.
 
-    Small only shrinks the BERT; the image tower is the ResNet-50 itself.
+    The BERT is shrunk; the image tower is the ResNet-50 itself.
     """
     for name in ("pydicom", "SimpleITK", "skimage", "skimage.io"):
         module = types.ModuleType(name)
@@ -168,38 +128,30 @@ def test_biovil_equals_hi_ml(tmp_path, monkeypatch, size):
     from health_multimodal.image.model.model import ImageModel
     from health_multimodal.text.model import CXRBertConfig, CXRBertModel
 
-    if size == "small":
-        config = copy.deepcopy(public_encoders.BIOVIL)
-        config["text"]["model"] |= SMALL_BERT
-        config["text"]["head"][0] = public_encoders.linear(48, 128)
-        monkeypatch.setattr(public_encoders, "BIOVIL", config)
-    with encoders.WithoutRandomWeights():
-        image = ImageModel("resnet50", 128)
-        text = CXRBertModel(CXRBertConfig(**(SMALL_BERT if size == "small" else {})))
+    config = copy.deepcopy(retune.BIOVIL)
+    config["text"]["model"] |= SMALL_BERT
+    config["text"]["head"][0] = retune.linear(48, 128)
+    monkeypatch.setattr(retune, "BIOVIL", config)
+    image = ImageModel("resnet50", 128)
+    text = CXRBertModel(CXRBertConfig(**SMALL_BERT))
     torch.save(randomise(image).state_dict(), tmp_path / "biovil_image_resnet50_proj_size_128.pt")
     torch.save(randomise(text).state_dict(), tmp_path / "pytorch_model.bin")
     write_biovil_configs(tmp_path)
-    encoder, pixels = encoders.DualEncoder.load("biovil", tmp_path), images(128).sigmoid()
+    encoder, pixels = retune.DualEncoder.load("biovil", tmp_path), images(128).sigmoid()
     tokens = encoder.tokenizer(PROMPTS, padding="longest", return_tensors="pt")
     with torch.inference_mode():  # hi-ml's engine cuts the full stops off
         image_error = difference(encoder.encode_images(pixels), image(pixels).projected_global_embedding)
-        expected = text.get_projected_text_embeddings(
-            tokens["input_ids"], tokens["attention_mask"], normalize_embeddings=False
-        )
+        tokens = tokens["input_ids"], tokens["attention_mask"]
+        expected = text.get_projected_text_embeddings(*tokens, normalize_embeddings=False)
         text_error = difference(encoder.encode_texts([prompt + "." for prompt in PROMPTS]), expected)
-    print(f"BioViL ({size}) against hi-ml-multimodal: images {image_error:.1e}, texts {text_error:.1e}")
+    print(f"BioViL against hi-ml-multimodal: images {image_error:.1e}, texts {text_error:.1e}")
     assert image_error <= 1e-4 and text_error <= 1e-4
 
 
 def write_biovil_configs(folder, vocabulary=30522):
     """As on the hub: a model type unknown to transformers and references to code that must not be run."""
     code = {"AutoConfig": "configuration_cxrbert.CXRBertConfig", "AutoModel": "modeling_cxrbert.CXRBertModel"}
-    config = {
-        "model_type": "cxr-bert",
-        "auto_map": code,
-        "architectures": ["CXRBertModel"],
-        "projection_size": 128,
-    }
+    config = {"model_type": "cxr-bert", "auto_map": code, "projection_size": 128}
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = {"tokenizer_class": "CXRBertTokenizer", "do_lower_case": True}
     tokenizer["auto_map"] = {"AutoTokenizer": ["configuration_cxrbert.CXRBertTokenizer", None]}
@@ -211,24 +163,21 @@ def write_biovil_configs(folder, vocabulary=30522):
 
 @pytest.fixture
 def small_biovil(tmp_path, monkeypatch):
-    """A folder in BioViL's published layout with small towers, as `public_encoders.BIOVIL` has during the test."""
-    config = copy.deepcopy(public_encoders.BIOVIL)
+    """A folder in BioViL's published layout with small towers, as `retune.BIOVIL` has during the test."""
+    config = copy.deepcopy(retune.BIOVIL)
     config["image"]["model"]["name"] = "resnet18"
     config["image"]["head"][0][1]["in_channels"] = 512
     config["text"]["model"] |= SMALL_BERT | {"vocab_size": 64}
     config["text"]["head"][0][1]["in_features"] = 48
-    monkeypatch.setattr(public_encoders, "BIOVIL", config)
+    monkeypatch.setattr(retune, "BIOVIL", config)
     folder = tmp_path / "published"
     folder.mkdir()
     write_biovil_configs(folder, vocabulary=64)
-    encoder = randomise(
-        encoders.DualEncoder(config, transformers.BertTokenizer(vocab=str(folder / "vocab.txt")))
-    )
+    tokenizer = transformers.BertTokenizer(vocab=str(folder / "vocab.txt"))
+    encoder = randomise(retune.DualEncoder(config, tokenizer))
     names = {"text.head.0": "dense_to_hidden", "text.head.2": "LayerNorm", "text.head.3": "dense_to_output"}
-    image, text = (
-        {},
-        {"cls.predictions.bias": torch.zeros(64), "bert.pooler.dense.weight": torch.zeros(48, 48)},
-    )
+    image = {}
+    text = {"cls.predictions.bias": torch.zeros(64), "bert.pooler.dense.weight": torch.zeros(48, 48)}
     for key, value in encoder.state_dict().items():
         part, _, rest = key.partition(".")
         if part == "image":
@@ -240,7 +189,7 @@ def small_biovil(tmp_path, monkeypatch):
             module, _, kind = key.rpartition(".")
             text[f"cls_projection_head.{names[module]}.{kind}"] = value
     image |= {"encoder.encoder.fc.weight": torch.zeros(3, 512), "encoder.encoder.fc.bias": torch.zeros(3)}
-    torch.save(image, folder / public_encoders.BIOVIL_IMAGE)
+    torch.save(image, folder / retune.BIOVIL_IMAGE)
     torch.save(text, folder / "pytorch_model.bin")
     return folder, encoder
 
@@ -254,29 +203,29 @@ def change(folder, file, edit):
 def test_published_folder_and_its_conversion_are_the_same_encoder(small_biovil, tmp_path):
     """Round trip through our own format: same embeddings, same fingerprint, no code of the checkpoint run."""
     folder, source = small_biovil
-    published = encoders.DualEncoder.load("biovil", folder)
+    published = retune.DualEncoder.load("biovil", folder)
     published.save(tmp_path / "converted")
-    converted = encoders.DualEncoder.load(str(tmp_path / "converted"))
+    converted = retune.DualEncoder.load(str(tmp_path / "converted"))
     pixels = images(64)
     for encoder in (published, converted):
         assert encoder.fingerprint() == source.fingerprint()
         assert torch.equal(encoder.encode_images(pixels), source.encode_images(pixels))
         assert torch.equal(encoder.encode_texts(PROMPTS), source.encode_texts(PROMPTS))
-    assert encoders.DualEncoder.load("biovil", tmp_path / "converted").fingerprint() == source.fingerprint()
-    with pytest.raises(retune.InputError, match="holds the encoder biovil, not biomedclip"):
-        encoders.DualEncoder.load("biomedclip", tmp_path / "converted")
+    assert retune.DualEncoder.load("biovil", tmp_path / "converted").fingerprint() == source.fingerprint()
+    with pytest.raises(retune.InputError, match="it is the encoder biovil, not biomedclip"):
+        retune.DualEncoder.load("biomedclip", tmp_path / "converted")
 
 
 def test_the_fingerprint_follows_weights_and_transform_but_not_the_name(small_biovil):
     folder, source = small_biovil
-    same = encoders.DualEncoder(source.config | {"name": "other"}, source.tokenizer)
+    same = retune.DualEncoder(source.config | {"name": "other"}, source.tokenizer)
     same.load_state_dict(source.state_dict())
-    cropped = encoders.DualEncoder.load("biovil", folder, crop=480)
+    cropped = retune.DualEncoder.load("biovil", folder, crop=480)
     assert same.fingerprint() == source.fingerprint() != cropped.fingerprint()
-    assert cropped.config["transform"]["crop"] == 480 and public_encoders.BIOVIL["transform"]["crop"] == 512
+    assert cropped.config["transform"]["crop"] == 480 and retune.BIOVIL["transform"]["crop"] == 512
     with torch.no_grad():
         same.text.head[0].bias[0] += 1
-    again = encoders.DualEncoder(same.config, same.tokenizer)
+    again = retune.DualEncoder(same.config, same.tokenizer)
     again.load_state_dict(same.state_dict())
     assert again.fingerprint() != source.fingerprint()
 
@@ -291,26 +240,11 @@ def test_missing_unknown_and_misshaped_keys_are_listed(small_biovil):
 
     change(folder, "pytorch_model.bin", edit)
     with pytest.raises(retune.InputError) as caught:
-        encoders.DualEncoder.load("biovil", folder)
+        retune.DualEncoder.load("biovil", folder)
     message = str(caught.value)
-    assert "1 missing: text.tower.encoder.layer.1.output.dense.bias" in message
-    assert "1 unknown: text.tower.encoder.layer.2.output.dense.bias" in message
-    assert "1 mis-shaped: text.head.3.weight (128, 127) for (128, 128)" in message
-
-
-def test_pickled_code_is_refused_and_not_run(small_biovil, tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "attacked",))
-
-    folder, _ = small_biovil
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"bert.x": Attack()}))
-    with pytest.raises(retune.InputError, match=r"pytorch_model\.bin"):
-        encoders.DualEncoder.load("biovil", folder)
-    torch.save({"bert.x": Attack()}, folder / "pytorch_model.bin")
-    with pytest.raises(retune.InputError, match=r"pytorch_model\.bin"):
-        encoders.DualEncoder.load("biovil", folder)
-    assert not (tmp_path / "attacked").exists()
+    assert "Missing key" in message and "text.tower.encoder.layer.1.output.dense.bias" in message
+    assert "Unexpected key" in message and "text.tower.encoder.layer.2.output.dense.bias" in message
+    assert "size mismatch for text.head.3.weight" in message and "\n" not in message
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "biovil_image_resnet50_proj_size_128.pt", "vocab.txt"])
@@ -320,10 +254,10 @@ def test_a_missing_or_damaged_file_is_named(small_biovil, file):
         content = (folder / file).read_bytes()
         (folder / file).write_bytes(content[: len(content) // 2])
         with pytest.raises(retune.InputError, match=file):
-            encoders.DualEncoder.load("biovil", folder)
+            retune.DualEncoder.load("biovil", folder)
     (folder / file).unlink()
     with pytest.raises(retune.InputError, match=file.replace("pytorch_model.bin", "pytorch_model")):
-        encoders.DualEncoder.load("biovil", folder)
+        retune.DualEncoder.load("biovil", folder)
 
 
 def test_safetensors_are_read_and_preferred_to_pickles(small_biovil):
@@ -331,11 +265,11 @@ def test_safetensors_are_read_and_preferred_to_pickles(small_biovil):
     state = torch.load(folder / "pytorch_model.bin", weights_only=True)
     save_file(state, folder / "model.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"not read")
-    assert encoders.DualEncoder.load("biovil", folder).fingerprint() == source.fingerprint()
+    assert retune.DualEncoder.load("biovil", folder).fingerprint() == source.fingerprint()
     save_file({key: state[key] for key in list(state)[:5]}, folder / "model-00001-of-00002.safetensors")
     save_file({key: state[key] for key in list(state)[5:]}, folder / "model-00002-of-00002.safetensors")
     (folder / "model.safetensors").unlink()
-    assert encoders.DualEncoder.load("biovil", folder).fingerprint() == source.fingerprint()
+    assert retune.DualEncoder.load("biovil", folder).fingerprint() == source.fingerprint()
 
 
 # ---------------------------------------------------------------------- CLIP and SigLIP
@@ -378,7 +312,7 @@ def features(output):
 def test_clip_and_siglip_equal_transformers(tmp_path, kind, end):
     """End token 2 is CLIP's old rule (the highest id ends the text), any other the new one."""
     peer = published_clip(tmp_path, kind, eos_token_id=end)
-    ours = encoders.DualEncoder.load(str(tmp_path))
+    ours = retune.DualEncoder.load(str(tmp_path))
     pixels = images(48)
     padding = "longest" if kind == "clip" else "max_length"
     tokens = ours.tokenizer(PROMPTS, padding=padding, max_length=20, return_tensors="pt")
@@ -391,7 +325,7 @@ def test_clip_and_siglip_equal_transformers(tmp_path, kind, end):
     assert image_error <= 1e-5 and text_error <= 1e-5
     assert ours.dim == ours.encode_texts(["edema"]).shape[1] == (24 if kind == "clip" else 48)
     ours.save(tmp_path / "converted")
-    converted = encoders.DualEncoder.load(str(tmp_path / "converted"))
+    converted = retune.DualEncoder.load(str(tmp_path / "converted"))
     assert converted.fingerprint() == ours.fingerprint()
     assert torch.equal(converted.encode_texts(PROMPTS), ours.encode_texts(PROMPTS))
 
@@ -399,7 +333,7 @@ def test_clip_and_siglip_equal_transformers(tmp_path, kind, end):
 def test_old_clip_config_files_are_understood(tmp_path):
     """Years of published CLIPs: generation settings in the towers' configs, *_config_dict, flat sizes."""
     published_clip(tmp_path, "clip")
-    expected = encoders.DualEncoder.load(str(tmp_path))
+    expected = retune.DualEncoder.load(str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
     for part in ("text_config", "vision_config"):
         config[f"{part}_dict"] = config[part]
@@ -407,172 +341,90 @@ def test_old_clip_config_files_are_understood(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     flat = {"do_resize": True, "size": 48, "do_center_crop": True, "crop_size": 48, "resample": 3}
     flat |= {"feature_extractor_type": "CLIPFeatureExtractor", "do_normalize": True}
-    flat |= {
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }
+    flat |= {f"image_{key}": value for key, value in OPEN_CLIP_CONFIG["preprocess_cfg"].items()}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(flat))
-    assert encoders.DualEncoder.load(str(tmp_path)).fingerprint() == expected.fingerprint()
-
-
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_a_wrong_setting_of_a_published_config_is_one_line(tmp_path, kind):
-    """transformers explains a setting of the wrong type in several lines."""
-    published_clip(tmp_path, kind)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["text_config"]["num_attention_heads"] = "many"
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(retune.InputError, match="'num_attention_heads' expected int, got str") as error:
-        encoders.DualEncoder.load(str(tmp_path))
-    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_tokenizer_that_panics_is_refused(tmp_path):
-    """A post-processor that names a special token it does not describe: no Exception, a panic of Rust."""
-    published_clip(tmp_path, "clip")
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    content["post_processor"]["special_tokens"] = {}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(retune.InputError, match="PanicException"):
-        encoders.DualEncoder.load(str(tmp_path))
-
-
-def test_siglips_own_sentencepiece_tokenizer(tmp_path):
-    sentencepiece = pytest.importorskip("sentencepiece")
-    pytest.importorskip("google.protobuf")
-    peer = published_clip(tmp_path, "siglip", eos_token_id=1)
-    (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS).lower())
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "prompts.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=60,
-        minloglevel=2,
-        unk_id=2, eos_id=1, pad_id=0, bos_id=-1, hard_vocab_limit=False,
-    )  # fmt: skip
-    tokenizer = {"tokenizer_class": "SiglipTokenizer", "pad_token": "</s>", "eos_token": "</s>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    ours, texts = encoders.DualEncoder.load(str(tmp_path)), ["no edema", "The heart."]
-    tokens = ours.tokenizer(texts, padding="max_length", max_length=20, return_tensors="pt")
-    with torch.inference_mode():
-        expected = features(peer.get_text_features(tokens["input_ids"]))
-    assert difference(ours.encode_texts(texts), expected) <= 1e-5
-    ours.save(tmp_path / "converted")
-    converted = encoders.DualEncoder.load(str(tmp_path / "converted"))
-    assert torch.equal(converted.encode_texts(texts), ours.encode_texts(texts))
+    assert retune.DualEncoder.load(str(tmp_path)).fingerprint() == expected.fingerprint()
 
 
 # ---------------------------------------------------------------------- transforms
 
 
-def xrays(count=24):
+def xrays(count=12):
     folder = os.environ.get("RETUNE_NIH_DIR")
     if not folder:
         pytest.skip("RETUNE_NIH_DIR is not set: no real X-rays to compare the transforms on")
     paths = sorted(Path(folder).rglob("*.png"))
     grey = [Image.open(path).convert("L") for path in paths[:: max(1, len(paths) // count)][:count]]
-    return [
-        image.crop((0, 0, image.width - 7 * (i % 5), image.height - 31 * (i % 3)))
-        for i, image in enumerate(grey)
-    ]
+    sizes = [(image.width - 7 * (i % 5), image.height - 31 * (i % 3)) for i, image in enumerate(grey)]
+    return [image.crop((0, 0, *size)) for image, size in zip(grey, sizes)]
 
 
-def tensor(image):
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, image.height, image.width)
+def peer_transform(name: str, tmp_path):
+    """(our transform, the peer's on PIL images) of an encoder, a BioViL with a crop, or a transformers model."""
+    if name == "biomedclip":
+        config = retune.BIOMEDCLIP["transform"]
+        open_clip = pytest.importorskip("open_clip")
+        return config, open_clip.image_transform(224, is_train=False, mean=config["mean"], std=config["std"])
+    if name.startswith("biovil"):  # hi-ml composes just these, from torchvision
+        from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 
-
-def compare(name, transform, peer, std, square=False):
-    """The largest and the mean difference in grey levels (1/255) of [0, 1], before normalisation."""
-    std = torch.tensor(std).view(3, 1, 1)
-    images = [image.crop((0, 0, min(image.size), min(image.size))) if square else image for image in xrays()]
-    differences = [((transform(tensor(image)) - peer(image)) * std).abs() * 255 for image in images]
-    largest, mean = (
-        max(d.max().item() for d in differences),
-        sum(d.mean().item() for d in differences) / len(differences),
-    )
-    print(f"{name} on {len(differences)} X-rays: largest {largest:.2f}, mean {mean:.4f} grey levels")
-    assert largest <= 2.01 and mean <= 0.1
-
-
-def ours(config):
-    return lambda image: encoders.transform_image(image, **config["transform"])
-
-
-def test_biomedclips_transform_is_open_clips():
-    open_clip = pytest.importorskip("open_clip")
-    config = public_encoders.BIOMEDCLIP["transform"]
-    peer = open_clip.image_transform(224, is_train=False, mean=config["mean"], std=config["std"])
-    compare("BiomedCLIP's transform", ours(public_encoders.BIOMEDCLIP), peer, config["std"])
-
-
-@pytest.mark.parametrize("crop", [512, 480])
-def test_biovils_transform_is_hi_mls(crop):
-    """hi-ml composes torchvision's Resize(512), CenterCrop and ToTensor on PIL images; so does this peer."""
-    from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
-
-    peer = Compose([Resize(512), CenterCrop(crop), ToTensor(), lambda image: image.expand(3, -1, -1)])
-    config = public_encoders.BIOVIL | {"transform": public_encoders.BIOVIL["transform"] | {"crop": crop}}
-    compare(f"BioViL's transform, crop {crop}", ours(config), peer, [1.0] * 3)
-
-
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_transforms_are_transformers(tmp_path, kind):
-    """CLIP on squares: an odd margin of the crop transformers rounds down, OpenAI's CLIP and we to even."""
-    published_clip(tmp_path, kind)
+        crop = int(name.split()[1])
+        peer = Compose([Resize(512), CenterCrop(crop), ToTensor(), lambda image: image.expand(3, -1, -1)])
+        return retune.BIOVIL["transform"] | {"crop": crop}, peer
+    published_clip(tmp_path, name)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
-    encoder = encoders.DualEncoder.load(str(tmp_path))
 
     def peer(image):
         return processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
-    compare(
-        f"{kind}'s transform",
-        encoder.transform,
-        peer,
-        encoder.config["transform"]["std"],
-        square=kind == "clip",
-    )
+    return retune.DualEncoder.load(str(tmp_path)).config["transform"], peer
 
 
-def test_transform_shapes_and_values():
-    """One channel and three equal channels give the same; sizes follow resize and crop."""
-    grey = torch.randint(0, 256, (1, 90, 60), dtype=torch.uint8)
-    options = {"interpolation": "bicubic", "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
-    for resize, crop, shape in [(30, None, (45, 30)), (30, 24, (24, 24)), ([20, 28], None, (20, 28))]:
-        one = encoders.transform_image(grey, resize, crop, **options)
-        three = encoders.transform_image(grey.expand(3, -1, -1), resize, crop, **options)
-        assert one.shape == (3, *shape) and one.dtype == torch.float32
-        torch.testing.assert_close(one, three, rtol=0, atol=1e-6)
-    flat = encoders.transform_image(torch.full((1, 9, 9), 255, dtype=torch.uint8), 9, None, **options)
-    torch.testing.assert_close(flat[:, 4, 4], torch.tensor([0.9 / 0.5, 0.8 / 0.6, 0.7 / 0.7]))
+@pytest.mark.parametrize("name", ["biomedclip", "biovil 512", "biovil 480", "clip", "siglip"])
+def test_transforms_are_the_peers(tmp_path, name):
+    """Within two grey levels of 255. CLIP on squares: an odd margin transformers rounds down, OpenAI's CLIP to even."""
+    images = xrays()
+    config, peer = peer_transform(name, tmp_path)
+    std, differences = torch.tensor(config["std"]).view(3, 1, 1), []
+    for image in images:
+        image = image.crop((0, 0, min(image.size), min(image.size))) if name == "clip" else image
+        pixels = torch.from_numpy(np.array(image))[None]
+        differences.append(((retune.transform_image(pixels, **config) - peer(image)) * std).abs() * 255)
+    largest = max(d.max().item() for d in differences)
+    mean = sum(d.mean().item() for d in differences) / len(differences)
+    print(f"{name} on {len(differences)} X-rays: largest {largest:.2f}, mean {mean:.4f} grey levels")
+    assert largest <= 2.01 and mean <= 0.1
 
 
 # ---------------------------------------------------------------------- pools and texts
 
 
 def small_encoder(**changes):
+    dino = {
+        "model_type": "dinov2_with_registers",
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "image_size": 28,
+    }
+    gpt2 = {
+        "model_type": "gpt2",
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": 64,
+        "n_positions": 20,
+    }
+    head = [retune.linear(48, 16, bias=False), ["Normalize", {}]]
+    ends = {"bos_token_id": 2, "eos_token_id": 2}
+    transform = {"resize": 28, "crop": 28, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
     config = {
-        "name": "small",
-        "dim": 16,
-        "image": {
-            "library": "transformers",
-            "model": {"model_type": "dinov2_with_registers", "hidden_size": 48, "num_hidden_layers": 2,
-                      "num_attention_heads": 4, "image_size": 28},
-            "pool": "pre_norm_mean",
-            "head": [public_encoders.linear(48, 16, bias=False), ["Normalize", {}]],
-        },
-        "text": {
-            "model": {"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 64,
-                      "n_positions": 20, "bos_token_id": 2, "eos_token_id": 2},
-            "pool": "last",
-            "head": [public_encoders.linear(48, 16)],
-            "context_length": 20,
-            "padding": "longest",
-        },
-        "transform": {"resize": 28, "crop": 28, "interpolation": "bilinear", "mean": [0.5] * 3,
-                      "std": [0.5] * 3},
+        "name": "small", "dim": 16, "transform": transform,
+        "image": {"model": dino | {"num_attention_heads": 4}, "pool": "pre_norm_mean", "head": head},
+        "text": {"model": gpt2 | ends, "pool": "last", "head": [retune.linear(48, 16)], "context_length": 20},
     }  # fmt: skip
     for part, change in changes.items():
         config[part] = config[part] | change
-    return randomise(encoders.DualEncoder(config, word_tokenizer()))
+    return randomise(retune.DualEncoder(config, word_tokenizer()))
 
 
 def test_pools():
@@ -585,15 +437,14 @@ def test_pools():
     assert difference(embeddings, expected) < 1e-6
     alone = torch.cat([encoder.encode_texts([prompt]) for prompt in PROMPTS])
     assert difference(encoder.encode_texts(PROMPTS), alone) < 1e-5
-    assert difference(encoder.encode_texts(PROMPTS, batch_size=3), alone) < 1e-5
+    assert difference(encoder.encode_texts(PROMPTS * 9), alone.repeat(9, 1)) < 1e-5  # more than a batch
     bert = {"model": {"model_type": "bert", **SMALL_BERT, "vocab_size": 64}, "pool": "mean"}
     encoder = small_encoder(text=bert)
     alone = torch.cat([encoder.encode_texts([prompt]) for prompt in PROMPTS])
     assert difference(encoder.encode_texts(PROMPTS), alone) < 1e-5
-    convolutional = {
-        "model": {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [16, 48], "depths": [1, 1]}
-    }
-    assert small_encoder(image=convolutional | {"pool": "mean"}).encode_images(pixels).shape == (8, 16)
+    resnet = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [16, 48], "depths": [1, 1]}
+    encoder = small_encoder(image={"model": resnet, "pool": "mean"})
+    assert encoder.encode_images(pixels).shape == (8, 16)
     with pytest.raises(retune.InputError, match="'average'"):
         small_encoder(image={"pool": "average"})
     with pytest.raises(retune.InputError, match="'Module'"):
@@ -602,34 +453,9 @@ def test_pools():
 
 def test_a_text_longer_than_the_context_is_refused_unless_truncation_is_asked_for():
     encoder, text = small_encoder(), "edema " * 20
-    with pytest.raises(
-        retune.InputError, match=r"21 tokens, the encoder reads 20; shorten the text 'edema edema"
-    ):
+    with pytest.raises(retune.InputError, match="21 tokens, the encoder reads 20; .*'edema edema"):
         encoder.encode_texts(["edema", text])
     assert encoder.encode_texts(["edema", text], truncate=True).shape == (2, 16)
-
-
-def test_autocast_attention_and_devices_of_the_towers():
-    encoder, pixels = small_encoder(), images(28)
-    assert encoder.image.tower.config._attn_implementation == "sdpa"
-    assert encoder.text.tower.config._attn_implementation == "sdpa"
-    for dtype, tolerance in ((torch.bfloat16, 0.1), (torch.float16, 0.02)):
-        with torch.autocast("cpu", dtype=dtype):
-            image, text = encoder.encode_images(pixels), encoder.encode_texts(PROMPTS)
-        assert image.dtype == text.dtype == torch.float32
-        assert difference(image, encoder.encode_images(pixels)) < tolerance
-        assert difference(text, encoder.encode_texts(PROMPTS)) < tolerance * text.abs().max()
-
-
-def test_towers_can_be_trained_by_whoever_switches_it_on():
-    encoder = small_encoder()
-    encoder.train().requires_grad_(True)
-    tokens = encoder.tokenize(PROMPTS)
-    loss = encoder.image(images(28)).sum() + encoder.text(tokens["input_ids"], tokens["attention_mask"]).sum()
-    loss.backward()
-    assert (
-        encoder.image.head[0].weight.grad.abs().sum() > 0 and encoder.text.head[0].weight.grad.abs().sum() > 0
-    )
 
 
 def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -638,27 +464,15 @@ def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(retune.InputError, match="not an empty folder"):
         encoder.save(tmp_path / "full")
-    monkeypatch.setattr(encoder.tokenizer, "save_pretrained", lambda _: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(encoder.tokenizer, "save_pretrained", lambda _: 1 / 0)
         encoder.save(tmp_path / "new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
-    monkeypatch.undo()
-    (tmp_path / "new").mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
     encoder.save(tmp_path / "new", dtype=torch.float16)
-    stored = load_file(tmp_path / "new" / "model.safetensors")
-    assert stored["text.head.0.weight"].dtype == torch.float16
-    loaded = encoders.DualEncoder.load(str(tmp_path / "new"))
+    assert load_file(tmp_path / "new" / "model.safetensors")["text.head.0.weight"].dtype == torch.float16
+    loaded = retune.DualEncoder.load(str(tmp_path / "new"))
     assert loaded.text.head[0].weight.dtype == torch.float32
     assert difference(loaded.encode_images(images(28)), encoder.encode_images(images(28))) < 0.01
-
-
-def test_loading_leaves_the_random_numbers_alone(tmp_path):
-    small_encoder().save(tmp_path / "encoder")
-    torch.manual_seed(3)
-    expected = torch.rand(4)
-    torch.manual_seed(3)
-    encoders.DualEncoder.load(str(tmp_path / "encoder"))
-    assert torch.equal(torch.rand(4), expected)
 
 
 # ---------------------------------------------------------------------- names and the hub
@@ -666,14 +480,15 @@ def test_loading_leaves_the_random_numbers_alone(tmp_path):
 
 def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     with pytest.raises(retune.InputError, match="unknown encoder 'biomedclp': use tiny, biomedclip, biovil"):
-        encoders.DualEncoder.load("biomedclp")
-    with pytest.raises(retune.InputError, match="holds no encoder"):
-        encoders.DualEncoder.load("biovil", tmp_path)
-    with pytest.raises(retune.InputError, match="holds no encoder"):
-        encoders.DualEncoder.load("anything", tmp_path / "absent")
+        retune.DualEncoder.load("biomedclp")
+    for name, folder in (("biovil", tmp_path), ("anything", tmp_path / "absent")):
+        with pytest.raises(
+            retune.InputError, match=f"{folder}: does not hold the encoder {name}.*config.json"
+        ):
+            retune.DualEncoder.load(name, folder)
     with pytest.raises(retune.InputError, match="the image size of small is fixed"):
         small_encoder().save(tmp_path / "small")
-        encoders.DualEncoder.load(str(tmp_path / "small"), crop=20)
+        retune.DualEncoder.load(str(tmp_path / "small"), crop=20)
 
 
 def test_offline_without_a_cached_copy_points_to_encoder_dir(tmp_path, monkeypatch):
@@ -682,4 +497,4 @@ def test_offline_without_a_cached_copy_points_to_encoder_dir(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     for name in ("biomedclip", "biovil", "openai/clip-vit-base-patch32"):
         with pytest.raises(retune.InputError, match=f"{name}.*--encoder-dir"):
-            encoders.DualEncoder.load(name)
+            retune.DualEncoder.load(name)

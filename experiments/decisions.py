@@ -1,0 +1,109 @@
+"""Decisions one can use (ours): per finding a temperature and a threshold, fitted on validation images alone.
+
+`retune.run` calls `measure` at the end of a run. The probability of a finding is sigmoid(logit / temperature), and
+the finding is called present from the threshold on. The paper's rule (cos+ > cos-) stays that of F1 and exact match.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+import retune
+from experiments.scores import fit_temperature
+
+
+def measure(config, folder, data, tasks, embeddings, bank, model) -> dict:
+    """{"rule", "temperature", "threshold", "val", "test"}, each of the last four by finding.
+
+    A finding whose known validation labels are all alike gets None: nothing can be fitted.
+    """
+    rows = {split: data.where(split) for split in ("val", "test")}
+    logits = {split: logits_of(model, bank, embeddings, rows[split]) for split in rows}
+    block = {"rule": config.threshold, "temperature": {}, "threshold": {}, "val": {}, "test": {}}
+    for c, name in enumerate(data.class_names):
+        labels = data.labels[rows["val"], c]
+        temperature, threshold = fit_decision(logits["val"][:, c], labels, config.threshold)
+        block["temperature"][name] = temperature
+        block["threshold"][name] = threshold
+        for split in rows if threshold is not None else ():
+            present = sigmoid(logits[split][:, c] / temperature) >= threshold
+            block[split][name] = rates(present, data.labels[rows[split], c], data.patients[rows[split]])
+    return block
+
+
+@torch.inference_mode()
+def logits_of(model, bank, embeddings: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Logits [n, C], float64, of rows [n] of the embeddings [N, D]."""
+    pieces = torch.from_numpy(rows).split(8192)
+    images = (model.whitening(retune.gather(embeddings, piece, bank.embeddings)) for piece in pieces)
+    return np.concatenate([retune.to_numpy(model.logits(x, bank)) for x in images]).astype(np.float64)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)), without overflow."""
+    return np.exp(-np.logaddexp(0, -logits))
+
+
+def fit_decision(logits: np.ndarray, labels: np.ndarray, rule: str) -> tuple[float | None, float | None]:
+    """(temperature, threshold on the probability) from one finding's validation logits and labels, [n] each."""
+    known = ~np.isnan(labels)
+    if len(np.unique(labels[known])) < 2:
+        return None, None
+    temperature = fit_temperature(logits[known], labels[known])
+    return temperature, choose_threshold(sigmoid(logits[known] / temperature), labels[known], rule)
+
+
+def choose_threshold(probabilities: np.ndarray, labels: np.ndarray, rule: str) -> float:
+    """The threshold by a rule, half way between two values that occur; of equals the highest.
+
+    youden: largest sensitivity + specificity - 1. f1: largest F1. sensitivity=S: the highest that reaches S.
+    """
+    values, place = np.unique(-probabilities, return_inverse=True)  # probabilities from the highest down
+    positives = np.cumsum(np.bincount(place, labels))  # true positives of a cut below the k-th value
+    negatives = np.cumsum(np.bincount(place, 1 - labels))
+    sensitivity = positives / positives[-1]
+    if rule == "youden":
+        best = np.argmax(sensitivity - negatives / negatives[-1])
+    elif rule == "f1":
+        best = np.argmax(positives / (positives + negatives + positives[-1]))
+    else:
+        best = np.argmax(sensitivity >= float(rule.removeprefix("sensitivity=")) - 1e-12)
+    below = -values[best + 1] if best + 1 < len(values) else 0.0
+    return float((below - values[best]) / 2)
+
+
+def rates(present: np.ndarray, labels: np.ndarray, patients: np.ndarray) -> dict:
+    """Sensitivity and specificity of decisions [n] with 95% intervals over patients; None without such images."""
+    result = {}
+    for name, value in (("sensitivity", 1), ("specificity", 0)):
+        share = resampled_rate(present == value, labels == value, patients)
+        unknown = np.isnan(share[0])
+        result[name] = None if unknown else share[0]
+        result[f"{name}_ci"] = None if unknown else np.nanpercentile(share[1:], [2.5, 97.5]).tolist()
+    return result
+
+
+def resampled_rate(
+    hit: np.ndarray, of: np.ndarray, patients: np.ndarray, resamples: int = 1000
+) -> np.ndarray:
+    """The share of the images `of` [N] that are `hit` [N], first as it is, then on each resample of the patients.
+
+    [1 + R]; nan where a resample has no such image. The resamples are those of `scores.resampled_auroc`.
+    """
+    ids, patient = np.unique(patients, return_inverse=True)
+    drawn = np.random.default_rng(0).multinomial(len(ids), np.full(len(ids), 1 / len(ids)), resamples)
+    weight = np.vstack([np.ones(len(ids)), drawn])
+    hits, total = (weight @ np.bincount(patient, mask, len(ids)) for mask in (hit & of, of))
+    return np.where(total > 0, hits / np.maximum(total, 1), np.nan)
+
+
+def summary(block: dict) -> str:
+    """The decisions in a table of text."""
+    rows = []
+    for name, test in block["test"].items():
+        cells = ["-" if test[key] is None else "{:.3f} ({:.3f} to {:.3f})".format(test[key], *test[f"{key}_ci"])
+                 for key in ("sensitivity", "specificity")]  # fmt: skip
+        rows.append([name, f"{block['temperature'][name]:.3g}", block["threshold"][name], *cells])
+    header = [f"{block['rule']} on validation (ours)", "temperature", "threshold"]
+    return retune.markdown_table([*header, "test sensitivity", "test specificity"], rows)

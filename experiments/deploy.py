@@ -1,0 +1,119 @@
+"""A run as one file that needs no PyTorch, its model card, its scores as CSV (ours; docs/deploy.md).
+
+The ONNX file goes from pixels to probabilities: image tower, image adaptor, the prompts' adapted vectors,
+temperatures, thresholds. It is made of `adaptors.safetensors` and the encoder alone, which hold nothing of a patient.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+import retune
+from experiments import heatmaps
+
+
+class Deployed(nn.Module):
+    """uint8 pixels [B, h, w, 3], resized and cropped -> probabilities [B, C] and decisions, bool [B, C]."""
+
+    def __init__(self, encoder, model, bank, facts: dict):
+        super().__init__()
+        self.image = encoder.image
+        self.model, self.bank = freeze_prompts(model, bank)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(encoder.config["transform"][name]).view(3, 1, 1))
+        for name in ("temperature", "threshold"):
+            self.register_buffer(name, torch.tensor(facts[name]))
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        logits = self.model.logits(self.model.whitening(self.image(x)), self.bank)
+        probability = (logits / self.temperature).sigmoid()
+        return probability, probability >= self.threshold
+
+
+@torch.no_grad()
+def freeze_prompts(model, bank) -> tuple:
+    """The model without its text adaptor, and the bank of prompts that have been through it."""
+    if not isinstance(model, retune.RETune):
+        return model, bank
+    vectors = model.text_adaptor(bank.embeddings)
+    group = bank.group
+    if model.pool != "max":
+        vectors = bank.pooling(model.pool) @ vectors  # [2C, D]
+        group = torch.arange(bank.groups)
+    model = copy.deepcopy(model)
+    model.text_adaptor = nn.Identity()
+    return model, retune.PromptBank(vectors, group)
+
+
+def export(path: Path, run: Path, config) -> None:
+    """Write a run as ONNX; what a program must know of it is JSON in its metadata, under `retune`."""
+    with retune.input_errors("--export", "needs pip install onnx onnxscript"):
+        import onnx
+        import onnxscript  # noqa: F401, the exporter's
+    encoder, model, bank, known = retune.load_predictor(run, config)
+    facts = {"findings": known["classes"]}
+    for key, default in (("temperature", 1.0), ("threshold", 0.5)):  # where none was fitted: the paper's rule
+        facts[key] = [
+            known.get("decisions", {}).get(key, {}).get(name) or default for name in known["classes"]
+        ]
+    facts |= {key: encoder.config["transform"][key] for key in ("resize", "crop", "interpolation")}
+    height, width = encoder.transform(torch.zeros(1, 300, 300, dtype=torch.uint8)).shape[1:]
+    module = Deployed(encoder, model, bank, facts).eval().requires_grad_(False)
+    example = torch.zeros(2, height, width, 3, dtype=torch.uint8)
+    options = {"input_names": ["pixels"], "output_names": ["probability", "decision"], "verbose": False}
+    shapes = ({0: torch.export.Dim("batch")},)
+    graph = torch.onnx.export(module, (example,), dynamo=True, dynamic_shapes=shapes, **options).model_proto
+    for node in graph.graph.node:  # notes of the exporter on the source files
+        del node.metadata_props[:]
+    onnx.helper.set_model_props(graph, {"retune": json.dumps(facts)})
+    with retune.atomic(path) as partial:
+        partial.write_bytes(graph.SerializeToString(deterministic=True))
+    print(f"written to {path}: {path.stat().st_size / 1e6:.1f} MB, opset {graph.opset_import[0].version}")
+
+
+def write_card(run: Path) -> None:
+    """Write the card of docs/model_card.md, filled in with a run, into the run's folder as README.md."""
+    metrics = retune.read_json(run / "metrics.json")
+    card = (retune.HERE / "docs" / "model_card.md").read_text(encoding="utf-8").split("<!-- card -->\n")[1]
+    values = metrics["config"] | {"name": run.resolve().name, "findings": ", ".join(metrics["classes"])}
+    values |= {"encoder": Path(values["encoder"]).name, "patients": metrics["cost"]["train_patients"]}
+    values["table"] = (run / "table.md").read_text(encoding="utf-8").strip()
+    for key, value in values.items():
+        card = card.replace(f"{{{key}}}", str(value))
+    retune.write_text(run / "README.md", card)
+    print(f"written to {run / 'README.md'}; read it before you publish it")
+
+
+def write_scores(path: Path, predictions: list[dict]) -> None:
+    """Predictions as CSV, a row per image; per finding score, present (the paper's), probability and decision."""
+    rows = []
+    for p in predictions:
+        found = {
+            f"{name} {key}": value for name, f in p.get("findings", {}).items() for key, value in f.items()
+        }
+        rows.append({"image": p["image"], **found, "error": p.get("error", "")})
+    table = pd.DataFrame(rows)
+    flags = table.filter(regex=" (present|decision)$").columns
+    table[flags] = table[flags].astype("Int64")  # 1 and 0; blank where the image was unreadable
+    retune.write_text(path, table.to_csv(index=False))
+    print(f"written to {path}: {len(table)} images")
+
+
+def execute(arguments, config, predictions: list[dict]) -> None:
+    """What the command line asks for as files."""
+    if arguments.export:
+        export(arguments.export, arguments.run, config)
+    if arguments.export_card:
+        write_card(arguments.run)
+    if predictions and arguments.output != retune.Config.output:
+        write_scores(Path(arguments.output), predictions)
+    if arguments.heatmap:
+        images = [p["image"] for p in predictions if "findings" in p]
+        heatmaps.draw(images, arguments.run, arguments.heatmap, config)

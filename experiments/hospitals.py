@@ -1,0 +1,88 @@
+"""Hospitals as parts (ours): a task per value of the table's column `part`, and what is forgotten of each.
+
+`retune.run` with `--scenario data --parts column` takes its tasks from `column_tasks` and calls `measure` at the end.
+A part is a hospital, a scanner, a year. `python -m demo.hospitals FOLDER` draws three to try it on.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+import retune
+
+
+def column_tasks(config, data) -> list[retune.Task]:
+    """A data-incremental task per part, in the order of the training rows or of --part-order."""
+    if config.scenario != "data" or config.contiguous or data.part is None:
+        raise retune.InputError(
+            "--parts column needs --scenario data and a column `part`, without --contiguous"
+        )
+    part = np.asarray(data.part, str)
+    _, first, patient = np.unique(data.patients, return_index=True, return_inverse=True)
+    for i in np.flatnonzero((part != part[first[patient]]) | (part == ""))[:1]:
+        other = first[patient[i]]
+        where = f"part '{part[other]}' ({data.rows[other]}) and here in part '{part[i]}'"
+        raise retune.InputError(
+            f"{data.rows[i]}: patient {data.patients[i]} is in {where}; parts share no patient"
+        )
+    train = data.where("train")
+    found = list(dict.fromkeys(part[train].tolist()))
+    order = list(config.part_order or found)
+    if sorted(order) != sorted(found):
+        raise retune.InputError(
+            f"--part-order {' '.join(order)} must name each part once: {', '.join(found)}"
+        )
+    everything = tuple(range(len(data.class_names)))
+    return [retune.Task(name, train[part[train] == name], everything) for name in order]
+
+
+def measure(config, folder, data, tasks, embeddings, bank, model) -> dict:
+    """{"parts" [U], "auroc" [T + 1, U], "auroc_ci", "forgetting" [U]}: macro AUROC on the test images of part u.
+
+    Row 0 is zero-shot, row t the adaptors after the t-th part; parts that are tested alone come last. forgetting:
+    the most that a part reached from its own task on, before the last, minus its last.
+    """
+    test = data.where("test")
+    part = np.asarray(data.part, str)[test]
+    names = [task.name for task in tasks]
+    names += [name for name in dict.fromkeys(part.tolist()) if name not in names]
+    stages = [retune.RETune(embeddings.shape[1], adapt="none", pool=config.pool, negatives=config.negatives)]
+    for k in range(1, len(tasks) + 1):
+        stages.append(retune.load_model(folder / f"task_{k}.safetensors", config)[0])
+    auroc = np.full((len(stages), len(names)), math.nan)
+    intervals = np.full((len(stages), len(names), 2), math.nan)
+    for t, stage in enumerate(stages):
+        for u, name in enumerate(names):
+            rows = test[part == name]
+            if len(rows):
+                stage.to(bank.embeddings.device)
+                scores, decisions = retune.score_rows(stage, bank, embeddings, rows, config.score)
+                found = retune.evaluate(scores, decisions, data.labels[rows], data.class_names)
+                auroc[t, u] = found["auroc_macro"]
+                intervals[t, u] = retune.bootstrap_ci(scores, data.labels[rows], data.patients[rows])
+    last = len(tasks)
+    drops = [auroc[u + 1 : last, u].max() - auroc[last, u] for u in range(last - 1)]
+    drops += [None] * (len(names) - len(drops))
+    block = {"parts": names, "auroc": auroc.tolist(), "auroc_ci": intervals.tolist(), "forgetting": drops}
+    if config.figures:
+        draw(folder, config, block, tasks)
+    return block
+
+
+def draw(folder, config, block: dict, tasks) -> None:
+    """The matrix in the form of the run's other figures."""
+    stages = [{"test": {"by_part": dict(zip(block["parts"], row))}} for row in block["auroc"]]
+    settings = {key: getattr(config, key) for key in ("adaptor", "data", "encoder", "scenario")}
+    shown = {"config": settings, "classes": block["parts"], "tasks": [{"name": task.name} for task in tasks],
+             "zero_shot": stages[0], "after_task": stages[1:]}  # fmt: skip
+    retune.heatmap(folder / "parts.png", shown, "by_part", "test macro AUROC by part", 0.5)
+
+
+def summary(block: dict) -> str:
+    """The matrix and what is forgotten, as text."""
+    names = ["zero-shot", *(f"after {name}" for name in block["parts"])]
+    rows = [[name, *values] for name, values in zip(names, block["auroc"])]
+    rows.append(["forgetting", *block["forgetting"]])
+    return retune.markdown_table(["test macro AUROC by part (ours)", *block["parts"]], rows)

@@ -1,0 +1,143 @@
+"""Finished runs as a pandas table: a row per run with its settings and metrics; and how tables choose from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from experiments.scores import STEP, score_facts
+from retune import InputError, atomic, progress, read_json, write_text
+
+# Settings that tables vary, as the paper has them.
+REFERENCE = {
+    "method": "retune", "set": "", "whiten": False, "adaptor": "mlp", "adapt": "both", "pool": "mean",
+    "negatives": True, "score": "diff", "wording": "specific", "logit_scale": 1.0, "order": "",
+}  # fmt: skip
+SCENARIOS = {
+    "class-incremental": {"scenario": "class"},
+    "label-incremental": {"scenario": "label"},
+    "data, 5 parts": {"scenario": "data", "parts": 5},
+    "data, 10 parts": {"scenario": "data", "parts": 10},
+    "data, 20 parts": {"scenario": "data", "parts": 20},
+    "joint": {"scenario": "joint"},
+}
+BASIC = ("joint", "class-incremental", "label-incremental", "data, 5 parts")
+NAMES = {  # of a method with what --set gave it
+    "retune": "RE-tune",
+    "distil": "RE-tune, residual, distilled (ours)",
+    "analytic": "closed-form RE-tune (ours), M = 300",
+    "analytic features=1000": "closed-form RE-tune (ours), M = 1,000",
+    "analytic features=1000 shared=0": "closed-form RE-tune (ours), M = 1,000, lambda per finding",
+    "analytic features=0": "closed-form RE-tune (ours), linear",
+    "linear": "linear head",
+    "mlp": "MLP head",
+    "ewc": "MLP head, EWC",
+    "lwf": "MLP head, LwF",
+    "replay": "MLP head, replay of 500 images",
+    "joint": "MLP head, all data",
+    "ncm": "NCM",
+    "slda": "SLDA",
+    "ranpac": "RanPAC",
+    "ranpac zero_shot=1": "RanPAC, zero-shot for unseen",
+    "l3a": "L3A",
+}
+OURS = ("retune", "distil", "analytic")
+BOUND = "joint"  # keeps the data of every patient
+WHITENED = ("distil", "analytic")  # with or without --whiten
+QUALITY = {
+    "auroc_macro": "AUROC macro", "auroc_weighted": "AUROC weighted", "f1_macro": "F1 macro",
+    "f1_weighted": "F1 weighted", "precision_weighted": "precision", "recall_weighted": "recall",
+    "accuracy": "exact match", "ap_macro": "average precision",
+}  # fmt: skip
+LAST = "last.auroc_macro"
+
+
+def collect(folder: Path) -> pd.DataFrame:
+    """A row for every finished run below `folder`: settings, facts, metrics and the resampled AUROC.
+
+    InputError when there is none, or when they differ in data or encoder, whose numbers no table may mix.
+    """
+    paths = sorted(folder.rglob("metrics.json"))
+    if not paths:
+        raise InputError(f"{folder}: no finished run (no metrics.json); start them with run_experiments.sh")
+    runs = pd.DataFrame([run_row(path, folder) for path in progress(paths, desc="runs")])
+    for kind in ("data_fingerprint", "encoder_fingerprint"):
+        if runs[kind].nunique() > 1:
+            raise InputError(f"{folder}: its runs differ in {kind}; use one folder for each")
+    return runs
+
+
+def run_row(path: Path, folder: Path) -> dict:
+    """The row of the run whose metrics.json is at `path`."""
+    metrics = read_json(path)
+    config = metrics["config"]
+    settings = (*REFERENCE, "scenario", "seed", "lr", "data", "data_fingerprint", "encoder_fingerprint")
+    row = {"run": path.parent.relative_to(folder).as_posix()}
+    row |= {key: config.get(key) for key in settings} | {
+        "set": " ".join(config["set"] or ()), "order": " > ".join(config["class_order"] or ()),
+        "parts": len(metrics["tasks"]), "encoder": Path(config["encoder"]).name,
+        "classes": ", ".join(metrics["classes"]), "train_n": sum(task["n_train"] for task in metrics["tasks"]),
+        "val_n": metrics["zero_shot"]["val"]["n"], "test_n": metrics["zero_shot"]["test"]["n"],
+    }  # fmt: skip
+    for stage, measured in (("zero", metrics["zero_shot"]), ("last", metrics["after_task"][-1])):
+        row |= {f"{stage}.{key}": measured["test"][key] for key in QUALITY}
+    scores = score_facts(path.parent)
+    for kind in ("continual", "cost"):
+        row |= {f"{kind}.{key}": value for key, value in metrics[kind].items()}
+    for kind, found in scores["calibration"].items():
+        row |= {f"{kind}.{key}": value for key, value in found.items()}
+    row["cost.share_of_encoder"] = row["cost.trainable_parameters"] / row["cost.encoder_parameters"]
+    row["cost.stored_a_patient"] = row["cost.stored_bytes"] / row["cost.train_patients"]
+    return row | {"resampled": np.array(scores["resampled"], np.uint16)}
+
+
+def write_runs(runs: pd.DataFrame, folder: Path) -> None:
+    """Write `runs.csv`, and `bootstrap.npz`: "auroc", uint16 [runs, resamples], in STEPs."""
+    write_text(folder / "runs.csv", runs.drop(columns="resampled").to_csv(index=False, float_format="%.9g"))
+    with atomic(folder / "bootstrap.npz") as partial, open(partial, "wb") as file:
+        np.savez_compressed(file, auroc=np.stack(runs["resampled"]))
+
+
+def read_runs(folder: Path) -> pd.DataFrame:
+    """What `write_runs` wrote; numbers have nine digits."""
+    runs = pd.read_csv(folder / "runs.csv", dtype={"set": str, "order": str})
+    resampled = np.load(folder / "bootstrap.npz", allow_pickle=False)["auroc"]
+    return runs.assign(**runs[["set", "order"]].fillna(""), resampled=list(resampled))
+
+
+def pick(runs: pd.DataFrame, **wanted) -> pd.DataFrame:
+    """The runs with the wanted settings, REFERENCE where nothing is said; `order=None` is any random order."""
+    mask = pd.Series(True, index=runs.index)
+    for key, value in (REFERENCE | wanted).items():
+        mask &= runs[key] != "" if value is None else runs[key] == value
+    return runs[mask]
+
+
+def lead(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, float]:
+    """(difference, low, high) of the mean macro AUROC of two sets of runs: 95%, resampled in pairs."""
+    resampled = [np.stack(runs["resampled"]).mean(0) * STEP for runs in (first, second)]
+    low, high = np.percentile(resampled[0] - resampled[1], [2.5, 97.5])
+    return first[LAST].mean() - second[LAST].mean(), low, high
+
+
+def variants(runs: pd.DataFrame) -> list[dict]:
+    """Every method with its options, whitened and not, by class-incremental AUROC; the bound last."""
+    keys = ["method", "set", "whiten"]
+    rest = {key: value for key, value in REFERENCE.items() if key not in keys} | {"scenario": "class"}
+    chosen = runs[(runs[list(rest)] == pd.Series(rest)).all(axis=1)]
+    means = chosen.groupby(keys)[LAST].mean().sort_values(ascending=False)
+    return sorted((dict(zip(keys, key)) for key in means.index), key=lambda v: v["method"] == BOUND)
+
+
+def labels_of(variant: dict) -> tuple[str, str]:
+    """(name, whitened?) of a method, as tables call it."""
+    key = f"{variant['method']} {variant['set']}".strip()
+    whitened = "built in" if variant["method"] in WHITENED else "yes" if variant["whiten"] else "no"
+    return NAMES.get(key, key), whitened
+
+
+def full_name(variant: dict) -> str:
+    name, whitened = labels_of(variant)
+    return f"{name}, whitened" if whitened == "yes" else name

@@ -1,0 +1,143 @@
+"""What only a run's scores tell: intervals by patient and calibration, computed once from the saved adaptors."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import retune
+
+STEP = 1e-4  # resampled AUROCs are stored as whole multiples of it
+DATA_AND_ENCODER = (
+    "data", "data_dir", "labels_csv", "classes", "view", "uncertain", "blank", "size", "demo_images",
+    "skip_bad_images", "encoder", "encoder_dir", "crop", "precision", "encode_batch", "workers", "cache_dir",
+    "device",
+)  # fmt: skip
+
+
+def load_inputs(settings: dict) -> tuple:
+    """(data, encoder, embeddings [N, D]) of a run; `settings`: its configuration. The last ones stay in memory."""
+    shared = {key: settings[key] for key in DATA_AND_ENCODER}
+    shared = {key: tuple(value) if isinstance(value, list) else value for key, value in shared.items()}
+    return embed_once(retune.Config(**shared))
+
+
+@functools.lru_cache(maxsize=1)
+def embed_once(config: retune.Config) -> tuple:
+    data = retune.load_radiographs(config)
+    encoder = retune.DualEncoder.load(config.encoder, config.encoder_dir, config.crop)
+    embeddings = retune.embed(
+        encoder, data, Path(config.cache_dir), batch_size=config.encode_batch, workers=config.workers,
+        precision=config.precision, device=retune.pick_device(config.device),
+        skip_bad_images=config.skip_bad_images,
+    )  # fmt: skip
+    data.split[list(retune.embedding_facts(embeddings)["unreadable"])] = "unreadable"
+    return data, encoder, embeddings
+
+
+def load_run(folder: Path) -> tuple:
+    """(settings, data, embeddings [N, D], prompt bank, model) of a finished run, on the CPU."""
+    settings = retune.read_json(folder / "metrics.json")["config"]
+    data, encoder, embeddings = load_inputs(settings)
+    bank = retune.embed_prompts(encoder, settings["prompt_texts"])
+    named = retune.Config(method=settings["method"])
+    model, _ = retune.load_model(folder / "adaptors.safetensors", named)
+    return settings, data, embeddings, bank, model
+
+
+def score_facts(folder: Path) -> dict:
+    """{"resampled": [R] macro AUROC on test, in STEPs, "calibration": {...}}; stored in the run's folder.
+
+    Every run of a data set has the same resamples, so that differences between runs are paired.
+    """
+    path = folder / "scores.json"
+    if path.exists() and path.stat().st_mtime >= (folder / "metrics.json").stat().st_mtime:
+        return retune.read_json(path)
+    settings, data, embeddings, bank, model = load_run(folder)
+    test = data.where("test")
+    scores, _ = retune.score_rows(model, bank, embeddings, test, settings["score"])
+    auroc = resampled_auroc(scores, data.labels[test], data.patients[test])
+    options = {key: settings[key] for key in ("pool", "negatives")}
+    zero = retune.RETune(embeddings.shape[1], adapt="none", **options)
+    models = {"model": model, "zero_shot": zero}
+    measured = {name: calibration(scorer, data, embeddings, bank) for name, scorer in models.items()}
+    facts = {"resampled": np.round(auroc / STEP).astype(int).tolist(), "calibration": measured}
+    retune.write_json(path, facts)
+    return facts
+
+
+def resampled_auroc(scores, labels, patients, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """Macro AUROC [R] of patients drawn with replacement; scores, labels [N, C], patients [N].
+
+    A patient drawn k times is a weight of k on its images; ties count one half. A class without a positive or
+    a negative in a resample is left out of its mean.
+    """
+    ids, patient = np.unique(patients, return_inverse=True)
+    drawn = np.random.default_rng(seed).multinomial(len(ids), np.full(len(ids), 1 / len(ids)), resamples)
+    weight = drawn.T.astype(np.float32)[patient]  # [N, R]
+    auroc = []
+    for score, label in zip(scores.T, labels.T):
+        positive, negative = label == 1, label == 0
+        levels, level = np.unique(score, return_inverse=True)
+        at = np.zeros((len(levels), resamples))  # the negatives' weight at every score
+        np.add.at(at, level[negative], weight[negative])
+        below = at.cumsum(0) - at / 2
+        pairs = weight[positive].sum(0, dtype=np.float64) * weight[negative].sum(0, dtype=np.float64)
+        wins = (weight[positive] * below[level[positive]]).sum(0)
+        auroc.append(np.where(pairs > 0, wins / np.maximum(pairs, 1), np.nan))
+    return np.nanmean(auroc, axis=0)
+
+
+@torch.inference_mode()
+def calibration(model: torch.nn.Module, data, embeddings: np.ndarray, bank) -> dict[str, float]:
+    """Temperature fitted on validation; ECE and Brier score on test before and after it."""
+    logits, labels = {}, {}
+    for split in ("val", "test"):
+        rows = data.where(split)
+        images = model.whitening(retune.gather(embeddings, torch.from_numpy(rows), bank.embeddings))
+        logits[split] = model.logits(images, bank).double().numpy()
+        labels[split] = data.labels[rows].astype(np.float64)
+    temperature = fit_temperature(logits["val"], labels["val"])
+    before = reliability(logits["test"], labels["test"], 1.0)
+    after = reliability(logits["test"], labels["test"], temperature)
+    named = {f"{key}_before": value for key, value in before.items()}
+    return {"temperature": temperature} | named | {f"{key}_after": value for key, value in after.items()}
+
+
+def reliability(
+    logits: np.ndarray, labels: np.ndarray, temperature: float, bins: int = 15
+) -> dict[str, float]:
+    """Expected calibration error and Brier score of sigmoid(logits / temperature), mean over classes.
+
+    logits, labels: [N, C]. ECE: over bins of equal width, the share of images times |mean probability - share
+    of positives| (Guo et al. 2017, for the finding's probability). nan labels are left out; so is a class
+    without a known label.
+    """
+    ece, brier = [], []
+    for logit, label in zip(logits.T, labels.T):
+        y = label[~np.isnan(label)]
+        p = 1 / (1 + np.exp(-logit[~np.isnan(label)] / temperature))
+        if not len(y):
+            continue
+        index = np.minimum((p * bins).astype(int), bins - 1)
+        gaps = np.bincount(index, p, bins) - np.bincount(index, y, bins)
+        ece.append(np.abs(gaps).sum() / len(y))
+        brier.append(np.mean((p - y) ** 2))
+    return {"ece": float(np.mean(ece)), "brier": float(np.mean(brier))}
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature in [1e-3, 1e3] with the lowest cross-entropy; found to 1e-3 of its logarithm."""
+    from scipy.optimize import minimize_scalar
+
+    known = ~np.isnan(labels)
+
+    def loss(log_temperature: float) -> float:
+        x = logits[known] / math.exp(log_temperature)
+        return np.mean(np.logaddexp(0, x) - labels[known] * x)
+
+    return math.exp(minimize_scalar(loss, bounds=(-6.9, 6.9), method="bounded", options={"xatol": 1e-3}).x)

@@ -1,0 +1,144 @@
+"""AUROC, sensitivity and specificity of a run by sex, age, view and part, with intervals over patients (ours).
+
+    python -m experiments.subgroups RUN
+
+Writes subgroups.md, .csv and .png into the run's folder: test images, the run's adaptors, the thresholds it chose on
+validation. All groups share 1,000 resamples of the patients, so that the interval of a gap is a paired one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import retune
+from experiments.decisions import logits_of, resampled_rate, sigmoid
+from experiments.scores import load_run, resampled_auroc
+
+MEASURES = ("AUROC", "sensitivity", "specificity")
+
+
+def group_names(values: Sequence[str], column: str) -> pd.Series:
+    """The group of every image, "" where it is unknown; ages (58, 058Y) fall into four bands."""
+    values = pd.Series(values).str.strip()
+    if column != "age":
+        return values
+    bands = ["under 40", "40 to 59", "60 to 79", "80 and over"]
+    years = pd.to_numeric(values.str.extract(r"(\d+)")[0])
+    return pd.cut(years, [-1, 39, 59, 79, 999], labels=bands).cat.add_categories("").fillna("")
+
+
+def measure_group(
+    labels: np.ndarray, scores: np.ndarray, present: np.ndarray, patients: np.ndarray
+) -> np.ndarray:
+    """[3, C, 1 + R]: MEASURES of each finding, first as they are, then on each resample; nan where there are none.
+
+    Labels [N, C] are nan outside the group, so that its patients are drawn with those of all groups.
+    """
+    points = np.full((3, labels.shape[1], 1001), np.nan)
+    for c, auroc in enumerate(retune.evaluate(scores, present, labels)["auroc"].values()):
+        if not np.isnan(auroc):
+            points[0, c] = [auroc, *resampled_auroc(scores[:, [c]], labels[:, [c]], patients)]
+        for m, value in ((1, 1), (2, 0)):
+            points[m, c] = resampled_rate(present[:, c] == value, labels[:, c] == value, patients)
+    return points
+
+
+def compare_groups(group: pd.Series, findings, labels, scores, present, patients) -> list[list]:
+    """Rows (group, images, finding, measure, value, low, high); the gap is the best group minus the worst.
+
+    The mean is over the findings that every group can be scored on.
+    """
+    names = group.cat.categories if hasattr(group, "cat") else sorted(set(group))
+    images = {name: int((group == name).sum()) for name in names if name and (group == name).any()}
+    masks = [(group == name).to_numpy()[:, None] for name in images]
+    points = [measure_group(np.where(mask, labels, np.nan), scores, present, patients) for mask in masks]
+    points = np.ma.masked_invalid(points)  # [G, 3, C, 1 + R]
+    everywhere = points[:, :, :, 0].mask.any(0)[None, :, :, None] | points.mask
+    mean = np.ma.array(points, mask=everywhere).mean(2, keepdims=True)
+    points = np.ma.concatenate([points, mean], axis=2).filled(np.nan)
+    rows = []
+    for m, measure in enumerate(MEASURES):
+        for c, finding in enumerate([*findings, "mean"]):
+            values = dict(zip(images, points[:, m, c]))
+            order = sorted((v[0], name) for name, v in values.items() if not np.isnan(v[0]))
+            if len(order) > 1:
+                values["gap"] = values[order[-1][1]] - values[order[0][1]]
+            for name, v in values.items():
+                low, high = (np.nan, np.nan) if np.isnan(v[0]) else np.nanpercentile(v[1:], [2.5, 97.5])
+                rows.append([name, images.get(name, len(group)), finding, measure, v[0], low, high])
+    return rows
+
+
+def compare(run: Path) -> pd.DataFrame:
+    """The groups of all columns that the data of a run have."""
+    _, data, embeddings, bank, model = load_run(run)
+    chosen = retune.read_json(run / "metrics.json")["decisions"]
+    rows = data.where("test")
+    scores = logits_of(model, bank, embeddings, rows)
+    temperature = np.array([chosen["temperature"][name] or 1.0 for name in data.class_names])
+    threshold = np.array([chosen["threshold"][name] or 0.5 for name in data.class_names])
+    present = sigmoid(scores / temperature) >= threshold
+    tables = []
+    for column in (name for name in retune.GROUPS if getattr(data, name) is not None):
+        group = group_names(np.asarray(getattr(data, column))[rows], column)
+        found = compare_groups(
+            group, data.class_names, data.labels[rows], scores, present, data.patients[rows]
+        )
+        tables += [[column, *row] for row in found]
+    if not tables:
+        raise retune.InputError(f"{run}: its data have no column {', '.join(retune.GROUPS)}")
+    return pd.DataFrame(
+        tables, columns=["by", "group", "images", "finding", "measure", "value", "low", "high"]
+    )
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """The means over findings, a row per group."""
+    rows = []
+    for (by, name, images), part in table.groupby(["by", "group", "images"], sort=False):
+        cells = [f"{r.value:.3f} ({r.low:.3f} to {r.high:.3f})" for r in part.itertuples()]
+        rows.append([f"{by}: {name}", images, *cells])
+    return retune.markdown_table(["test images, mean over findings", "images", *MEASURES], rows)
+
+
+def draw(path: Path, table: pd.DataFrame) -> None:
+    """A panel per measure, a line per group: the mean over findings and its interval."""
+    from matplotlib.figure import Figure
+
+    table = table[table["group"] != "gap"]
+    figure = Figure(figsize=(11, 1.2 + 0.12 * len(table)), layout="constrained")
+    for axes, measure in zip(figure.subplots(1, 3, sharey=True), MEASURES):
+        part = table[table["measure"] == measure]
+        names = part["by"] + ": " + part["group"]
+        axes.hlines(names, part["low"], part["high"], color="0.5", linewidth=2)
+        axes.plot(part["value"], names, "o", color="black")
+        axes.set_title(f"test {measure}, mean over findings", fontsize=10)
+        axes.grid(axis="x", color="0.9")
+    axes.invert_yaxis()
+    with retune.atomic(path) as partial:
+        figure.savefig(partial, dpi=150, format="png", metadata={"Software": None})
+
+
+def execute(argv: Sequence[str]) -> None:
+    """Compare the groups of a run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    run = parser.parse_args(argv).run
+    table = compare(run)
+    means = table[table["finding"] == "mean"]
+    retune.write_text(run / "subgroups.csv", table.to_csv(index=False, float_format="%.6f"))
+    retune.write_text(run / "subgroups.md", to_markdown(means) + "\n")
+    draw(run / "subgroups.png", means)
+    print(to_markdown(means))
+
+
+if __name__ == "__main__":
+    sys.exit(retune.main(None, execute))

@@ -1,0 +1,136 @@
+"""What people copy: retune.py with its prompts alone, and its classes and functions pasted one by one."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import retune
+from tests.fixtures import ROOT, run_python, slow
+
+PASTED = (  # DESIGN's list
+    "Adaptor", "RETune", "PromptBank", "prompt_contrastive_loss", "make_tasks", "evaluate", "continual_metrics",
+)  # fmt: skip
+PLUMBING = {
+    "Config",
+    "Radiographs",
+    "DualEncoder",
+    "Tower",
+    "embed",
+    "fit",
+    "run",
+    "predict",
+    "atomic",
+    "log",
+    "ranks",
+}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+@slow
+def test_retune_and_prompts_alone_run_a_csv_of_images(csv_set, encoder_folder):
+    root, rows, _ = csv_set
+    for name in ("retune.py", "prompts.json"):
+        shutil.copy(ROOT / name, root.parent)
+    arguments = ("--data", "csv", "--data-dir", root, "--encoder", encoder_folder, "--epochs", "1")
+    done = run_python(root.parent, "retune.py", *arguments, "--output", "run")
+    assert done.returncode == 0, done.stderr
+    done = run_python(root.parent, "retune.py", "--predict", root / rows[0]["path"], "--run", "run", "--json")
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads(done.stdout)[0]["findings"]) == ["Edema", "Mass"]
+
+
+def without_annotations(tree: ast.AST) -> ast.AST:
+    """A copy without annotations, which `from __future__ import annotations` never evaluates."""
+    tree = copy.deepcopy(tree)
+    for node in ast.walk(tree):
+        for field in ("annotation", "returns"):
+            if getattr(node, field, None) is not None:
+                setattr(node, field, ast.Constant(None))
+    return tree
+
+
+def pasted(*names: str) -> dict:
+    """The names that a fresh module has after `names`, and what they are made of, are pasted into it.
+
+    Of the imports it gets those of the standard library, torch, numpy and scikit-learn alone.
+    """
+    tree = ast.parse((ROOT / "retune.py").read_text(encoding="utf-8"))
+    defined, imports = {}, []
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+            if module.split(".")[0] in {*sys.stdlib_module_names, "torch", "numpy", "sklearn"}:
+                imports.append(node)
+        elif isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            defined[node.name] = node
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            defined |= {target.id: node for target in targets if isinstance(target, ast.Name)}
+    wanted, found = list(names), []
+    while wanted:
+        name = wanted.pop()
+        if name in defined and name not in found:
+            found.append(name)
+            wanted += [
+                node.id for node in ast.walk(without_annotations(defined[name])) if isinstance(node, ast.Name)
+            ]
+    assert not PLUMBING & set(found), f"{names} need {sorted(PLUMBING & set(found))}"
+    body = [*imports, *(node for name, node in defined.items() if name in found)]
+    namespace = {"__name__": "pasted"}
+    module = type(sys)("pasted")
+    sys.modules["pasted"] = module  # dataclasses look their module up
+    exec(compile(ast.Module(body, []), "pasted", "exec"), module.__dict__)  # noqa: S102
+    return namespace | module.__dict__
+
+
+@pytest.mark.parametrize("name", PASTED)
+def test_each_public_name_is_pasted_alone(name):
+    assert callable(pasted(name)[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_pasted_model_trains_as_the_one_of_the_module(dtype):
+    generator = torch.Generator().manual_seed(0)
+    images, prompts = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (9, 8))
+    labels = torch.randint(0, 2, (9, 2), generator=generator).double()
+    labels[0, 1] = torch.nan
+
+    def step(names: dict, dtype: torch.dtype) -> tuple:
+        with retune.seeded(0):
+            model = names["RETune"](6).to(dtype)
+        bank = names["PromptBank"](prompts.to(dtype), torch.tensor([0, 0, 1, 2, 2, 2, 3, 3]))
+        loss = names["prompt_contrastive_loss"](model.logits(images.to(dtype), bank), labels.to(dtype))
+        loss.backward()
+        scores, decisions = model.scores(images.to(dtype), bank)
+        assert loss.dtype == scores.dtype == dtype
+        assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in model.parameters())
+        return loss.item(), scores.detach().double(), decisions.detach().double()
+
+    loss, scores, decisions = step(pasted("RETune", "PromptBank", "prompt_contrastive_loss"), dtype)
+    wanted = step(vars(retune), torch.float64)
+    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-6
+    assert loss == pytest.approx(wanted[0], abs=tolerance)
+    torch.testing.assert_close(scores, wanted[1], atol=tolerance, rtol=0)
+    assert dtype == torch.bfloat16 or torch.equal(decisions, wanted[2])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_pasted_scenarios_and_metrics_give_those_of_the_module(dtype):
+    names, generator = pasted("make_tasks", "evaluate", "continual_metrics"), np.random.default_rng(0)
+    labels, decisions = (generator.integers(0, 2, (60, 3)).astype(dtype) for _ in range(2))
+    scores, grid = generator.random((60, 3)).astype(dtype), generator.random((3, 3))
+    for scenario in ("data", "class", "label", "joint", "zero"):
+        arguments = (scenario, labels, list("abc"), None, 0)
+        ours, theirs = (make(*arguments) for make in (names["make_tasks"], retune.make_tasks))
+        assert repr(ours) == repr(theirs)
+    assert names["evaluate"](scores, decisions, labels) == retune.evaluate(scores, decisions, labels)
+    tasks = retune.make_tasks("class", labels, list("abc"), None, 0)
+    assert names["continual_metrics"](grid, tasks, grid[0]) == retune.continual_metrics(grid, tasks, grid[0])

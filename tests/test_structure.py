@@ -1,0 +1,143 @@
+"""The house: what lies where, how long it is, and that imports point one way."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures import ROOT, run_python
+
+TOP = {
+    "retune.py", "prompts.json", "run_experiments.sh", "test_retune.py", "requirements.txt", "README.md", "LICENSE",
+    ".gitignore", ".ruff.toml", ".ci", "adaptor", "cleft", "experiments", "demo", "tests", "docs",
+}  # fmt: skip
+BOUNDS = {
+    "retune.py": 1700, "test_retune.py": 1200, "README.md": 150, "adaptor/**/*.py": 1900, "cleft/**/*.py": 1400,
+    "experiments/**/*.py": 1900, "tests/**/*.py": 4600,
+}  # fmt: skip
+LONGEST_FUNCTION = 60
+FROM_RETUNE = {
+    "demo.phantoms",
+    "experiments",
+}  # the demo's images and the list of methods, both when asked for
+APART = {"adaptor", "cleft", "experiments"}
+
+
+def sources(*patterns: str) -> list[Path]:
+    return sorted(path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())
+
+
+CODE = sources("retune.py", "adaptor/**/*.py", "cleft/**/*.py", "experiments/**/*.py", "demo/**/*.py")
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(source: str, module: str, known: set[str]) -> set[str]:
+    """The project's modules that a source imports anywhere, also inside functions; a package is its __init__."""
+    named = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            inside = {f"{base}.{alias.name}" for alias in node.names} & known
+            named |= inside or {base}
+    return {name for name in named if name in known} - {module}
+
+
+def import_graph() -> dict[str, set[str]]:
+    known = {module_name(path) for path in CODE}
+    return {
+        module_name(path): imports_of(path.read_text(encoding="utf-8"), module_name(path), known)
+        for path in CODE
+    }
+
+
+def find_circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle; empty when there is none."""
+
+    def walk(path: list[str]) -> list[str]:
+        for name in sorted(graph.get(path[-1], ())):
+            if name in path:
+                return path[path.index(name) :]
+            if circle := walk([*path, name]):
+                return circle
+        return []
+
+    return next((circle for name in sorted(graph) if (circle := walk([name]))), [])
+
+
+def test_the_graph_sees_every_form_of_import():
+    source = "import cleft.towers\ndef f():\n    from adaptor import retrieval\n    from . import b\n    from .c import d"
+    known = {"cleft.towers", "adaptor", "adaptor.retrieval", "x.b", "x.c", "x.a"}
+    assert imports_of(source, "x.a", known) == {"cleft.towers", "adaptor.retrieval", "x.b", "x.c"}
+    assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    assert find_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_imports_point_one_way():
+    graph = import_graph()
+    assert find_circle(graph) == []
+    assert graph["retune"] <= FROM_RETUNE
+    for name, targets in graph.items():
+        others = {target.split(".")[0] for target in targets} & APART
+        assert not others - {name.split(".")[0]} or name == "retune", (name, targets)
+
+
+def test_importing_retune_loads_no_other_file_and_changes_nothing_global(tmp_path):
+    program = f"""
+import logging, os, random, signal, sys, warnings
+sys.path.insert(0, {str(ROOT)!r})
+import numpy as np, torch, tqdm, pandas
+
+def state():
+    values = [random.getstate(), np.random.get_state(), torch.get_rng_state().tolist(), warnings.filters[:],
+              torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), dict(os.environ),
+              torch.are_deterministic_algorithms_enabled(), logging.root.level, len(logging.root.handlers),
+              np.geterr(), np.get_printoptions(), os.getcwd(), signal.getsignal(signal.SIGINT),
+              torch.backends.cudnn.benchmark, sys.excepthook, sys.stdout, warnings.formatwarning]
+    return [repr(value) for value in values]
+
+before = state()
+import retune
+assert state() == before, [pair for pair in zip(before, state()) if pair[0] != pair[1]]
+ours = [m for m in sys.modules.values() if str(getattr(m, "__file__", "")).startswith({str(ROOT)!r})]
+assert ours == [retune], ours
+heavy = {{"transformers", "sklearn", "matplotlib", "torchvision", "PIL"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = run_python(tmp_path, "-c", program)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_else_lies_at_the_top():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode or not listed.stdout:
+        pytest.skip("not a git checkout")
+    assert {line.split("/")[0] for line in listed.stdout.splitlines()} <= TOP
+
+
+@pytest.mark.parametrize("pattern", BOUNDS)
+def test_files_keep_their_bounds(pattern):
+    lines = {
+        str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in sources(pattern)
+    }
+    print(f"{pattern}: {sum(lines.values())} of {BOUNDS[pattern]} lines")
+    assert lines and sum(lines.values()) <= BOUNDS[pattern], lines
+
+
+def test_no_function_is_long():
+    lengths = {}
+    for path in [*CODE, *sources("test_retune.py", "tests/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lengths[f"{path.relative_to(ROOT)} {node.name}"] = node.end_lineno - node.lineno + 1
+    longest = max(lengths, key=lengths.get)
+    print(f"longest function: {longest}, {lengths[longest]} lines")
+    assert lengths[longest] <= LONGEST_FUNCTION, longest
