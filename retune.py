@@ -1609,12 +1609,6 @@ MODEL_KEYS = (
 )  # fmt: skip
 
 
-EXTRAS = (
-    "decisions",
-    "hospitals",
-)  # modules of experiments/ with `measure`, for the end of a run, and `summary`
-
-
 def load_model(path: Path, config: Config) -> tuple[Method, dict]:
     """The model that a run saved, on the CPU, and what is known of it; `config` gives no setting of the model.
 
@@ -1761,13 +1755,8 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
         after_task.append(measure(model))
         save_tensors(folder / f"task_{k}.safetensors", model.state_dict(), known)
         save_checkpoint(folder, model, optimizer, k, (seconds, after_task))
-    extras = {}  # (ours) what `summary` prints below the paper's measures
-    for name in EXTRAS if (HERE / "experiments").is_dir() else ():
-        if name == "decisions" or config.parts == "column":
-            extras[name] = experiment(name).measure(config, folder, data, tasks, embeddings, bank, model)
-    known["decisions"] = (
-        {key: extras["decisions"][key] for key in ("rule", "temperature", "threshold")} if extras else {}
-    )
+    extras = measure_extras(config, folder, data, tasks, embeddings, bank, model)
+    known["decisions"] = extras.get("decisions", {})
     save_tensors(folder / "adaptors.safetensors", model.state_dict(), known)
     if memory := model.memory():
         save_tensors(folder / "statistics.safetensors", memory, {})
@@ -1782,6 +1771,16 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
                  "peak_memory_mb": peak_memory_mb(), "stored_bytes": model.stored_bytes(),
                  "train_patients": len(np.unique(data.patients[data.where("train")]))},
     } | extras)  # fmt: skip
+
+
+EXTRAS = ("decisions", "hospitals")  # modules of experiments/ with `measure` and `summary`
+
+
+def measure_extras(config: Config, folder: Path, *measured) -> dict:
+    """(ours) Thresholds, and with --parts column AUROC by part, at the end of a run: {"decisions", "hospitals"}."""
+    names = EXTRAS if config.parts == "column" else EXTRAS[:1]
+    here = (HERE / "experiments").is_dir()
+    return {name: experiment(name).measure(config, folder, *measured) for name in names if here}
 
 
 def save_checkpoint(folder: Path, model: Method, optimizer, task: int, finished=None) -> None:
