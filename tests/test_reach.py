@@ -312,8 +312,7 @@ def test_thresholds_never_see_the_test_labels(hospitals, finished, tmp_path):
 def test_decisions_are_saved_printed_and_measured(hospitals, finished, tmp_path, capsys):
     folder, metrics = finished
     block = metrics["decisions"]
-    known = retune.load_tensors(folder / "adaptors.safetensors")[1]
-    assert known["decisions"] == {key: block[key] for key in ("rule", "temperature", "threshold")}
+    assert retune.load_tensors(folder / "adaptors.safetensors")[1]["decisions"] == block
     files = ["--output", str(tmp_path / "scores.csv"), "--json"]
     assert retune.main(["--predict", str(hospitals / "hospitals.csv"), "--run", str(folder), *files]) == 0
     predictions = json.loads(capsys.readouterr().out.rpartition("written to")[0])
@@ -392,7 +391,7 @@ def test_onnx_file_equals_predict_and_holds_the_adaptors_alone(hospitals, finish
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     for line, found in zip(lines, retune.predict(images, folder, retune.Config()), strict=True):
         for name, values in found["findings"].items():
-            probability, decision = re.search(rf"{name} ([\d.]+) (\w+)", line).groups()
+            probability, decision = re.search(rf"'{name}', ([\d.]+), (\w+)", line).groups()
             assert float(probability) == pytest.approx(values["probability"], abs=1e-4)
             assert decision == str(values["decision"])
 
