@@ -23,6 +23,7 @@ import gzip
 import hashlib
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
@@ -440,6 +441,9 @@ def load_chexpert(config: Config) -> Radiographs:
     root = config.root.absolute()
     folders = [*sorted(root.glob("CheXpert-v1.0*")), root / "test", root]
     home = {name: str(folder) for folder in folders if folder.is_dir() for name in os.listdir(folder)}
+    owners = [folder.name for folder in folders if (folder / "train.csv").is_file()]
+    if len(owners) > 1 and root.name not in owners:
+        raise InputError(f"{root}: train.csv is in {' and '.join(owners)}; give one as --data-dir")
     train = config.labels_csv or f"{home.get('train.csv', root)}/train.csv"
     valid = f"{home.get('valid.csv', root)}/valid.csv"
     test = next((f"{home[n]}/{n}" for n in ("test_labels.csv", "groundtruth.csv") if n in home), None)
@@ -542,8 +546,9 @@ def load_chestmnist(config: Config) -> Radiographs:
                 shutil.unpack_archive(path, partial, "zip")
         images = [np.load(unpacked / f"{part}_images.npy", "r", allow_pickle=False) for part in parts]
         labels = [np.load(unpacked / f"{part}_labels.npy", allow_pickle=False) for part in parts]
-        if any(array.shape != (len(y), config.size, config.size) for array, y in zip(images, labels)):
-            raise ValueError(f"images are {[array.shape for array in images]}")
+        found = [(array.dtype, array.shape) for array in images]
+        if found != [(np.uint8, (len(y), config.size, config.size)) for y in labels]:
+            raise ValueError(f"images are {found}")
         split = np.repeat(parts, [len(y) for y in labels])
         names = [f"{part}-{i:06d}" for i, part in enumerate(split)]
         note = "chestmnist: official split; no patient ids, so each image counts as a patient of its own"
@@ -798,6 +803,8 @@ class DualEncoder(nn.Module):
         with input_errors(folder, f"does not hold the encoder {name}"):
             found = experiment("encoders").read(folder) if place != name else read_encoder(folder)
             if isinstance(found, DualEncoder):  # open_clip's own towers
+                if crop is not None:
+                    raise InputError("the image size of open_clip's towers is fixed, leave --crop out")
                 return found
             config, state, tokenizer = found
             config = {"name": folder.name if Path(place).is_dir() else name} | config
@@ -1023,7 +1030,7 @@ def embed(
     array = folder / "embeddings.npy"
     rank, world = ranks()
     n = len(data.images)
-    chunks = {folder / f"chunk-{i:09d}.json": range(i, min(i + CHUNK, n)) for i in range(0, n, CHUNK)}
+    chunks = {folder / f"chunk-{i:09d}-{CHUNK}.json": range(i, min(i + CHUNK, n)) for i in range(0, n, CHUNK)}
     encoder.to(device)
     with locked(folder, wait=True) if rank == 0 else contextlib.nullcontext():
         if rank == 0 and not array.exists():
@@ -1283,8 +1290,8 @@ class RETune(Method):
         cosine = (v @ F.normalize(t, dim=-1).T) / length  # [B, 2C or M]
         if self.pool == "max":
             # -2 is below every cosine; backward would count ties with it if it equalled one
-            lowest = cosine.new_full((len(v), prompts.groups), -2.0)
-            group = prompts.group.expand(len(v), -1)
+            lowest = cosine.new_full((v.shape[0], prompts.groups), -2.0)
+            group = prompts.group.expand(v.shape[0], -1)
             cosine = lowest.scatter_reduce(1, group, cosine, "amax", include_self=False)  # [B, 2C]
         return cosine[:, 0::2], cosine[:, 1::2]
 
@@ -1606,12 +1613,6 @@ MODEL_KEYS = (
 )  # fmt: skip
 
 
-EXTRAS = (
-    "decisions",
-    "hospitals",
-)  # modules of experiments/ with `measure`, for the end of a run, and `summary`
-
-
 def load_model(path: Path, config: Config) -> tuple[Method, dict]:
     """The model that a run saved, on the CPU, and what is known of it; `config` gives no setting of the model.
 
@@ -1758,13 +1759,8 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
         after_task.append(measure(model))
         save_tensors(folder / f"task_{k}.safetensors", model.state_dict(), known)
         save_checkpoint(folder, model, optimizer, k, (seconds, after_task))
-    extras = {}  # (ours) what `summary` prints below the paper's measures
-    for name in EXTRAS if (HERE / "experiments").is_dir() else ():
-        if name == "decisions" or config.parts == "column":
-            extras[name] = experiment(name).measure(config, folder, data, tasks, embeddings, bank, model)
-    known["decisions"] = (
-        {key: extras["decisions"][key] for key in ("rule", "temperature", "threshold")} if extras else {}
-    )
+    extras = measure_extras(config, folder, data, tasks, embeddings, bank, model)
+    known["decisions"] = extras.get("decisions", {})
     save_tensors(folder / "adaptors.safetensors", model.state_dict(), known)
     if memory := model.memory():
         save_tensors(folder / "statistics.safetensors", memory, {})
@@ -1781,12 +1777,24 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
     } | extras)  # fmt: skip
 
 
+EXTRAS = ("decisions", "hospitals")  # modules of experiments/ with `measure` and `summary`
+
+
+def measure_extras(config: Config, folder: Path, *measured) -> dict:
+    """(ours) Thresholds, and with --parts column AUROC by part, at the end of a run: {"decisions", "hospitals"}."""
+    names = EXTRAS if config.parts == "column" else EXTRAS[:1]
+    here = (HERE / "experiments").is_dir()
+    return {name: experiment(name).measure(config, folder, *measured) for name in names if here}
+
+
 def save_checkpoint(folder: Path, model: Method, optimizer, task: int, finished=None) -> None:
     """Save what the task after `task` starts from: weights, the method's memory, the optimiser; what is finished."""
     state = {"task": task, "finished": finished, "model": model.state_dict(), "memory": model.memory()}
     state["optimizer"] = optimizer.state_dict() if optimizer else None
+    content = io.BytesIO()  # torch.save to a full disk is no OSError
+    torch.save(state, content)
     with atomic(folder / "resume.pt") as partial:
-        torch.save(state, partial)
+        partial.write_bytes(content.getvalue())
 
 
 def load_checkpoint(folder: Path, model: Method, optimizer) -> tuple[int, object]:
@@ -2036,7 +2044,7 @@ def execute(argv: Sequence[str]) -> None:
     images = "score images, folders or CSVs (column `path`) with a run's adaptors; also to --output FILE.csv"
     other.add_argument("--predict", nargs="+", metavar="PATH", help=images)
     other.add_argument(
-        "--heatmap", type=Path, metavar="FOLDER", help="with --predict: where the encoder looks"
+        "--heatmap", type=Path, metavar="FOLDER", help="where the encoder looks, for --predict"
     )
     other.add_argument("--export", type=Path, metavar="FILE", help="write a run as an ONNX file")
     other.add_argument("--export-card", action="store_true", help="write a model card into a run")
@@ -2059,13 +2067,8 @@ def execute(argv: Sequence[str]) -> None:
         if arguments.predict:
             predictions = predict(list_images(arguments.predict), arguments.run, config)
             print(json.dumps(predictions, indent=1) if arguments.json else predictions_table(predictions))
-        files = (
-            arguments.export,
-            arguments.export_card,
-            arguments.heatmap,
-            arguments.output != Config.output,
-        )
-        if any(files):
+        more = arguments.export or arguments.export_card or arguments.heatmap
+        if more or arguments.output != Config.output:
             experiment("deploy").execute(arguments, config, predictions)
     else:
         join_ranks()
@@ -2209,11 +2212,11 @@ def file_checksum(path: str | Path) -> str:
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
     """Write tensors and what describes them as safetensors, atomically."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with atomic(path) as partial:  # one entry, since the order of several changes from process to process
-        save_file(plain, partial, {"retune": json.dumps(metadata)})
+        partial.write_bytes(save(plain, {"retune": json.dumps(metadata)}))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:

@@ -151,7 +151,7 @@ def test_read_table_reads_quotes_byte_order_marks_and_gzip(tmp_path):
     ("t.csv", b"", ["empty"]), ("t.csv", b"path,Mass\n", ["no rows"]), ("t.csv", None, ["no such file"]),
     ("t.csv", b"Path,Mass\na.png,1\n", ["'path'", "Path, Mass"]),
     ("t.csv", b"path,Mass,Mass\na.png,1,0\n", ["'Mass'", "duplicated"]),
-    ("t.csv", b"path,Mass\na.png,1,0\n", ["row 2"]), ("t.csv", b"path,Mass\na.png,1\nb.png,1,0\n", ["line 3"]),
+    ("t.csv", b"path,Mass\na.png,1,0\n", ["row 2"]), ("t.csv", b"path,Mass\na.png,1\nb.png,1,0\n", ["row 3"]),
     ("t.csv", b"path,Mass\na.png,1\nb.png\n", ["row 3"]), ("t.csv", b"path,Mass\na.png,1\n\nb.png,1\n", ["row 3"]),
     ("t.csv", b"path;Mass\na.png;1\n", ["';'"]), ("t.csv", b"path\tMass\na.png\t1\n", ["'\\t'"]),
     ("t.csv", b"path,Mass\n\xff\xfe.png,1\n", ["CSV"]), ("t.csv.gz", b"path,Mass\na.png,1\n", ["CSV"]),
@@ -966,7 +966,6 @@ def test_predict_gives_the_runs_own_scores(csv_set, encoder, capsys, scenario, a
     run, rows = root.parent / "run", [row for row in rows if row["split"] == "test"]
     options = ["--scenario", scenario, "--adaptor", adaptor, "--score", rule, "--lr", "0.05"]
     assert retune.main([*arguments, *options]) == 0
-    (root / "labels.csv").unlink()
     images = [str(root / row["path"]) for row in rows]
     capsys.readouterr()
     assert retune.main(["--predict", *images, "--run", str(run), "--json"]) == 0
@@ -987,7 +986,8 @@ def test_predict_gives_the_runs_own_scores(csv_set, encoder, capsys, scenario, a
     assert measured["auroc_macro"] == pytest.approx(sklearn_metrics.roc_auc_score(labels, scores), abs=0.05)
     assert retune.main(["--predict", *images, "--run", str(run)]) == 0
     table = capsys.readouterr().out
-    assert all(f"{score:.3f}" in table for row in scores for score in row)
+    shown = [finding.get("probability", finding["score"]) for row in found for finding in row]
+    assert all(f"{value:.3f}" in table for value in shown)
 
 
 def test_predict_refuses_what_does_not_fit_and_skips_bad_images_if_asked(csv_set, tmp_path, capsys):

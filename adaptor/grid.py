@@ -3,7 +3,6 @@
     python -m adaptor grid                                    # demo: its own towers, and published ones if installed
     python -m adaptor grid --image-encoders facebook/dinov2-small facebook/dinov2-base --data mimic ... \\
         --text-encoders bert-base-uncased dmis-lab/biobert-v1.1 emilyalsentzer/Bio_ClinicalBERT
-
 Every other option is one of `python -m adaptor`. What is finished is not run again.
 """
 

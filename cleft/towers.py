@@ -96,8 +96,9 @@ def read_own_part(name: str, part: str, config: Config) -> tuple[dict, dict, dic
         return None
     whole, state, tokenizer = retune.read_encoder(folder)
     own = whole[part]
-    if config.dim != whole["dim"]:
-        own = own | {"head": projection(own["head"][0][1]["in_features"], config)}
+    if config.dim != whole["dim"] or not own["head"]:
+        width = own["head"][0][1]["in_features"] if own["head"] else whole["dim"]
+        own = own | {"head": projection(width, config)}
     start = len(part) + 1
     return own, whole, {k[start:]: value for k, value in state.items() if k.startswith(f"{part}.")}, tokenizer
 

@@ -14,7 +14,15 @@ from PIL import Image
 import retune
 from demo import phantoms
 
-HOSPITALS = ("hospital-a", "hospital-b", "hospital-c")  # keys of phantoms.DOMAINS
+HOSPITALS = {
+    "hospital-a": phantoms.DOMAINS["demo"],
+    "hospital-b": phantoms.Domain(
+        (0.9, 1.15), (0.6, 0.8), 0.10, (0.5, 1.0), (0.90, 1.00), 0.5, 0.0, (0.12, 0.45, 0.08, 0.40, 0.20)
+    ),
+    "hospital-c": phantoms.Domain(
+        (0.25, 0.40), (0.4, 0.6), 0.06, (0.4, 0.9), (0.80, 0.95), 0.5, 0.0, (0.40, 0.10, 0.35, 0.10, 0.45)
+    ),
+}
 
 
 def draw_hospitals(folder: Path, images: int, seed: int = 0) -> Path:
@@ -24,13 +32,14 @@ def draw_hospitals(folder: Path, images: int, seed: int = 0) -> Path:
         with open(partial / "hospitals.csv", "w", encoding="utf-8", newline="") as file:
             table = csv.writer(file)
             table.writerow(["path", "patient", "part", *phantoms.FINDINGS])
-            for number, name in enumerate(HOSPITALS):
-                drawn = phantoms.make_phantoms(images, seed + number, domain=name)
+            for number, (name, domain) in enumerate(HOSPITALS.items()):
+                drawn = phantoms.make_phantoms(images, seed + number, domain=domain)
                 (partial / name).mkdir()
                 for i in range(images):
                     path = f"{name}/{i:05d}.png"
                     Image.fromarray(drawn.images[i]).save(partial / path)
-                    table.writerow([path, drawn.patients[i], name, *drawn.labels[i].astype(int)])
+                    patient = f"{name}-{drawn.patients[i].partition('-')[2]}"
+                    table.writerow([path, patient, name, *drawn.labels[i].astype(int)])
     return folder / "hospitals.csv"
 
 

@@ -44,13 +44,7 @@ class Domain:
 DOMAINS = {
     "demo": Domain((0.4, 0.7), (1.8, 2.8), 0.025, (0.5, 1.0), (0.70, 0.78), 0.5, 0.0),
     "pretrain": Domain((0.9, 1.15), (0.8, 1.1), 0.02, (0.4, 1.0), (0.97, 1.08), 0.5, 0.1),
-    # three hospitals that differ in film, noise and in what their patients have
-    "hospital-a": Domain((0.4, 0.7), (1.8, 2.8), 0.025, (0.5, 1.0), (0.70, 0.78), 0.5, 0.0),
-    "hospital-b": Domain((0.9, 1.15), (0.6, 0.8), 0.10, (0.5, 1.0), (0.90, 1.00), 0.5, 0.0,
-                         (0.12, 0.45, 0.08, 0.40, 0.20)),
-    "hospital-c": Domain((0.25, 0.40), (0.4, 0.6), 0.06, (0.4, 0.9), (0.80, 0.95), 0.5, 0.0,
-                         (0.40, 0.10, 0.35, 0.10, 0.45)),
-}  # fmt: skip
+}
 
 SEVERITY_WORDS = {
     "Pleural Effusion": ("small", "moderate", "large"),

@@ -54,11 +54,9 @@ def freeze_prompts(model, bank) -> tuple:
 
 def export(path: Path, run: Path, config) -> None:
     """Write a run as ONNX; what a program must know of it is JSON in its metadata, under `retune`."""
-    try:
+    with retune.input_errors("--export", "needs pip install onnx onnxscript"):
         import onnx
         import onnxscript  # noqa: F401, the exporter's
-    except ImportError:
-        raise retune.InputError("--export needs onnx and onnxscript: pip install onnx onnxscript") from None
     encoder, model, bank, known = retune.load_predictor(run, config)
     facts = {"findings": known["classes"]}
     for key, default in (("temperature", 1.0), ("threshold", 0.5)):  # where none was fitted: the paper's rule
@@ -72,6 +70,10 @@ def export(path: Path, run: Path, config) -> None:
     options = {"input_names": ["pixels"], "output_names": ["probability", "decision"], "verbose": False}
     shapes = ({0: torch.export.Dim("batch")},)
     graph = torch.onnx.export(module, (example,), dynamo=True, dynamic_shapes=shapes, **options).model_proto
+    if not graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        raise retune.InputError(
+            f"--export: {type(model).__name__} on this encoder works on a fixed batch alone"
+        )
     for node in graph.graph.node:  # notes of the exporter on the source files
         del node.metadata_props[:]
     onnx.helper.set_model_props(graph, {"retune": json.dumps(facts)})

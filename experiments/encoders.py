@@ -78,36 +78,27 @@ def read(folder: Path) -> OpenClipEncoder | tuple:
     """The encoder in a folder that only open_clip reads; of BioViL-T, (config, tensors, tokenizer)."""
     if (folder / BIOVIL_T_IMAGE).is_file():
         return read_biovil_t(folder)
+    with retune.input_errors("open_clip", "needed to read it: pip install open_clip_torch"):
+        import open_clip
     if (folder / CONFIG).is_file():
-        return read_open_clip(folder)
+        return read_open_clip(open_clip, folder)
     if len(files := list(folder.glob("*.pt"))) == 1 and not (folder / "config.json").is_file():
-        return read_chexzero(files[0])
+        return read_chexzero(open_clip, files[0])
     raise retune.InputError(
         f"no config.json of a CLIP or SigLIP, no {CONFIG}, no .pt file of BioViL or CheXzero"
     )
 
 
-def import_open_clip():
-    """The optional package."""
-    try:
-        import open_clip
-    except ImportError:
-        raise retune.InputError("open_clip reads it: pip install open_clip_torch") from None
-    return open_clip
-
-
-def read_chexzero(file: Path) -> OpenClipEncoder:
+def read_chexzero(open_clip, file: Path) -> OpenClipEncoder:
     """OpenAI's ViT-B/32 with the weights of a `.pt` that holds its state dict, as CheXzero's do."""
-    open_clip = import_open_clip()
     config = open_clip.get_model_config(CHEXZERO)
     model = open_clip.create_model(CHEXZERO, pretrained=str(file))
     transform = read_transform(config["vision_cfg"], CHEXZERO_NORMALISE)
     return OpenClipEncoder(file.parent.name, model, config, transform, open_clip.get_tokenizer(CHEXZERO))
 
 
-def read_open_clip(folder: Path) -> OpenClipEncoder:
+def read_open_clip(open_clip, folder: Path) -> OpenClipEncoder:
     """A folder as open_clip publishes it."""
-    open_clip = import_open_clip()
     published = retune.read_json(folder / CONFIG)
     config = published["model_cfg"]
     transform = read_transform(config["vision_cfg"], published.get("preprocess_cfg") or {})

@@ -60,7 +60,7 @@ def save_random_encoder(folder: Path, seed: int) -> Path:
         "name": folder.name,
         "dim": 16,
         "image": {"model": resnet | {"layer_type": "basic"}, "pool": "mean", "head": head},
-        "text": {"model": gpt2 | ends, "pool": "last", "head": [], "context_length": 64},
+        "text": {"model": gpt2 | ends, "pool": "last", "head": head, "context_length": 64},
         "transform": transform,
     }
     with torch.random.fork_rng():

@@ -16,15 +16,12 @@ import retune
 from adaptor import classification, encoders, pretraining, segmentation
 from adaptor.__main__ import main
 from adaptor.config import Config, resolve_defaults
-from adaptor.demo_encoders import build_tokenizer, demo_encoder
+from adaptor.demo_encoders import build_tokenizer
 from adaptor.model import Adaptor, Layer, contrastive_loss, count_parameters, load_adaptor
 from retune import DualEncoder
 
-QUICK = [
-    "--demo-images", "240", "--epochs", "3", "--batch-size", "32", "--width", "16", "--heads", "2", "--feedforward",
-    "32", "--lr", "1e-3", "--repeats", "1", "--head-epochs", "2", "--mask-images", "40", "--mask-epochs", "2",
-    "--mask-batch", "16", "--decoder-width", "16", "--workers", "0", "--device", "cpu",
-]  # fmt: skip
+QUICK = "--demo-images 240 --epochs 3 --batch-size 32 --width 16 --heads 2 --feedforward 32 --lr 1e-3"
+QUICK += " --repeats 1 --head-epochs 2 --mask-images 40 --mask-epochs 2 --mask-batch 16 --decoder-width 16 --workers 0 --device cpu"
 
 
 @pytest.fixture(scope="session")
@@ -48,8 +45,8 @@ def towers(tmp_path_factory) -> Path:
 
 
 def options(towers: Path, folder: Path, *more: str) -> list[str]:
-    names = ["--image-encoder", str(towers), "--text-encoder", str(towers)]
-    return [*QUICK, *names, "--cache-dir", str(folder / "cache"), "--output", str(folder / "run"), *more]
+    names = f"--image-encoder {towers} --text-encoder {towers}"
+    return [*f"{QUICK} {names} --cache-dir {folder / 'cache'} --output {folder / 'run'}".split(), *more]
 
 
 def replaced(argv: list[str], option: str, value) -> list[str]:
@@ -66,7 +63,6 @@ def finished(towers, tmp_path_factory) -> Path:
 
 
 def fails(capsys, *argv: str) -> str:
-    """The one line on standard error of a run that must end with exit code 2."""
     assert main(list(argv)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
@@ -74,7 +70,6 @@ def fails(capsys, *argv: str) -> str:
 
 
 def plain_layer(layer: Layer, src: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """The layer of the paper from torch's own attention and norms, with the same weights."""
     width = src.shape[-1]
     attention = nn.MultiheadAttention(width, layer.self_attn.num_heads, batch_first=True, dtype=src.dtype)
     attention.load_state_dict(layer.self_attn.state_dict())
@@ -226,14 +221,9 @@ def test_segmentation_has_classifications_subsets():
     capped = segmentation.training_rows(data, Config(fractions=(0.01, 0.1, 1.0), mask_images=50), 1)
     assert np.array_equal(capped[0.1], found[0.1]) and len(capped[1.0]) == 50
     assert set(capped[0.01]) < set(capped[0.1]) < set(capped[1.0])
-
-
-def test_empty_masks_are_balanced():
-    data = labelled_set()
     rows = segmentation.training_rows(data, Config(fractions=(0.1, 1.0), balance="yes"), 0)
     positive = data.labels[rows[1.0], 0] == 1
     assert positive.sum() == (data.labels[data.where("train")] == 1).sum() == len(positive) / 2
-    assert set(rows[0.1]) < set(rows[1.0])
 
 
 @pytest.mark.parametrize("multiclass", [False, True])
@@ -264,16 +254,6 @@ def test_best_epoch_is_kept_and_patience_ends_training(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pretraining.train_epochs(tmp_path / "a", model, optimizer, 1, 5, 2, one_epoch)
     assert seen == [0, 1, 2, 3] and model.weight.item() == 1
-    pretraining.train_epochs(tmp_path / "b", model, optimizer, 1, 5, 9, one_epoch)
-    assert model.weight.item() == 4
-
-
-def test_demos_towers_train_apart_and_the_same_twice(tmp_path, capsys):
-    steps = {"image": 2, "text": 2}
-    first, second = (demo_encoder(tmp_path / name, phantoms=24, steps=steps) for name in "ab")
-    assert first.fingerprint() == second.fingerprint()
-    assert "two encoders, each alone" in capsys.readouterr().out
-    assert first.config["image"]["head"] == first.config["text"]["head"] == []
 
 
 def test_a_run_writes_its_results(finished, towers):
@@ -312,15 +292,14 @@ def test_exported_pair_is_the_adaptors(finished, towers):
 
 
 def test_chain_to_retune(finished):
-    argv = ["--encoder", str(finished / "pair"), "--scenario", "class", "--demo-images", "240", "--epochs", "1",
-            "--workers", "0", "--cache-dir", str(finished / "cache"), "--output", str(finished / "retuned")]  # fmt: skip
-    assert retune.main(argv) == 0
+    argv = f"--encoder {finished / 'pair'} --scenario class --demo-images 240 --epochs 1 --workers 0"
+    argv += f" --cache-dir {finished / 'cache'} --output {finished / 'retuned'}"
+    assert retune.main(argv.split()) == 0
     metrics = json.loads((finished / "retuned/metrics.json").read_text())
     assert len(metrics["after_task"]) == 5 and metrics["zero_shot"]["test"]["auroc_macro"] is not None
 
 
 def results(run: Path) -> dict:
-    """Every result of a run that must not change: bytes of all files, metrics without its clock."""
     files = {p.name: p.read_bytes() for p in run.iterdir() if p.suffix in (".safetensors", ".csv", ".md")}
     metrics = json.loads((run / "metrics.json").read_text())
     del metrics["cost"], metrics["config"]
@@ -418,8 +397,7 @@ def test_bad_options_end_with_one_line(towers, finished, tmp_path, capsys):
     assert "--text-to-image 1.5 must be from 0 to 1" in error("--text-to-image", "1.5")
     assert "--dropout 1.0 must be at least 0 and below 1" in error("--dropout", "1")
     assert "--unfreeze True must train" in error("--unfreeze", "--pretrained", "x")
-    assert "--image-encoder" in error("--image-encoder", str(tmp_path / "none"))
-    assert "no such file" in error("--pretrained", str(tmp_path / "none"), "--output", str(tmp_path / "o2"))
+    assert "none/adaptor" in error("--pretrained", str(tmp_path / "none"), "--output", str(tmp_path / "o2"))
     assert "is not a folder" in error("--data", "siim", "--data-dir", str(tmp_path / "none"))
     root = write_csv(tmp_path / "data")
     assert "csv has no masks" in error("--data", "csv", "--data-dir", str(root), "--stages", "segmentation",

