@@ -76,6 +76,7 @@ orders()      { local order=("scenario=class" "class-order=random" "seed=${ORDER
                 run "order-{method}-{whiten}" "${order[@]}" method=retune,distil,analytic
                 run "order-{method}-1000" "${order[@]}" method=analytic "set=features=1000"
                 run "order-{method}-{whiten}" "${order[@]}" method=lwf,ewc whiten=yes
+                run "order-{method}-{whiten}" "${order[@]}" method=slda whiten=no
                 run "order-{method}-zero" "${order[@]}" method=ranpac "set=zero_shot=1" whiten=yes; }
 # The tables of the other two papers are made by one command each; runs stay in `runs`, what it wrote goes above.
 paper() {
