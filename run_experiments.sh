@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every table and figure of docs/results.md: runs what is missing, then writes Markdown, LaTeX, CSV and PNG.
+# Every table and figure of the three papers: runs what is missing, then writes Markdown, LaTeX, CSV and PNG.
 #
 #     bash run_experiments.sh                                                       # the demo, no download
 #     DATA=chexpert DATA_DIR=/data/CheXpert ENCODER=biovil bash run_experiments.sh  # the real thing
@@ -17,7 +17,7 @@ SEEDS=${SEEDS:-27 28 29}
 ORDERS=${ORDERS:-1 2 3 4 5}     # seeds of the random class orders
 OUT=${OUT:-experiments/results} # results go to $OUT/$DATA-$ENCODER, embeddings to $OUT/cache
 OPTIONS=${OPTIONS:-}            # more options of retune.py, such as "--view frontal --contiguous"
-ONLY=${ONLY:-main forgetting adaptors prompts cost calibration methods differences orders figures}
+ONLY=${ONLY:-summary main forgetting adaptors prompts cost calibration methods differences orders figures adaptor cleft}
 
 [[ $DATA == demo ]] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # its matrices are too small to divide
 RESULTS=$OUT/$DATA-$(basename "$ENCODER")
@@ -69,21 +69,37 @@ methods()     { compare "{method}-{whiten}" method=linear,mlp,ewc,lwf,replay,joi
                 compare "{method}-1000-own" method=analytic "set=features=1000 shared=0"
                 compare "{method}-{whiten}" method=ranpac whiten=no,yes
                 compare "{method}-{whiten}-zero" method=ranpac "set=zero_shot=1" whiten=no,yes; }
+summary()     { methods; }
 differences() { methods; }
 figures()     { methods; }
 orders()      { local order=("scenario=class" "class-order=random" "seed=${ORDERS// /,}")
                 run "order-{method}-{whiten}" "${order[@]}" method=retune,distil,analytic
                 run "order-{method}-1000" "${order[@]}" method=analytic "set=features=1000"
                 run "order-{method}-{whiten}" "${order[@]}" method=lwf,ewc whiten=yes
+                run "order-{method}-{whiten}" "${order[@]}" method=slda whiten=no
                 run "order-{method}-zero" "${order[@]}" method=ranpac "set=zero_shot=1" whiten=yes; }
+# The tables of the other two papers are made by one command each; runs stay in `runs`, what it wrote goes above.
+paper() {
+    local folder=$OUT/$1-$DATA
+    once python -m "$@" --data "$DATA" ${DATA_DIR:+--data-dir "$DATA_DIR"} --cache-dir "$OUT/cache" \
+        --output "$folder/runs"
+    mkdir -p "$folder/runs"
+    find "$folder/runs" -maxdepth 1 -type f ! -name ".*" -exec cp {} "$folder" \;
+}
+adaptor()     { paper adaptor grid; }
+cleft()       { paper cleft tables; }
 
 compare retune method=retune
-for table in $ONLY; do "$table"; done
+TABLES=()
+for table in $ONLY; do
+    "$table"
+    [[ $table == adaptor || $table == cleft ]] || TABLES+=("$table")
+done
 
 if grep -qxsF -- "$ONLY" "$RESULTS/runs/tables.txt"; then
     echo "nothing to do: every run, table and figure is in $RESULTS; delete it to start again"
 else
-    command=(python -m experiments.tables "$RESULTS" --only $ONLY)
-    "${command[@]}" || { echo "failed: ${command[*]}" >&2; exit 1; }
+    command=(python -m experiments.tables "$RESULTS" --only "${TABLES[@]}")
+    [[ ${#TABLES[@]} == 0 ]] || "${command[@]}" || { echo "failed: ${command[*]}" >&2; exit 1; }
     echo "$ONLY" >>"$RESULTS/runs/tables.txt"
 fi

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import retune
-from experiments.runs import BASIC, BOUND, SCENARIOS, labels_of, pick, variants
+from experiments.runs import BASIC, SCENARIOS, labels_of, pick, variants
 from experiments.scores import load_run
 
 
@@ -56,10 +56,10 @@ def auroc_over_tasks(runs: pd.DataFrame, folder: Path) -> None:
             found = read_metrics(pick(runs, **SCENARIOS[scenario], **v), folder)
             stages = [[m["zero_shot"], *m["after_task"]] for m in found]
             auroc = np.array([[s["test"]["auroc_macro"] for s in run] for run in stages], float).mean(0)
-            style = line_style(methods.index((v["method"], v["set"])), v["method"])
+            style = line_style(methods.index((v["method"], v["set"])), v["method"] == "retune")
             ax.plot(np.arange(1, len(auroc)), auroc[1:], label=labels_of(v)[0], **style)
         ax.axhline(auroc[0], color="0.6", linewidth=1, zorder=0)
-        ax.text(1, auroc[0], "zero-shot", color="0.4", fontsize=8, va="bottom")
+        ax.text(len(auroc) - 1, auroc[0], "zero-shot", color="0.4", fontsize=8, ha="right", va="top")
         ax.set_title(f"{scenario}{', whitened' if whitened == 'yes' else ''}")
         ax.set_xticks(range(1, len(auroc)))
         ax.grid(color="0.9")
@@ -77,16 +77,12 @@ def auroc_over_tasks(runs: pd.DataFrame, folder: Path) -> None:
     save_figure(folder / "auroc-over-tasks.png", figure)
 
 
-def line_style(index: int, method: str) -> dict:
-    """A line style, marker and grey for each method; RE-tune is the heaviest, the bound dotted."""
-    if method == "retune":
-        return {"color": "black", "linewidth": 2.8, "marker": "o", "markersize": 6}
-    if method == BOUND:
-        return {"color": "black", "linewidth": 1.2, "linestyle": ":"}
+def line_style(index: int, heavy: bool) -> dict:
+    """A grey, a line style and a marker of its own for each method."""
     return {
-        "color": str((0.0, 0.25, 0.45, 0.6)[index % 4]), "linewidth": 1.3, "markersize": 5,
-        "linestyle": ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))[index % 5],
-        "marker": "s^vDP*X<>phd"[index % 12],
+        "color": ("0.0", "0.3", "0.5", "0.65")[0 if heavy else index % 4], "linewidth": 2.8 if heavy else 1.3,
+        "linestyle": "-" if heavy else ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), ":")[index % 5],
+        "marker": "os^vDP*X<>phd"[index % 13], "markersize": 5,
     }  # fmt: skip
 
 

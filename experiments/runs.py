@@ -52,6 +52,7 @@ QUALITY = {
     "accuracy": "exact match", "ap_macro": "average precision",
 }  # fmt: skip
 LAST = "last.auroc_macro"
+VALIDATION = "last.val_auroc_macro"
 
 
 def collect(folder: Path) -> pd.DataFrame:
@@ -81,8 +82,10 @@ def run_row(path: Path, folder: Path) -> dict:
         "classes": ", ".join(metrics["classes"]), "train_n": sum(task["n_train"] for task in metrics["tasks"]),
         "val_n": metrics["zero_shot"]["val"]["n"], "test_n": metrics["zero_shot"]["test"]["n"],
     }  # fmt: skip
-    for stage, measured in (("zero", metrics["zero_shot"]), ("last", metrics["after_task"][-1])):
+    last = metrics["after_task"][-1]
+    for stage, measured in (("zero", metrics["zero_shot"]), ("last", last)):
         row |= {f"{stage}.{key}": measured["test"][key] for key in QUALITY}
+    row[VALIDATION] = last["val"]["auroc_macro"]
     scores = score_facts(path.parent)
     for kind in ("continual", "cost"):
         row |= {f"{kind}.{key}": value for key, value in metrics[kind].items()}

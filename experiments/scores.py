@@ -78,16 +78,17 @@ def resampled_auroc(scores, labels, patients, resamples: int = 1000, seed: int =
     """
     ids, patient = np.unique(patients, return_inverse=True)
     drawn = np.random.default_rng(seed).multinomial(len(ids), np.full(len(ids), 1 / len(ids)), resamples)
-    weight = drawn.T.astype(np.float32)[patient]  # [N, R]
+    drawn = drawn.astype(np.float32)  # [R, patients]
     auroc = []
     for score, label in zip(scores.T, labels.T):
-        positive, negative = label == 1, label == 0
-        levels, level = np.unique(score, return_inverse=True)
-        at = np.zeros((len(levels), resamples))  # the negatives' weight at every score
-        np.add.at(at, level[negative], weight[negative])
-        below = at.cumsum(0) - at / 2
-        pairs = weight[positive].sum(0, dtype=np.float64) * weight[negative].sum(0, dtype=np.float64)
-        wins = (weight[positive] * below[level[positive]]).sum(0)
+        order = np.argsort(score[label == 0])
+        ranked = score[label == 0][order]
+        negative = drawn[:, patient[label == 0][order]]  # [R, negatives], by score
+        below = np.pad(negative.cumsum(1), ((0, 0), (1, 0)))  # their weight below a rank
+        ranks = [np.searchsorted(ranked, score[label == 1], side) for side in ("left", "right")]
+        positive = drawn[:, patient[label == 1]]
+        wins = (positive * (below[:, ranks[0]] + below[:, ranks[1]])).sum(1) / 2
+        pairs = positive.sum(1) * below[:, -1]
         auroc.append(np.where(pairs > 0, wins / np.maximum(pairs, 1), np.nan))
     return np.nanmean(auroc, axis=0)
 

@@ -20,7 +20,7 @@ import numpy as np
 
 import retune
 from experiments.scores import load_inputs
-from retune import Config, InputError
+from retune import Config
 
 
 def combinations(grid: Sequence[str]) -> Iterator[list[str]]:
@@ -47,23 +47,19 @@ def make_configs(grid: Sequence[str], shared: Sequence[str]) -> list[Config]:
     return configs
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def sweep(argv: Sequence[str]) -> None:
+    """Run what a command line says."""
     describe = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(**describe)
     parser.add_argument("--grid", nargs="+", required=True, metavar="OPTION=VALUE,VALUE")
     parser.add_argument("shared", nargs="*", help="options of retune.py for all runs, after --")
     arguments = parser.parse_args(argv)
-    try:
-        configs = make_configs(arguments.grid, arguments.shared)
-        for i, config in enumerate(configs, 1):
-            data, encoder, _ = load_inputs(dataclasses.asdict(config))
-            retune.run(config, lambda _, data=data: data, lambda *_, encoder=encoder: encoder)
-            print(f"{i} of {len(configs)}: {retune.output_folder(config)}", flush=True)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    configs = make_configs(arguments.grid, arguments.shared)
+    for i, config in enumerate(configs, 1):
+        data, encoder, _ = load_inputs(dataclasses.asdict(config))
+        retune.run(config, lambda _, data=data: data, lambda *_, encoder=encoder: encoder)
+        print(f"{i} of {len(configs)}: {retune.output_folder(config)}", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(retune.main(action=sweep))

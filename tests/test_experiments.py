@@ -33,7 +33,7 @@ def results(tmp_path_factory):
     shared = [*SMALL, "--cache-dir", str(root / "cache"), "--seed", "27", "28"]
     output = ["--output", f"{root}/runs/{{method}}-{{whiten}}/{{scenario}}-{{seed}}"]
     grid = ["scenario=joint,class,label,data", "method=retune,linear", "whiten=no,yes"]
-    assert sweep.main(["--grid", *grid, "--", *shared, *output]) == 0
+    assert retune.main(["--grid", *grid, "--", *shared, *output], sweep.sweep) == 0
     runs.write_runs(runs.collect(root / "runs"), root)
     return root
 
@@ -64,7 +64,7 @@ def test_sweep_runs_every_combination_and_skips_finished(results, capsys):
     before = path.stat().st_mtime_ns
     output = ["--output", f"{results}/runs/{{method}}-False/{{scenario}}-{{seed}}"]
     shared = [*SMALL, "--cache-dir", str(results / "cache"), "--seed", "27", *output]
-    assert sweep.main(["--grid", "scenario=class", "method=retune", "--", *shared]) == 0
+    assert retune.main(["--grid", "scenario=class", "method=retune", "--", *shared], sweep.sweep) == 0
     assert path.stat().st_mtime_ns == before and "finished before" in capsys.readouterr().out
 
 
@@ -76,7 +76,7 @@ def test_grid_options():
 
 def test_two_runs_of_a_sweep_need_two_folders(results, capsys):
     shared = [*SMALL, "--cache-dir", str(results / "cache"), "--output", f"{results}/one/{{seed}}"]
-    assert sweep.main(["--grid", "scenario=zero,joint", "--", *shared]) == 2
+    assert retune.main(["--grid", "scenario=zero,joint", "--", *shared], sweep.sweep) == 2
     assert "holds another run (scenario zero, now joint)" in capsys.readouterr().err
 
 
@@ -242,12 +242,12 @@ def test_formats_agree(results, small_tables):
 
 def test_a_missing_run_is_named(results, tmp_path, capsys):
     shutil.copytree(results / "runs", tmp_path / "runs")
-    assert tables.main([str(tmp_path), "--only", "main"]) == 2
+    assert retune.main([str(tmp_path), "--only", "main"], tables.make_tables) == 2
     assert "scenario data, parts 10: runs of seeds []" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "runs" / "linear-True" / "label-28")
-    assert tables.main([str(tmp_path), "--only", "methods"]) == 2
+    assert retune.main([str(tmp_path), "--only", "methods"], tables.make_tables) == 2
     assert "scenario label: runs of seeds [27]" in capsys.readouterr().err
-    assert tables.main([str(tmp_path / "nothing")]) == 2
+    assert retune.main([str(tmp_path / "nothing")], tables.make_tables) == 2
 
 
 def test_runs_of_two_data_sets_are_refused(results, tmp_path):
@@ -342,11 +342,14 @@ def test_committed_cells_of_methods_by_plain_arithmetic():
 
 
 def test_orders_has_the_six_best_methods():
-    found = runs.read_runs(COMMITTED)
-    running = [v for v in runs.variants(found) if v["method"] != runs.BOUND]
-    shown = read_markdown((COMMITTED / "orders.md").read_text(encoding="utf-8"))
-    shown = [(row["method"], row["whitened"]) for row in shown]
-    assert set(map(runs.labels_of, running[:6])) <= set(shown) and ("RE-tune", "no") in shown
+    summary, orders = (
+        [
+            (row["method"], row["whitened"])
+            for row in read_markdown((COMMITTED / f"{name}.md").read_text("utf-8"))
+        ]
+        for name in ("summary", "orders")
+    )
+    assert set(summary[:6]) <= set(orders) and ("RE-tune", "no") in orders
 
 
 def test_commands_name_commit_and_seeds():
@@ -398,6 +401,7 @@ def test_script_runs_everything_once_and_then_nothing(script):
     sweeps = [call for call in calls if call.startswith("-m experiments.sweep")]
     assert all("--data chexpert --data-dir /x y --encoder biovil" in c and "--seed 1 2" in c for c in sweeps)
     assert calls[-1].startswith("-m experiments.tables") and "chexpert-biovil" in calls[-1]
+    assert [call.split()[1:3] for call in calls[-3:-1]] == [["adaptor", "grid"], ["cleft", "tables"]]
     for option in ("parts=10,20", "l3a whiten=no,yes", "adapt=both,shared", "pool=single,max", "negatives=yes",
                    "wording=generic", "score=pos", "class-order=random", "set=features=1000", "whiten=yes"):  # fmt: skip
         assert any(option in call for call in sweeps), option
@@ -433,10 +437,12 @@ def test_script_records_commit_and_seeds(script, tmp_path):
     assert f"commit {commit.stdout.strip()}" in record and "--seed 27 28 29" in record
 
 
-def test_peak_anonymous_memory_sees_an_array():
-    before = benchmark.peak_anonymous_mb(lambda: None)
-    peak = benchmark.peak_anonymous_mb(lambda: [np.ones(64 << 17).sum() for _ in range(3)])  # 64 MB
-    assert 50 < peak - before < 150
+@pytest.mark.slow
+def test_memory_of_a_child_is_that_of_its_job(tmp_path):
+    benchmark.write_embeddings(tmp_path / "e.npy", 10_000)
+    nothing = benchmark.child("nothing", tmp_path)[1]
+    took, training = benchmark.child("train", tmp_path / "e.npy")
+    assert took > 0 and 20 < training - nothing < 400  # a batch of 6144 x 512 and its activations
 
 
 @pytest.mark.slow
