@@ -1,10 +1,11 @@
 """RE-tune: incremental fine-tuning of biomedical vision-language models for multi-label chest X-rays.
 
-The whole method, in the order in which a run uses it: files -> embeddings -> adaptors -> scores -> report. With
-`prompts.json` beside it this is the whole program; its classes and functions can also be copied out one by one.
+The whole method, as data flow: files -> embeddings -> adaptors -> scores -> report. With `prompts.json` beside it this
+is the whole program for a CSV of images and the folder of an encoder; the demo needs `demo/`, other methods and
+thresholds `experiments/`. Its classes and functions can also be copied out one by one.
 
     python retune.py --scenario data --epochs 5                       # embedded demo, nothing to download
-    python retune.py --data csv --data-dir my_xrays --scenario class  # your own images
+    python retune.py --data csv --data-dir my_xrays --encoder biomedclip --scenario class  # your own images
     python retune.py --predict a.png b.png --run runs/NAME            # score images with a run's adaptors
 
 Reference: Mistretta & Bagdanov, "RE-tune: Incremental Fine Tuning of Biomedical Vision-Language Models for
@@ -53,6 +54,11 @@ def setting(default, help: str, **metadata):
     return field(default=default, metadata={"help": help, **metadata})
 
 
+def number_or_column(text: str) -> int | str:
+    """What --parts takes."""
+    return text if text == "column" else int(text)
+
+
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run. The command line is made from it; what is None here is decided by the data."""
@@ -70,7 +76,7 @@ class Config:
     demo_images: int = setting(6000, "number of phantoms in the demo")
     skip_bad_images: bool = setting(False, "leave out unreadable images, and count them, instead of stopping")
 
-    encoder: str = setting("tiny", "tiny, biomedclip, biovil, a folder, a CLIP or SigLIP id", group="encoder")
+    encoder: str = setting("tiny", "tiny, biomedclip, biovil[-t], a folder, a hub id", group="encoder")
     encoder_dir: str | None = setting(None, "folder of the encoder's files as published: no network")
     crop: int | None = setting(None, "centre crop of BioViL (RE-tune: 512; its own: 480)", type=int)
     precision: str = setting("fp32", "arithmetic of the encoder", choices=("fp32", "bf16", "fp16"))
@@ -81,7 +87,7 @@ class Config:
     scenario: str = setting("data", "how training data arrive", group="scenario",
                             choices=("data", "class", "label", "joint", "zero"))
     parts: int | str | None = setting(None, "parts of the training set (5, or one per class), or `column`",
-                                      type=lambda text: text if text == "column" else int(text))
+                                      type=number_or_column)
     part_order: tuple[str, ...] | None = setting(None, "order of --parts column (the file's)", nargs="+")
     class_order: tuple[str, ...] | None = setting(None, "order of arrival, or `random` by seed", nargs="+")
     contiguous: bool = setting(False, "cut parts in file order, as the authors do, instead of by patient")
@@ -334,8 +340,8 @@ def from_table(table, labels: np.ndarray, classes: Sequence[str], config: Config
 
 def load_demo(config: Config) -> Radiographs:
     """Synthetic radiographs of `demo/phantoms.py`, drawn when needed. Numbers on them are not clinical."""
-    from demo import phantoms
-
+    with input_errors("demo/phantoms.py", "needed for --data demo"):
+        from demo import phantoms
     demo = phantoms.make_phantoms(config.demo_images, seed=0, domain="demo")
     names = [f"phantom-{i:06d}" for i in range(len(demo))]
     key = f"{config.demo_images} phantoms of {file_checksum(phantoms.__file__)}"
@@ -541,9 +547,11 @@ def load_chestmnist(config: Config) -> Radiographs:
             download_url(CHESTMNIST.format(path.name), folder, path.name, CHESTMNIST_MD5[config.size])
         key = f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
         unpacked = Path(config.cache_dir) / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
-        if not unpacked.exists():
-            with atomic(unpacked) as partial:
-                shutil.unpack_archive(path, partial, "zip")
+        unpacked.parent.mkdir(parents=True, exist_ok=True)
+        with locked(unpacked.parent, wait=True):
+            if not unpacked.exists():
+                with atomic(unpacked) as partial:
+                    shutil.unpack_archive(path, partial, "zip")
         images = [np.load(unpacked / f"{part}_images.npy", "r", allow_pickle=False) for part in parts]
         labels = [np.load(unpacked / f"{part}_labels.npy", allow_pickle=False) for part in parts]
         found = [(array.dtype, array.shape) for array in images]
@@ -628,6 +636,8 @@ def read_image(path: str | Path) -> torch.Tensor:
 
 def stretch(pixels: np.ndarray) -> torch.Tensor:
     """Scale the own range of an image [H, W] to uint8 [1, H, W], 0..255; a constant image becomes 0."""
+    if not np.isfinite(pixels).all():
+        raise ValueError("its pixels are not all numbers")
     pixels = torch.from_numpy(pixels)[None]
     low, high = pixels.aminmax()
     return ((pixels - low) / (high - low).clamp_min(1e-6) * 255).round().to(torch.uint8)
@@ -742,9 +752,11 @@ class DualEncoder(nn.Module):
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+    def encode_images(self, pixels: torch.Tensor, precision: str = "fp32") -> torch.Tensor:
         """Transformed pixels [B,3,H,W] on the encoder's device -> float32 embeddings [B,D], not normalised."""
-        return self.image(pixels).float()
+        low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        with torch.autocast(pixels.device.type, low, enabled=low is not None):
+            return self.image(pixels).float()
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], truncate: bool = False, batch: int = 64) -> torch.Tensor:
@@ -1075,7 +1087,6 @@ def embed_rows(
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     options = {"num_workers": min(workers, len(batches)), "generator": torch.Generator()}
     read = functools.partial(read_batch, images=data.images, transform=encoder.transform)
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     every_row = range(len(data.images))
     for batch in torch.utils.data.DataLoader(every_row, batch_sampler=batches, collate_fn=read, **options):
         bad |= {row: f"{data.rows[row]}: {reason}" for row, pixels, reason in batch if pixels is None}
@@ -1084,8 +1095,7 @@ def embed_rows(
         good = {row - rows.start: pixels for row, pixels, _ in batch if pixels is not None}
         if good:
             pixels = torch.stack(list(good.values())).to(device)
-            with torch.autocast(device.split(":")[0], low, enabled=low is not None):
-                block[list(good)] = encoder.encode_images(pixels).cpu().numpy()
+            block[list(good)] = encoder.encode_images(pixels, precision).cpu().numpy()
             norms = np.linalg.norm(block[list(good)], axis=1)
             if not np.isfinite(norms).all():  # of numbers above 1e19 all cosines would be 0
                 first = data.rows[batch[0][0]]
@@ -1534,6 +1544,7 @@ def fit(
         columns = slice(None)  # a view of all; a list would copy in every step
     orders = (torch.randperm(len(rows), generator=generator) for _ in range(epochs))
     batches = (batch for order in orders for batch in order.split(batch_size))
+    model.train()
     steps = epochs * math.ceil(len(rows) / batch_size)
     batches = progress(batches, total=steps, desc=f"training {task.name}", unit="step")
     for step, batch in enumerate(batches, 1):
@@ -1554,6 +1565,7 @@ def fit(
 @torch.inference_mode()
 def score_rows(model: Method, bank: PromptBank, embeddings: np.ndarray, rows: np.ndarray, rule: str) -> tuple:
     """(scores, decisions), [n, C] each, of rows [n] of the embeddings [N, D]."""
+    model.eval()
     parts = []
     for piece in torch.from_numpy(rows).split(8192):
         images = model.whitening(gather(embeddings, piece, bank.embeddings))
@@ -1590,7 +1602,7 @@ def method_options(method: type[Method], given: Iterable[str]) -> dict[str, obje
         try:
             kind = type(options[name])
             options[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
-        except (KeyError, ValueError):
+        except (KeyError, TypeError, ValueError):
             takes = ", ".join(f"{key}={default}" for key, default in options.items()) or "no --set"
             raise InputError(f"--set {name}={value}: {method.__name__} takes {takes}") from None
     return options
@@ -1609,7 +1621,7 @@ def build_model(config: Config, dim: int, n_classes: int, options: dict | None =
 
 # What is needed to build a run's model again, saved with its weights
 MODEL_KEYS = (
-    "method", "whiten", "adaptor", "adapt", "pool", "negatives", "logit_scale", "score", "crop", "seed",
+    "method", "whiten", "adaptor", "adapt", "pool", "negatives", "logit_scale", "score", "crop", "precision", "seed",
 )  # fmt: skip
 
 
@@ -1639,7 +1651,7 @@ def check_same_config(folder: Path, identity: dict) -> None:
     if not path.exists():
         return write_json(path, identity)
     old = read_json(path)
-    reasons = {"data_fingerprint": "labels changed (or the images, patients or split)",
+    reasons = {"data_fingerprint": "labels changed (or names, patients or split)",
                "encoder_fingerprint": "the encoder changed"}  # fmt: skip
     found = []
     for key, value in to_json(identity).items():
@@ -1662,6 +1674,11 @@ def scenario_tasks(config: Config, data: Radiographs) -> list[Task]:
     known = (data.labels[train], data.class_names, *arrival, config.contiguous, config.positives_only)
     with input_errors(f"--scenario {config.scenario}", "is not possible"):
         tasks = make_tasks(config.scenario, *known)
+    for name, rows, c in [(task.name, task.rows, c) for task in tasks for c in task.classes]:
+        values = known[0][rows, c]
+        if len(np.unique(values[~np.isnan(values)])) < 2 and not config.positives_only:
+            trouble = "no known label" if np.isnan(values).all() else "labels that are all alike"
+            warnings.warn(f"task {name!r}: {data.class_names[c]} has {trouble}", stacklevel=2)
     return [dataclasses.replace(task, rows=train[task.rows]) for task in tasks]
 
 
@@ -1701,6 +1718,11 @@ def run(config: Config, load_data: Callable | None = None, load_encoder: Callabl
         if ranks()[0] != 0:
             return {}
         facts = embedding_facts(embeddings)
+        began = read_json(folder / "config.json").get("embeddings_sha256", facts["sha256"])
+        if began != facts["sha256"]:
+            raise InputError(f"{folder}: the images or their embeddings changed since; use another --output")
+        identity["embeddings_sha256"] = facts["sha256"]
+        write_json(folder / "config.json", identity)
         if bad := facts["unreadable"]:
             log(f"left out {len(bad)} unreadable images, the first: {next(iter(bad.values()))}")
             data.split[list(bad)] = "unreadable"
@@ -1840,7 +1862,8 @@ def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
             predictions.append({"image": image, "error": str(error)})
             continue
         with torch.inference_mode():
-            embedding = model.whitening(encoder.encode_images(pixels[None].to(device)))
+            embedding = encoder.encode_images(pixels[None].to(device), known["precision"])
+            embedding = model.whitening(embedding)
             scores, decisions = model.scores(embedding, bank, known["score"])
             logits = dict(zip(known["classes"], model.logits(embedding, bank)[0].tolist()))
         findings = zip(known["classes"], scores[0].tolist(), decisions[0].tolist())
@@ -1868,6 +1891,8 @@ def print_summary(config: Config, data: Radiographs, tasks: Sequence[Task], devi
     log(f"{config.method}, {config.scenario}, {len(tasks)} tasks; encoder {config.encoder}")
     names = "adaptor adapt pool negatives score logit_scale whiten optimizer lr batch_size epochs seed"
     log(", ".join(f"{name} {getattr(config, name)}" for name in names.split()) + f", device {device}\n")
+    if config.encoder == "tiny" and config.data != "demo":
+        log("the encoder tiny knows phantoms alone; for patients' images name another: docs/encoders.md\n")
     has_bf16 = not os.path.exists("/proc/cpuinfo") or "bf16" in Path("/proc/cpuinfo").read_text()
     if config.precision == "bf16" and device == "cpu" and not has_bf16:
         log("this CPU has no bf16 instructions: --precision fp32 is several times faster")
@@ -2053,6 +2078,8 @@ def execute(argv: Sequence[str]) -> None:
     other.add_argument("--convert", metavar="ENCODER", help="write an encoder in our folder format, to --to")
     other.add_argument("--to", type=Path, metavar="FOLDER", help="a new folder")
     arguments = parser.parse_args(argv)
+    if (arguments.json or arguments.heatmap) and not arguments.predict:
+        parser.error("--json and --heatmap go with --predict")
     uses_run = arguments.predict or arguments.export or arguments.export_card
     if bool(uses_run) != bool(arguments.run) or bool(arguments.convert) != bool(arguments.to):
         parser.error("--predict, --export and --export-card need --run, and --convert needs --to")

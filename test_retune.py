@@ -202,9 +202,9 @@ def encoded(monkeypatch):
     """The sizes of all batches of images that are encoded from now on."""
     sizes, encode = [], retune.DualEncoder.encode_images
 
-    def counting(self, pixels):
+    def counting(self, pixels, *precision):
         sizes.append(len(pixels))
-        return encode(self, pixels)
+        return encode(self, pixels, *precision)
 
     monkeypatch.setattr(retune.DualEncoder, "encode_images", counting)
     return sizes
@@ -266,7 +266,7 @@ def test_only_the_same_file_of_the_same_time_shares_a_cache(encoder, encoded, cs
 def test_embedding_goes_on_with_the_chunks_that_a_failure_left(encoder, encoded, tmp_path, monkeypatch):
     monkeypatch.setattr(retune, "CHUNK", 16)
     encode = retune.DualEncoder.encode_images
-    failing = lambda self, pixels: encode(self, pixels) if len(encoded) < 7 else 1 / 0
+    failing = lambda self, pixels, *precision: encode(self, pixels, *precision) if len(encoded) < 7 else 1 / 0
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(retune.DualEncoder, "encode_images", failing)
         retune.embed(encoder, noise_images(), tmp_path, batch_size=8)

@@ -184,7 +184,8 @@ def add_peft(tower: nn.Module, config: Config) -> nn.Module:
     }  # fmt: skip
     kind, settings = own[config.peft]
     try:
-        with warnings.catch_warnings(action="ignore"):  # of what libraries deprecate in each other
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what libraries deprecate in each other
             return get_peft_model(tower, kind(**settings, **options))
     except Exception as error:
         problem = f"the text tower ({type(tower).__name__}) does not support it ({one_line(error)})"

@@ -106,7 +106,8 @@ def run_rank(rank, world, folder, local, target):
 @pytest.mark.slow
 @pytest.mark.parametrize("local", [False, True])
 def test_four_processes_take_the_step_of_one(folder, tmp_path, local):
-    torch.multiprocessing.spawn(run_rank, (4, folder, local, tmp_path), 4)
+    arguments = (4, folder, local, tmp_path)
+    torch.multiprocessing.start_processes(run_rank, arguments, 4, start_method="fork")
     built, _ = make_model(folder)
     built.double()
     vectors = built(*inputs(built))

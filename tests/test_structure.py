@@ -15,7 +15,7 @@ TOP = {
     ".gitignore", ".ruff.toml", ".ci", "adaptor", "cleft", "experiments", "demo", "tests", "docs",
 }  # fmt: skip
 BOUNDS = {
-    "retune.py": 2300, "test_retune.py": 1200, "README.md": 150, "adaptor/**/*.py": 1900, "cleft/**/*.py": 1400,
+    "retune.py": 2330, "test_retune.py": 1200, "README.md": 150, "adaptor/**/*.py": 1900, "cleft/**/*.py": 1400,
     "experiments/**/*.py": 2750, "tests/**/*.py": 5400,
 }  # fmt: skip
 LONGEST_FUNCTION = 60

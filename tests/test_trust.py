@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from tests.fixtures import (
     model_bytes,
     noise_images,
     partial_files,
+    read_failure,
     read_metrics,
     slow,
     write_rows,
@@ -479,3 +481,55 @@ def test_no_model_of_any_program_holds_anything_of_a_patient(everything):
     allowed = "statistics.safetensors"  # what a method says it stores of patients, beside the model
     leaks = {(str(p), s) for p in models if p.name != allowed for s in hidden if s in p.read_bytes()}
     assert not leaks
+
+
+def test_images_changed_under_a_run_are_refused(csv_set, capsys, monkeypatch):
+    root, rows, arguments = csv_set
+    monkeypatch.setattr(retune, "fit", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert retune.main(arguments) == 130
+    monkeypatch.undo()
+    for row in rows:
+        Image.fromarray(np.full((32, 32), 7, np.uint8)).save(root / row["path"], format="PNG")
+    assert "images or their embeddings changed" in read_failure(capsys, arguments)
+
+
+def test_scoring_switches_dropout_off():
+    class Noisy(retune.Method):
+        def __init__(self):
+            super().__init__()
+            self.network = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+
+        def logits(self, images, bank):
+            return self.network(images)
+
+    bank = retune.PromptBank(torch.zeros(2, 8), torch.arange(2))
+    model, x = Noisy(), np.ones((4, 8), np.float32)
+    first, second = (retune.score_rows(model, bank, x, np.arange(4), "diff")[0] for _ in range(2))
+    assert (first == second).all()
+
+
+def test_heatmaps_and_json_belong_to_predictions(capsys):
+    for option in (["--heatmap", "maps"], ["--json"]):
+        with pytest.raises(SystemExit):
+            retune.main(option)
+        assert "go with --predict" in capsys.readouterr().err
+
+
+def test_an_image_that_is_not_all_numbers_is_refused(tmp_path):
+    pixels = np.zeros((8, 8), np.float32)
+    pixels[3, 4] = np.nan
+    Image.fromarray(pixels).save(tmp_path / "a.tiff")
+    with pytest.raises(retune.InputError, match="not all numbers"):
+        retune.read_image(tmp_path / "a.tiff")
+
+
+def test_a_task_without_labels_is_named(csv_set, capsys):
+    root, rows, arguments = csv_set
+    finding = next(name for name in rows[0] if name not in ("path", "patient", "split", "report"))
+    for row in rows:
+        row[finding] = "" if row["split"] == "train" else row[finding]
+    write_rows(root / "labels.csv", rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert retune.main(arguments) == 0
+    assert f"{finding} has no known label" in capsys.readouterr().err
