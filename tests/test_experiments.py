@@ -283,7 +283,7 @@ def test_committed_table_is_that_of_the_committed_runs(name):
 
 REFERENCE = {
     "method": "retune", "set": "", "whiten": "False", "adaptor": "mlp", "adapt": "both", "pool": "mean",
-    "negatives": "True", "score": "diff", "wording": "specific", "logit_scale": "1.0", "order": "",
+    "negatives": "True", "score": "diff", "wording": "specific", "logit_scale": "1", "order": "",
 }  # fmt: skip
 
 
