@@ -30,6 +30,23 @@ SMALL_BERT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 
 SMALL_TOWER = SMALL_BERT | {"num_attention_heads": 4, "layer_norm_eps": 1e-5}
 
 
+def peers_of_biovil(monkeypatch):
+    """hi-ml-multimodal's image model, and its text model shrunk, as is `retune.BIOVIL`; its readers are not needed."""
+    for name in ("pydicom", "SimpleITK", "skimage", "skimage.io"):
+        module = types.ModuleType(name)
+        module.io = module
+        monkeypatch.setitem(sys.modules, name, module)
+    pytest.importorskip("health_multimodal")
+    from health_multimodal.image.model.model import ImageModel
+    from health_multimodal.text.model import CXRBertConfig, CXRBertModel
+
+    config = copy.deepcopy(retune.BIOVIL)
+    config["text"]["model"] |= SMALL_BERT
+    config["text"]["head"][0] = retune.linear(48, 128)
+    monkeypatch.setattr(retune, "BIOVIL", config)
+    return ImageModel, CXRBertModel(CXRBertConfig(**SMALL_BERT))
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Every test here fails as soon as anything opens a connection or looks a name up."""
@@ -120,20 +137,8 @@ def test_biovil_equals_hi_ml(tmp_path, monkeypatch):
 
     The BERT is shrunk; the image tower is the ResNet-50 itself.
     """
-    for name in ("pydicom", "SimpleITK", "skimage", "skimage.io"):
-        module = types.ModuleType(name)
-        module.io = module
-        monkeypatch.setitem(sys.modules, name, module)
-    pytest.importorskip("health_multimodal")
-    from health_multimodal.image.model.model import ImageModel
-    from health_multimodal.text.model import CXRBertConfig, CXRBertModel
-
-    config = copy.deepcopy(retune.BIOVIL)
-    config["text"]["model"] |= SMALL_BERT
-    config["text"]["head"][0] = retune.linear(48, 128)
-    monkeypatch.setattr(retune, "BIOVIL", config)
+    ImageModel, text = peers_of_biovil(monkeypatch)
     image = ImageModel("resnet50", 128)
-    text = CXRBertModel(CXRBertConfig(**SMALL_BERT))
     torch.save(randomise(image).state_dict(), tmp_path / "biovil_image_resnet50_proj_size_128.pt")
     torch.save(randomise(text).state_dict(), tmp_path / "pytorch_model.bin")
     write_biovil_configs(tmp_path)

@@ -22,7 +22,7 @@ import retune
 from demo.hospitals import draw_hospitals
 from experiments import decisions, heatmaps, subgroups
 from experiments.scores import load_run
-from tests.test_encoders import SMALL_BERT, no_network, randomise, write_vocabulary  # noqa: F401
+from tests.test_encoders import SMALL_BERT, no_network, peers_of_biovil, randomise, write_vocabulary  # noqa: F401
 from tests.test_public_data import write_dicom
 
 PROMPTS = [
@@ -134,25 +134,9 @@ def test_chexzero_state_dict_is_read_through_open_clip(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_biovil_t_equals_hi_ml_on_a_single_image(tmp_path, monkeypatch):
-    for name in (
-        "pydicom",
-        "SimpleITK",
-        "skimage",
-        "skimage.io",
-    ):  # imported by readers that are not used here
-        module = types.ModuleType(name)
-        module.io = module
-        monkeypatch.setitem(sys.modules, name, module)
-    pytest.importorskip("health_multimodal")
-    from health_multimodal.image.model.model import ImageModel
-    from health_multimodal.text.model import CXRBertConfig, CXRBertModel
-
-    config = copy.deepcopy(retune.BIOVIL)
-    config["text"]["model"] |= SMALL_BERT
-    config["text"]["head"][0] = retune.linear(48, 128)
-    monkeypatch.setattr(retune, "BIOVIL", config)
+    ImageModel, text = peers_of_biovil(monkeypatch)
     image = randomise(ImageModel("resnet50_multi_image", 128))
-    text = randomise(CXRBertModel(CXRBertConfig(**SMALL_BERT)))
+    text = randomise(text)
     torch.save(image.state_dict(), tmp_path / "biovil_t_image_model_proj_size_128.pt")
     torch.save(text.state_dict(), tmp_path / "pytorch_model.bin")
     write_vocabulary(tmp_path)
