@@ -70,6 +70,12 @@ def score_facts(folder: Path) -> dict:
     return facts
 
 
+@functools.lru_cache(maxsize=2)
+def draw_patients(count: int, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """How often each patient is drawn, [resamples, count], whole numbers; the same for every measure."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
+
+
 def resampled_auroc(scores, labels, patients, resamples: int = 1000, seed: int = 0) -> np.ndarray:
     """Macro AUROC [R] of patients drawn with replacement; scores, labels [N, C], patients [N].
 
@@ -77,8 +83,7 @@ def resampled_auroc(scores, labels, patients, resamples: int = 1000, seed: int =
     a negative in a resample is left out of its mean.
     """
     ids, patient = np.unique(patients, return_inverse=True)
-    drawn = np.random.default_rng(seed).multinomial(len(ids), np.full(len(ids), 1 / len(ids)), resamples)
-    drawn = drawn.astype(np.float32)  # [R, patients]
+    drawn = draw_patients(len(ids), resamples, seed).astype(np.float32)
     auroc = []
     for score, label in zip(scores.T, labels.T):
         order = np.argsort(score[label == 0])
@@ -91,6 +96,19 @@ def resampled_auroc(scores, labels, patients, resamples: int = 1000, seed: int =
         pairs = positive.sum(1) * below[:, -1]
         auroc.append(np.where(pairs > 0, wins / np.maximum(pairs, 1), np.nan))
     return np.nanmean(auroc, axis=0)
+
+
+def resampled_rate(hit: np.ndarray, of: np.ndarray, patients: np.ndarray) -> np.ndarray:
+    """The share of the images `of` [N, C] that are `hit` [N, C]: [1 + R, C], as it is and on each resample.
+
+    nan where there is no such image.
+    """
+    ids, patient = np.unique(patients, return_inverse=True)
+    counts = np.zeros((2, len(ids), hit.shape[1]))
+    np.add.at(counts, (slice(None), patient), np.stack([hit & of, of]))
+    weight = np.vstack([np.ones(len(ids)), draw_patients(len(ids))])
+    hits, total = weight @ counts
+    return np.where(total > 0, hits / np.maximum(total, 1), np.nan)
 
 
 @torch.inference_mode()

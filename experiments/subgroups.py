@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 import retune
-from experiments.decisions import logits_of, resampled_rate, sigmoid
-from experiments.scores import load_run, resampled_auroc
+from experiments.decisions import decide, logits_of
+from experiments.scores import load_run, resampled_auroc, resampled_rate
 
 MEASURES = ("AUROC", "sensitivity", "specificity")
 
@@ -44,8 +44,8 @@ def measure_group(
     for c, auroc in enumerate(retune.evaluate(scores, present, labels)["auroc"].values()):
         if not np.isnan(auroc):
             points[0, c] = [auroc, *resampled_auroc(scores[:, [c]], labels[:, [c]], patients)]
-        for m, value in ((1, 1), (2, 0)):
-            points[m, c] = resampled_rate(present[:, c] == value, labels[:, c] == value, patients)
+    for m, value in ((1, 1), (2, 0)):
+        points[m] = resampled_rate(present == value, labels == value, patients).T
     return points
 
 
@@ -78,12 +78,9 @@ def compare_groups(group: pd.Series, findings, labels, scores, present, patients
 def compare(run: Path) -> pd.DataFrame:
     """The groups of all columns that the data of a run have."""
     _, data, embeddings, bank, model = load_run(run)
-    chosen = retune.read_json(run / "metrics.json")["decisions"]
     rows = data.where("test")
     scores = logits_of(model, bank, embeddings, rows)
-    temperature = np.array([chosen["temperature"][name] or 1.0 for name in data.class_names])
-    threshold = np.array([chosen["threshold"][name] or 0.5 for name in data.class_names])
-    present = sigmoid(scores / temperature) >= threshold
+    present = decide(scores, retune.read_json(run / "metrics.json")["decisions"])
     tables = []
     for column in (name for name in retune.GROUPS if getattr(data, name) is not None):
         group = group_names(np.asarray(getattr(data, column))[rows], column)
