@@ -7,10 +7,10 @@ the finding is called present from the threshold on. The paper's rule (cos+ > co
 from __future__ import annotations
 
 import numpy as np
-import torch
+from sklearn.metrics import roc_curve
 
 import retune
-from experiments.scores import fit_temperature, resampled_rate
+from experiments.scores import fit_temperature, logits_of, resampled_rate
 
 
 def measure(config, folder, data, tasks, embeddings, bank, model) -> dict:
@@ -28,14 +28,6 @@ def measure(config, folder, data, tasks, embeddings, bank, model) -> dict:
         pairs = zip(block["threshold"].items(), measured)
         block[split] = {name: found for (name, threshold), found in pairs if threshold is not None}
     return block
-
-
-@torch.inference_mode()
-def logits_of(model, bank, embeddings: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Logits [n, C], float64, of rows [n] of the embeddings [N, D]."""
-    pieces = torch.from_numpy(rows).split(8192)
-    images = (model.whitening(retune.gather(embeddings, piece, bank.embeddings)) for piece in pieces)
-    return np.concatenate([retune.to_numpy(model.logits(x, bank)) for x in images]).astype(np.float64)
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -57,18 +49,16 @@ def choose_threshold(probabilities: np.ndarray, labels: np.ndarray, rule: str) -
 
     youden: largest sensitivity + specificity - 1. f1: largest F1. sensitivity=S: the highest that reaches S.
     """
-    values, place = np.unique(-probabilities, return_inverse=True)  # probabilities from the highest down
-    positives = np.cumsum(np.bincount(place, labels))  # true positives of a cut below the k-th value
-    negatives = np.cumsum(np.bincount(place, 1 - labels))
-    sensitivity = positives / positives[-1]
+    false, sensitivity, cuts = roc_curve(labels, probabilities, drop_intermediate=False)
+    positives = np.rint(sensitivity * labels.sum())
+    negatives = np.rint(false * (1 - labels).sum())
     if rule == "youden":
-        best = np.argmax(sensitivity - negatives / negatives[-1])
+        best = np.argmax(sensitivity[1:] - false[1:])
     elif rule == "f1":
-        best = np.argmax(positives / (positives + negatives + positives[-1]))
+        best = np.argmax(positives[1:] / (positives + negatives + labels.sum())[1:])
     else:
-        best = np.argmax(sensitivity >= float(rule.removeprefix("sensitivity=")) - 1e-12)
-    below = -values[best + 1] if best + 1 < len(values) else 0.0
-    return float((below - values[best]) / 2)
+        best = np.argmax(sensitivity[1:] >= float(rule.removeprefix("sensitivity=")) - 1e-12)
+    return float(np.append(cuts[1:], 0.0)[best : best + 2].mean())
 
 
 def decide(logits: np.ndarray, block: dict) -> np.ndarray:
