@@ -31,6 +31,7 @@ NAMES = {  # of a method with what --set gave it
     "analytic features=1000": "closed-form RE-tune (ours), M = 1,000",
     "analytic features=1000 shared=0": "closed-form RE-tune (ours), M = 1,000, lambda per finding",
     "analytic features=0": "closed-form RE-tune (ours), linear",
+    "analytic related=1": "closed-form RE-tune (ours), M = 300, related findings",
     "linear": "linear head",
     "mlp": "MLP head",
     "ewc": "MLP head, EWC",
@@ -46,6 +47,7 @@ NAMES = {  # of a method with what --set gave it
 OURS = ("retune", "distil", "analytic")
 BOUND = "joint"  # keeps the data of every patient
 WHITENED = ("distil", "analytic")  # with or without --whiten
+OPPONENTS = [{"method": method, "set": "", "whiten": True} for method in ("lwf", "ewc")]  # chosen beforehand
 QUALITY = {
     "auroc_macro": "AUROC macro", "auroc_weighted": "AUROC weighted", "f1_macro": "F1 macro",
     "f1_weighted": "F1 weighted", "precision_weighted": "precision", "recall_weighted": "recall",
@@ -116,6 +118,11 @@ def pick(runs: pd.DataFrame, **wanted) -> pd.DataFrame:
     for key, value in (REFERENCE | wanted).items():
         mask &= runs[key] != "" if value is None else runs[key] == value
     return runs[mask]
+
+
+def scenarios(runs: pd.DataFrame) -> dict[str, dict]:
+    """Those of SCENARIOS that RE-tune was run in."""
+    return {name: where for name, where in SCENARIOS.items() if len(pick(runs, **where))}
 
 
 def lead(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, float]:

@@ -26,6 +26,7 @@ from experiments.runs import (
     BOUND,
     LAST,
     NAMES,
+    OPPONENTS,
     OURS,
     QUALITY,
     SCENARIOS,
@@ -36,9 +37,11 @@ from experiments.runs import (
     lead,
     pick,
     read_runs,
+    scenarios,
     variants,
     write_runs,
 )  # fmt: skip
+from experiments.scores import STEP
 from retune import InputError, main, markdown_table, write_text
 
 # --------------------------------------------------------------------------------------------------- 1. Cells
@@ -243,12 +246,12 @@ def summary_table(runs: pd.DataFrame) -> Table:
 
 
 def methods_table(runs: pd.DataFrame) -> Table:
-    steps = list(SCENARIOS)[:5]
-    columns = [Column(f"AUROC {s}", LAST, where=where, contest=True) for s, where in SCENARIOS.items()]
-    columns += [Column(f"forgetting {s}", "continual.forgetting", where=SCENARIOS[s]) for s in steps]
-    columns += [
-        Column(f"forward transfer {s}", "continual.forward_transfer", where=SCENARIOS[s]) for s in steps[:2]
-    ]
+    found = scenarios(runs)
+    steps = [s for s in found if s != "joint"]
+    columns = [Column(f"AUROC {s}", LAST, where=where, contest=True) for s, where in found.items()]
+    columns += [Column(f"forgetting {s}", "continual.forgetting", where=found[s]) for s in steps]
+    early = [s for s in steps if not s.startswith("data")]
+    columns += [Column(f"forward transfer {s}", "continual.forward_transfer", where=found[s]) for s in early]
     columns.append(Column("training, s", "cost.train_seconds", ".2f", SCENARIOS["class-incremental"]))
     columns.append(Column("stored bytes", "cost.stored_bytes", ",.0f", SCENARIOS["class-incremental"]))
     title = (
@@ -256,6 +259,23 @@ def methods_table(runs: pd.DataFrame) -> Table:
         "that scenario, all tasks. Keeping all data is a bound and not in the running."
     )
     return fill(title, ["method", "whitened"], method_rows(runs), columns, runs)
+
+
+def intervals_table(runs: pd.DataFrame) -> Table:
+    rows = method_rows(runs)
+    text = pd.DataFrame([row.labels for row in rows], columns=["method", "whitened"])
+    for scenario, where in scenarios(runs).items():
+        chosen = [pick(runs, **row.where | where) for row in rows]
+        resampled = [np.stack(part["resampled"]).mean(0) * STEP for part in chosen]
+        ends = [np.percentile(values, [2.5, 97.5]) for values in resampled]
+        text[scenario] = [
+            f"{part[LAST].mean():.3f} [{low:.3f}, {high:.3f}]" for part, (low, high) in zip(chosen, ends)
+        ]
+    title = (
+        "Macro AUROC on test after the last task, mean over seeds, with 95% intervals over 1,000 resamples of the "
+        f"patients. Zero-shot: {runs['zero.auroc_macro'].mean():.3f}."
+    )
+    return Table(title, text, sorted(runs["seed"].unique()))
 
 
 def orders_table(runs: pd.DataFrame) -> Table:
@@ -271,35 +291,58 @@ def orders_table(runs: pd.DataFrame) -> Table:
 
 def differences_table(runs: pd.DataFrame) -> Table:
     """RE-tune and ours against the best rival of each scenario; choosing it on test is in the rival's favour."""
-    ours = [v for v in variants(runs) if v["method"] in OURS]
     rivals = [v for v in variants(runs) if v["method"] not in (*OURS, BOUND)]
-    text = pd.DataFrame([("best rival", ""), *map(labels_of, ours)], columns=["method", "whitened"])
-    outcomes: list[dict] = [{"ahead of": [], "level with": [], "behind": []} for _ in ours]
-    for scenario, where in SCENARIOS.items():
-        rival = max(rivals, key=lambda v: pick(runs, **where, **v)[LAST].mean())
-        other = pick(runs, **where, **rival)
-        text[scenario] = f"{full_name(rival)}, {other[LAST].mean():.3f}"
-        for i, (variant, outcome) in enumerate(zip(ours, outcomes), 1):
-            difference, low, high = lead(pick(runs, **where, **variant), other)
-            cell = f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
-            text.loc[i, scenario] = f"**{cell}**" if low > 0 or high < 0 else cell
-            outcome["ahead of" if low > 0 else "behind" if high < 0 else "level with"].append(scenario)
     title = (
         "Macro AUROC minus that of the best rival in the same scenario (neither RE-tune nor ours, nor the bound), "
         "mean over seeds, test split, with 95% intervals over 1,000 resamples of the patients, the same for both."
     )
+    rows, notes = compare_with(runs, rivals, "the best rival")
+    return Table(title, pd.DataFrame(rows), sorted(runs["seed"].unique()), [*notes, whitening_note(runs)])
+
+
+def rivals_table(runs: pd.DataFrame) -> Table:
+    """The same against rivals that no result has chosen."""
+    title = (
+        "Macro AUROC minus that of whitened LwF and of whitened EWC, mean over seeds, test split, with 95% intervals "
+        "over 1,000 resamples of the patients, the same for both."
+    )
+    rows, notes = [], []
+    for rival in OPPONENTS:
+        more, said = compare_with(runs, [rival], full_name(rival))
+        rows += more
+        notes += said
+    return Table(title, pd.DataFrame(rows), sorted(runs["seed"].unique()), notes)
+
+
+def compare_with(runs: pd.DataFrame, rivals: Sequence[dict], name: str) -> tuple[list[dict], list[str]]:
+    """Rows of RE-tune and ours against the best of some rivals in each scenario, and what the intervals say."""
+    ours = [v for v in variants(runs) if v["method"] in OURS]
+    rows = [
+        dict(zip(("method", "whitened"), labels))
+        for labels in ((name.removeprefix("the "), ""), *map(labels_of, ours))
+    ]
+    outcomes: list[dict] = [{"ahead of": [], "level with": [], "behind": []} for _ in ours]
+    for scenario, where in scenarios(runs).items():
+        rival = max(rivals, key=lambda v: pick(runs, **where, **v)[LAST].mean())
+        other = pick(runs, **where, **rival)
+        rows[0][scenario] = f"{full_name(rival)}, {other[LAST].mean():.3f}"
+        for variant, row, outcome in zip(ours, rows[1:], outcomes):
+            difference, low, high = lead(pick(runs, **where, **variant), other)
+            cell = f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+            row[scenario] = f"**{cell}**" if low > 0 or high < 0 else cell
+            outcome["ahead of" if low > 0 else "behind" if high < 0 else "level with"].append(scenario)
     notes = []
     for variant, outcome in zip(ours, outcomes):
-        parts = [f"{place} the best rival in {', '.join(names)}" for place, names in outcome.items() if names]
+        parts = [f"{place} {name} in {', '.join(names)}" for place, names in outcome.items() if names]
         notes.append(f"{full_name(variant)}: {'; '.join(parts)}.")
-    return Table(title, text, sorted(other["seed"]), [*notes, whitening_note(runs)])
+    return rows, notes
 
 
 def whitening_note(runs: pd.DataFrame) -> str:
     """What whitening changes in the methods that were run with and without it."""
     whitened = [v for v in variants(runs) if v["whiten"]]
     parts = []
-    for scenario, where in SCENARIOS.items():
+    for scenario, where in scenarios(runs).items():
         pairs = [[pick(runs, **where, **v | {"whiten": on}) for on in (True, False)] for v in whitened]
         leads = [lead(*pair) for pair in pairs]
         better = sum(low > 0 for _, low, _ in leads)
@@ -311,8 +354,8 @@ def whitening_note(runs: pd.DataFrame) -> str:
 
 TABLES: dict[str, Callable[[pd.DataFrame], Table]] = {
     "summary": summary_table, "main": main_table, "forgetting": forgetting_table, "adaptors": adaptors_table, "prompts": prompts_table,
-    "cost": cost_table, "calibration": calibration_table, "methods": methods_table,
-    "differences": differences_table, "orders": orders_table,
+    "cost": cost_table, "calibration": calibration_table, "methods": methods_table, "intervals": intervals_table,
+    "differences": differences_table, "rivals": rivals_table, "orders": orders_table,
 }  # fmt: skip
 
 
@@ -324,7 +367,7 @@ def render(name: str, runs: pd.DataFrame) -> dict[str, str]:
     table = TABLES[name](runs)
     run = runs.iloc[0]
     demo = "; synthetic phantoms, not clinical numbers" if run["data"] == "demo" else ""
-    bold = "lead over the next best" if name != "differences" else "difference"
+    bold = "lead over the next best" if name not in ("differences", "rivals") else "difference"
     bold = (
         f" Bold: the paired 95% interval of the {bold} excludes zero."
         if "**" in str(table.text.values)
