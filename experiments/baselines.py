@@ -223,8 +223,11 @@ class Joint(Replay):
     """Trains on every image seen so far, from new weights after every task, until it no longer improves: the bound.
 
     The number of epochs, whatever --epochs says, is where the loss of a held-out tenth is lowest (ten more did not
-    lower it); then all images are trained on for as many.
+    lower it); then all images are trained on for as many. At most MOST_EPOCHS: of a tenth in which a finding's labels are
+    all alike the loss falls for ever.
     """
+
+    MOST_EPOCHS = 200
 
     def __init__(self, dim: int, n_classes: int, seed: int = -1):
         super().__init__(dim, n_classes, seed=seed)
@@ -250,7 +253,7 @@ class Joint(Replay):
             if loss < best:
                 best = loss
                 epochs = epoch
-            if epoch == epochs + 10:
+            if epoch in (epochs + 10, self.MOST_EPOCHS):
                 break
         for _ in zip(range(epochs), self.epochs(self.stored, embeddings, labels, bank)):
             pass

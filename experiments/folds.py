@@ -37,10 +37,8 @@ GRIDS = (
     "method=distil,analytic",
     *(f"method=analytic set={option}" for option in ("related=1", "features=1000", "features=0")),
 )
-ARRIVALS = {
-    "class": "scenario=class", "label": "scenario=label", "data": "scenario=data",
-    "more": "scenario=data parts=10,20", "joint": "scenario=joint",
-}  # fmt: skip
+ARRIVALS = {"class": "scenario=class", "label": "scenario=label", "joint": "scenario=joint"}
+ARRIVALS |= {f"data-{parts}": f"scenario=data parts={parts}" for parts in (5, 10, 20)}
 RETUNE = {key: REFERENCE[key] for key in ("method", "set", "whiten")}
 CLOSED_FORM = [RETUNE | {"method": "analytic", "set": option} for option in ("", "related=1")]
 

@@ -221,6 +221,11 @@ def calibration_table(runs: pd.DataFrame) -> Table:
     return fill(title, ["method"], rows, columns, runs)
 
 
+def seeds_of(runs: pd.DataFrame) -> list[int]:
+    """The seeds of the tables that compare methods."""
+    return sorted(pick(runs, **next(iter(scenarios(runs).values())))["seed"])
+
+
 def method_rows(runs: pd.DataFrame, **where) -> list[Row]:
     """A row for every method that was run there; the bound competes with nobody."""
     found = [v for v in variants(runs) if len(pick(runs, **where, **v))]
@@ -275,7 +280,7 @@ def intervals_table(runs: pd.DataFrame) -> Table:
         "Macro AUROC on test after the last task, mean over seeds, with 95% intervals over 1,000 resamples of the "
         f"patients. Zero-shot: {runs['zero.auroc_macro'].mean():.3f}."
     )
-    return Table(title, text, sorted(runs["seed"].unique()))
+    return Table(title, text, seeds_of(runs))
 
 
 def orders_table(runs: pd.DataFrame) -> Table:
@@ -297,7 +302,7 @@ def differences_table(runs: pd.DataFrame) -> Table:
         "mean over seeds, test split, with 95% intervals over 1,000 resamples of the patients, the same for both."
     )
     rows, notes = compare_with(runs, rivals, "the best rival")
-    return Table(title, pd.DataFrame(rows), sorted(runs["seed"].unique()), [*notes, whitening_note(runs)])
+    return Table(title, pd.DataFrame(rows), seeds_of(runs), [*notes, whitening_note(runs)])
 
 
 def rivals_table(runs: pd.DataFrame) -> Table:
@@ -311,7 +316,7 @@ def rivals_table(runs: pd.DataFrame) -> Table:
         more, said = compare_with(runs, [rival], full_name(rival))
         rows += more
         notes += said
-    return Table(title, pd.DataFrame(rows), sorted(runs["seed"].unique()), notes)
+    return Table(title, pd.DataFrame(rows), seeds_of(runs), notes)
 
 
 def compare_with(runs: pd.DataFrame, rivals: Sequence[dict], name: str) -> tuple[list[dict], list[str]]:
