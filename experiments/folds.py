@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,9 +32,10 @@ from experiments.scores import STEP, load_run, resampled_auroc
 from experiments.sweep import sweep
 from experiments.tables import make_tables
 
-GRIDS = (
-    "method=retune,linear,mlp,ewc,lwf,replay,joint,ncm,slda,ranpac,l3a whiten=no,yes",
-    "method=ranpac whiten=no,yes set=zero_shot=1",
+GRIDS = (  # random features: 1,000 are more than a fold's images, and 2,000 take eight times as long
+    "method=retune,linear,mlp,ewc,lwf,replay,joint,ncm,slda whiten=no,yes",
+    "method=l3a whiten=no,yes set=features=1000",
+    "method=ranpac whiten=no,yes 'set=features=1000 zero_shot=1'",
     "method=distil,analytic",
     *(f"method=analytic set={option}" for option in ("related=1", "features=1000", "features=0")),
 )
@@ -63,15 +65,22 @@ def write_folds(data_dir: str, folder: Path, findings: int = 5) -> list[Path]:
     return paths
 
 
-def fold_auroc(run: Path, view: str = "all", zero_shot: bool = False) -> np.ndarray:
-    """[1 + R]: macro AUROC on a run's test images (of one view), then on resamples of the patients of all folds."""
-    _, data, embeddings, bank, model = load_run(run)
-    model = retune.RETune(embeddings.shape[1], adapt="none") if zero_shot else model
-    scores, decisions = retune.score_rows(model, bank, embeddings, np.arange(len(data.labels)), "diff")
+def tested_auroc(
+    scores: np.ndarray, data: retune.Radiographs, view: str = "all", columns=slice(None)
+) -> np.ndarray:
+    """[1 + R]: macro AUROC of scores [N, C] on the test images (of a view), then on resamples of the patients of all folds."""
     tested = (data.split == "test") & ((np.array(data.view) == view) | (view == "all"))
-    labels = np.where(tested[:, None], data.labels, np.nan)
-    point = retune.evaluate(scores, decisions, labels)["auroc_macro"]
-    return np.array([point, *resampled_auroc(scores, labels, data.patients)])
+    labels = np.where(tested[:, None], data.labels, np.nan)[:, columns]
+    point = retune.evaluate(scores[:, columns], labels > 0, labels)["auroc_macro"]
+    return np.array([point, *resampled_auroc(scores[:, columns], labels, data.patients)])
+
+
+def run_auroc(run: Path, view: str = "all", zero_shot: bool = False) -> np.ndarray:
+    """`tested_auroc` of a run's model, or of the zero-shot model in its place."""
+    settings, data, embeddings, bank, model = load_run(run)
+    model = retune.RETune(embeddings.shape[1], adapt="none") if zero_shot else model
+    scores, _ = retune.score_rows(model, bank, embeddings, np.arange(len(data.labels)), settings["score"])
+    return tested_auroc(scores, data, view)
 
 
 def collect_folds(folder: Path) -> pd.DataFrame:
@@ -79,43 +88,53 @@ def collect_folds(folder: Path) -> pd.DataFrame:
     rows = []
     paths = sorted(folder.rglob("metrics.json"), key=lambda path: (path.parent.name[-2:], path))
     for path in retune.progress(paths, desc="runs"):
-        resampled = np.round(fold_auroc(path.parent)[1:] / STEP).astype(np.uint16)
+        resampled = np.round(run_auroc(path.parent)[1:] / STEP).astype(np.uint16)
         rows.append(run_row(path, folder) | {"resampled": resampled})
     return pd.DataFrame(rows)
 
 
-def cell(values: np.ndarray) -> str:
-    """A value and its 95% interval, of the value and its resamples [1 + R]."""
-    return "{:.3f} [{:.3f}, {:.3f}]".format(values[0], *np.nanpercentile(values[1:], [2.5, 97.5]))
+def cell(folds: Sequence[np.ndarray]) -> str:
+    """The mean over folds [1 + R] each, with its 95% interval."""
+    mean = np.nanmean(folds, axis=0)
+    return "{:.3f} [{:.3f}, {:.3f}]".format(mean[0], *np.nanpercentile(mean[1:], [2.5, 97.5]))
 
 
-def view_alone(data: retune.Radiographs) -> list[list[str]]:
-    """Rows (finding, AUROC) of the view as a score: 1 for AP, else 0; below 0.5 a finding is rarer in AP."""
-    scores = np.repeat((np.array(data.view) == "AP")[:, None], len(data.class_names), axis=1).astype(float)
+def view_scores(data: retune.Radiographs) -> dict[str, np.ndarray]:
+    """The view as scores [N, C]: AP before PA; and how common a finding is in the view, among the training images."""
+    ap = np.array(data.view) == "AP"
+    share = [data.labels[(data.split == "train") & (ap == value)].mean(0) for value in (False, True)]
+    return {
+        "AP before PA": np.tile(ap[:, None], len(share[0])) * 1.0,
+        "learned": np.where(ap[:, None], share[1], share[0]),
+    }
+
+
+def view_table(folds: Sequence[retune.Radiographs]) -> pd.DataFrame:
+    """AUROC of the view alone, by finding; below 0.5 a finding is rarer in AP than in PA."""
     rows = []
-    for name, c in [*zip(data.class_names, np.eye(len(data.class_names), dtype=bool)), ("mean", slice(None))]:
-        point = retune.evaluate(scores[:, c], scores[:, c], data.labels[:, c])["auroc_macro"]
-        rows.append(
-            [name, cell(np.array([point, *resampled_auroc(scores[:, c], data.labels[:, c], data.patients)]))]
-        )
-    return rows
+    names = folds[0].class_names
+    for name, columns in [*((name, [c]) for c, name in enumerate(names)), ("mean", slice(None))]:
+        auroc = [
+            {way: tested_auroc(s, data, columns=columns) for way, s in view_scores(data).items()}
+            for data in folds
+        ]
+        rows.append({"finding": name} | {way: cell([fold[way] for fold in auroc]) for way in auroc[0]})
+    return pd.DataFrame(rows)
 
 
-def within_views(runs: pd.DataFrame, folder: Path) -> list[list[str]]:
-    """Rows (method, scenario, AUROC in all images, in AP, in PA) of zero-shot and the main methods."""
+def within_view_table(runs: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """AUROC in all test images, in those of view AP and of view PA, of zero-shot and the main methods."""
     found = scenarios(runs)
     models = [("zero-shot", next(iter(found)), RETUNE)]
     models += [(full_name(v), name, v) for v in (RETUNE, *OPPONENTS, *CLOSED_FORM) for name in found]
     rows = []
     for name, scenario, variant in models:
+        zero = name == "zero-shot"
         chosen = [folder / run for run in pick(runs, **variant | found[scenario])["run"]]
-        auroc = {
-            view: [fold_auroc(run, view, name == "zero-shot") for run in chosen]
-            for view in ("all", "AP", "PA")
-        }
-        cells = [cell(np.nanmean(values, axis=0)) for values in auroc.values() if values]
-        rows.append([name, "-" if name == "zero-shot" else scenario, *cells])
-    return [row for row in rows if len(row) == 5]
+        auroc = {view: [run_auroc(run, view, zero) for run in chosen] for view in ("all", "AP", "PA")}
+        cells = {view: cell(values) for view, values in auroc.items() if values}
+        rows.append({"method": name, "scenario": "-" if zero else scenario} | cells)
+    return pd.DataFrame(rows).dropna()
 
 
 def folds(argv: Sequence[str]) -> None:
@@ -140,27 +159,23 @@ def folds(argv: Sequence[str]) -> None:
     folder = arguments.folds / "runs"
     for k, path in enumerate(paths):
         for grid in arguments.grids:
-            place = folder / grid.partition("set=")[2] / "{method}-{whiten}/{scenario}-{parts}-seed{seed}"
+            items = shlex.split(grid)
+            option = "".join(item[4:] for item in items if item.startswith("set="))
+            place = folder / option / "{method}-{whiten}/{scenario}-{parts}-seed{seed}"
             options = [*shared, "--labels-csv", str(path), "--seed", str(27 + k), "--output", str(place)]
             for name in arguments.scenarios:
-                sweep(["--grid", *ARRIVALS[name].split(), *grid.split(), "--", *options])
+                sweep(["--grid", *ARRIVALS[name].split(), *items, "--", *options])
     runs = collect_folds(folder).assign(data=f"five folds of {Path(arguments.data_dir).name}")
     arguments.results.mkdir(parents=True, exist_ok=True)
     write_runs(runs, arguments.results)
     make_tables([str(arguments.results), "--only", "intervals", "methods", "rivals", "differences"])
-    data = retune.load_radiographs(
-        retune.Config(data="csv", data_dir=arguments.data_dir, labels_csv=str(paths[0]))
-    )
-    tables = {
-        "view": (["finding", "AUROC of the view (AP 1, PA 0)"], view_alone(data)),
-        "within-view": (["method", "scenario", "all images", "AP", "PA"], within_views(runs, folder)),
-    }
-    for name, (header, rows) in tables.items():
-        retune.write_text(arguments.results / f"{name}.md", retune.markdown_table(header, rows) + "\n")
-        retune.write_text(
-            arguments.results / f"{name}.csv", pd.DataFrame(rows, columns=header).to_csv(index=False)
-        )
-        print(retune.markdown_table(header, rows))
+    settings = {"data": "csv", "data_dir": arguments.data_dir}
+    data = [retune.load_radiographs(retune.Config(labels_csv=str(path), **settings)) for path in paths]
+    for name, table in (("view", view_table(data)), ("within-view", within_view_table(runs, folder))):
+        text = retune.markdown_table(list(table), table.values.tolist())
+        retune.write_text(arguments.results / f"{name}.md", f"{text}\n")
+        retune.write_text(arguments.results / f"{name}.csv", table.to_csv(index=False))
+        print(text)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ NAMES = {  # of a method with what --set gave it
     "slda": "SLDA",
     "ranpac": "RanPAC",
     "ranpac zero_shot=1": "RanPAC, zero-shot for unseen",
+    "ranpac features=1000 zero_shot=1": "RanPAC, M = 1,000, zero-shot for unseen",
     "l3a": "L3A",
+    "l3a features=1000": "L3A, M = 1,000",
 }
 OURS = ("retune", "distil", "analytic")
 BOUND = "joint"  # keeps the data of every patient
