@@ -31,11 +31,15 @@ NAMES = {  # of a method with what --set gave it
     "analytic features=1000": "closed-form RE-tune (ours), M = 1,000",
     "analytic features=1000 shared=0": "closed-form RE-tune (ours), M = 1,000, lambda per finding",
     "analytic features=0": "closed-form RE-tune (ours), linear",
+    "analytic related=1": "closed-form RE-tune (ours), M = 300, related findings",
     "linear": "linear head", "mlp": "MLP head", "ewc": "MLP head, EWC", "lwf": "MLP head, LwF",
     "replay": "MLP head, replay of 500 images", "joint": "MLP head, all data", "ncm": "NCM", "slda": "SLDA",
-    "ranpac": "RanPAC", "ranpac zero_shot=1": "RanPAC, zero-shot for unseen", "l3a": "L3A",
+    "l3a": "L3A", "l3a features=1000": "L3A, M = 1,000", "ranpac": "RanPAC",
+    "ranpac zero_shot=1": "RanPAC, zero-shot for unseen",
+    "ranpac features=1000 zero_shot=1": "RanPAC, M = 1,000, zero-shot for unseen",
 }  # fmt: skip
 BOUND = "joint"  # keeps the data of every patient
+OPPONENTS = [{"method": method, "set": "", "whiten": True} for method in ("lwf", "ewc")]  # chosen beforehand
 METHOD = ("method", "set", "whiten")  # the settings that make a method
 QUALITY = {
     "auroc_macro": "AUROC macro", "auroc_weighted": "AUROC weighted", "f1_macro": "F1 macro",
@@ -114,11 +118,19 @@ def pick(runs: pd.DataFrame, **wanted) -> pd.DataFrame:
     return runs[mask]
 
 
-def lead(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, float]:
-    """(difference, low, high) of the mean macro AUROC of two sets of runs: 95%, resampled in pairs."""
-    resampled = [np.stack(runs["resampled"]).mean(0) * STEP for runs in (first, second)]
-    low, high = np.percentile(resampled[0] - resampled[1], [2.5, 97.5])
-    return first[LAST].mean() - second[LAST].mean(), low, high
+def scenarios(runs: pd.DataFrame) -> dict[str, dict]:
+    """Those of SCENARIOS that RE-tune was run in."""
+    return {name: where for name, where in SCENARIOS.items() if len(pick(runs, **where))}
+
+
+def lead(first: pd.DataFrame, second: pd.DataFrame | None = None) -> tuple[float, float, float]:
+    """(difference, low, high) of the mean macro AUROC of two sets of runs, or of one alone: 95%, resampled in pairs."""
+    value = first[LAST].mean()
+    resampled = np.stack(first["resampled"]).mean(0) * STEP
+    if second is not None:
+        value -= second[LAST].mean()
+        resampled = resampled - np.stack(second["resampled"]).mean(0) * STEP
+    return value, *np.percentile(resampled, [2.5, 97.5])
 
 
 def variants(runs: pd.DataFrame) -> list[dict]:
@@ -134,3 +146,8 @@ def labels_of(variant: dict) -> tuple[str, str]:
     key = f"{variant['method']} {variant['set']}".strip()
     built_in = variant["method"] in ("distil", "analytic")
     return NAMES.get(key, key), "built in" if built_in else "yes" if variant["whiten"] else "no"
+
+
+def full_name(variant: dict) -> str:
+    name, whitened = labels_of(variant)
+    return f"{name}, whitened" if whitened == "yes" else name

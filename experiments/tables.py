@@ -21,10 +21,27 @@ import numpy as np
 import pandas as pd
 
 from experiments.figures import draw_figures
-from experiments.runs import BASIC, BOUND, LAST, QUALITY, SCENARIOS, labels_of, lead, load, pick, variants
+from experiments.runs import (
+    BASIC,
+    BOUND,
+    LAST,
+    OPPONENTS,
+    QUALITY,
+    SCENARIOS,
+    full_name,
+    labels_of,
+    lead,
+    load,
+    pick,
+    scenarios,
+    variants,
+)
 from retune import InputError, main, markdown_table, write_text
 
 # --------------------------------------------------------------------------------------------------- 1. Cells
+
+
+OURS = ("retune", "distil", "analytic")
 
 
 class Column(NamedTuple):
@@ -99,6 +116,11 @@ CONTINUAL = {
 
 def per_scenario(measure: str, scenarios: Sequence[str]) -> list[Column]:
     return [Column(f"{measure} {name}", CONTINUAL[measure], SCENARIOS[name]) for name in scenarios]
+
+
+def published(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of RE-tune as the paper has it, in the first scenario that was run."""
+    return pick(runs, **next(iter(scenarios(runs).values())))
 
 
 def method_rows(runs: pd.DataFrame, **where) -> Rows:
@@ -197,12 +219,24 @@ def summary_table(runs: pd.DataFrame) -> Table:
 def methods_table(runs: pd.DataFrame) -> Table:
     """Every method after the last task, test split, by class-incremental AUROC. Seconds and stored bytes are of that
     scenario, all tasks. Keeping all data is a bound and not in the running."""
-    steps = list(SCENARIOS)[:5]
-    columns = per_scenario("AUROC", SCENARIOS) + per_scenario("forgetting", steps)
-    columns += per_scenario("forward transfer", steps[:2])
+    found = list(scenarios(runs))
+    steps = [name for name in found if name != "joint"]
+    columns = per_scenario("AUROC", found) + per_scenario("forgetting", steps)
+    columns += per_scenario("forward transfer", [name for name in steps if not name.startswith("data")])
     columns.append(Column("training, s", "cost.train_seconds", SCENARIOS["class-incremental"], ".2f"))
     columns.append(Column("stored bytes", "cost.stored_bytes", SCENARIOS["class-incremental"], ",.0f"))
     return fill(runs, method_rows(runs), columns)
+
+
+def intervals_table(runs: pd.DataFrame) -> Table:
+    """Macro AUROC on test after the last task, mean over seeds, with 95% intervals over 1,000 resamples of the
+    patients. Zero-shot: {zero:.3f}."""
+    rows = method_rows(runs)
+    text = pd.DataFrame(list(rows), columns=["method", "whitened"])
+    for scenario, where in scenarios(runs).items():
+        found = [pick(runs, **row | where) for row in rows.values()]
+        text[scenario] = ["{:.3f} [{:.3f}, {:.3f}]".format(*lead(one)) for one in found]
+    return Table(text, sorted(published(runs)["seed"]))
 
 
 def orders_table(runs: pd.DataFrame) -> Table:
@@ -215,23 +249,33 @@ def orders_table(runs: pd.DataFrame) -> Table:
     return fill(runs, rows, columns, notes=notes)
 
 
-OURS = ("retune", "distil", "analytic")
-
-
-def full_name(variant: dict) -> str:
-    name, whitened = labels_of(variant)
-    return f"{name}, whitened" if whitened == "yes" else name
-
-
 def differences_table(runs: pd.DataFrame) -> Table:
     """Macro AUROC minus that of the best rival in the same scenario (neither RE-tune nor ours, nor the bound), mean
     over seeds, test split, with 95% intervals over 1,000 resamples of the patients, the same for both."""
-    ours = [v for v in variants(runs) if v["method"] in OURS]
     rivals = [v for v in variants(runs) if v["method"] not in (*OURS, BOUND)]
-    text = pd.DataFrame([("best rival", ""), *map(labels_of, ours)], columns=["method", "whitened"])
+    text, notes = compare_with(runs, rivals, "the best rival")
+    return Table(text, sorted(published(runs)["seed"]), [*notes, whitening_note(runs)])
+
+
+def rivals_table(runs: pd.DataFrame) -> Table:
+    """Macro AUROC minus that of whitened LwF and of whitened EWC, mean over seeds, test split, with 95% intervals
+    over 1,000 resamples of the patients, the same for both."""
+    found = [compare_with(runs, [rival], full_name(rival)) for rival in OPPONENTS if rival in variants(runs)]
+    text = pd.concat([text for text, _ in found], ignore_index=True)
+    return Table(text, sorted(published(runs)["seed"]), [note for _, notes in found for note in notes])
+
+
+def compare_with(runs: pd.DataFrame, rivals: Sequence[dict], against: str) -> tuple[pd.DataFrame, list[str]]:
+    """RE-tune and ours against the best of some rivals in each scenario, and what the intervals say.
+
+    Choosing the best on test is in the rival's favour.
+    """
+    ours = [v for v in variants(runs) if v["method"] in OURS]
+    labels = [(against.removeprefix("the "), ""), *map(labels_of, ours)]
+    text = pd.DataFrame(labels, columns=["method", "whitened"])
     places = pd.DataFrame(index=map(full_name, ours))
-    for scenario, where in SCENARIOS.items():
-        rival = max(rivals, key=lambda v: pick(runs, **where, **v)[LAST].mean())  # on test: in its favour
+    for scenario, where in scenarios(runs).items():
+        rival = max(rivals, key=lambda v: pick(runs, **where, **v)[LAST].mean())
         other = pick(runs, **where, **rival)
         leads = [lead(pick(runs, **where, **v), other) for v in ours]
         cells = [f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]" for difference, low, high in leads]
@@ -243,16 +287,16 @@ def differences_table(runs: pd.DataFrame) -> Table:
     for name, signs in places.iterrows():
         named = {"ahead of": 1, "level with": 0, "behind": -1}
         parts = {place: ", ".join(signs.index[signs == sign]) for place, sign in named.items()}
-        parts = [f"{place} the best rival in {where}" for place, where in parts.items() if where]
+        parts = [f"{place} {against} in {where}" for place, where in parts.items() if where]
         notes.append(f"{name}: {'; '.join(parts)}.")
-    return Table(text, sorted(other["seed"]), [*notes, whitening_note(runs)])
+    return text, notes
 
 
 def whitening_note(runs: pd.DataFrame) -> str:
     """What whitening changes in the methods that were run with and without it."""
     whitened = [v for v in variants(runs) if v["whiten"]]
     parts = []
-    for scenario, where in SCENARIOS.items():
+    for scenario, where in scenarios(runs).items():
         pairs = [[pick(runs, **where, **v | {"whiten": on}) for on in (True, False)] for v in whitened]
         change, low, high = np.transpose([lead(*pair) for pair in pairs])
         parts.append(f"{scenario} {change.mean():+.3f} (better {sum(low > 0)}, worse {sum(high < 0)})")
@@ -263,7 +307,7 @@ def whitening_note(runs: pd.DataFrame) -> str:
 TABLES: dict[str, Callable[[pd.DataFrame], Table]] = {
     "summary": summary_table, "main": main_table, "forgetting": forgetting_table, "adaptors": adaptors_table,
     "prompts": prompts_table, "cost": cost_table, "calibration": calibration_table, "methods": methods_table,
-    "differences": differences_table, "orders": orders_table,
+    "intervals": intervals_table, "differences": differences_table, "rivals": rivals_table, "orders": orders_table,
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------------- 3. Files, command line
@@ -273,9 +317,9 @@ def render(name: str, runs: pd.DataFrame) -> dict[str, str]:
     """The table `name` as {".md", ".tex", ".csv"}; runs.csv has the unrounded numbers."""
     text, seeds, notes = TABLES[name](runs)
     run = runs.iloc[0]
-    zero = pick(runs, **SCENARIOS["joint"])["zero.auroc_macro"].mean()
+    zero = published(runs)["zero.auroc_macro"].mean()
     demo = "; synthetic phantoms, not clinical numbers" if run["data"] == "demo" else ""
-    lead_or_difference = "difference" if name == "differences" else "lead over the next best"
+    lead_or_difference = "difference" if name in ("differences", "rivals") else "lead over the next best"
     bold = f" Bold: the paired 95% interval of the {lead_or_difference} excludes zero."
     caption = (
         f"{' '.join(TABLES[name].__doc__.split()).format(zero=zero)} Data: {run['data']} ({runs['train_n'].max():,} "

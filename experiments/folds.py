@@ -1,0 +1,182 @@
+"""Every method on a small set of real X-rays: five folds by patient, and two checks of confounding (ours).
+
+    python -m experiments.folds --data-dir NIH --folds /tmp/folds --results experiments/results/nih-tiny
+    python -m experiments.folds --data-dir NIH --folds /tmp/pair --results /tmp/pair/tables \
+        --scenarios class joint --grids "method=retune,lwf whiten=no,yes" -- --encoder pair
+
+NIH is a folder in the layout of ChestX-ray14. Every image is tested once, by a model that saw no image of its patient. The
+five tables of images and labels, fold_0.csv to fold_4.csv, differ in the column `split` alone, so that each image is
+embedded once. Fold k has the seed 27 + k; `experiments.sweep` runs it, finished runs are skipped, and
+`experiments.tables` makes the tables. A result is the mean of the folds' macro AUROCs, since scores of different models
+cannot be ranked together. All methods share 1,000 resamples of the patients of all folds: differences are paired.
+
+A score may follow the view instead of the finding, since bedside X-rays (AP) are of sicker patients. So the view alone is
+scored as if it were a model, and the main methods are scored within each view.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import retune
+from experiments.runs import OPPONENTS, REFERENCE, full_name, pick, run_row, scenarios, write_runs
+from experiments.scores import STEP, load_run, resampled_auroc
+from experiments.sweep import sweep
+from experiments.tables import make_tables
+
+GRIDS = (  # random features: 1,000 are more than a fold's images, and 2,000 take eight times as long
+    "method=retune,linear,mlp,ewc,lwf,replay,joint,ncm,slda whiten=no,yes",
+    "method=l3a whiten=no,yes set=features=1000",
+    "method=ranpac whiten=no,yes 'set=features=1000 zero_shot=1'",
+    "method=distil,analytic",
+    *(f"method=analytic set={option}" for option in ("related=1", "features=1000", "features=0")),
+)
+ARRIVALS = {"class": "scenario=class", "label": "scenario=label", "joint": "scenario=joint"}
+ARRIVALS |= {f"data-{parts}": f"scenario=data parts={parts}" for parts in (5, 10, 20)}
+RETUNE = {key: REFERENCE[key] for key in ("method", "set", "whiten")}
+CLOSED_FORM = [RETUNE | {"method": "analytic", "set": option} for option in ("", "related=1")]
+
+
+def write_folds(data_dir: str, folder: Path, findings: int = 5) -> list[Path]:
+    """Write fold_<k>.csv with the findings that have the most positives; return the paths.
+
+    A fold tests a fifth of the patients and validates on half of those that the next fold tests.
+    """
+    data = retune.load_radiographs(retune.Config(data="nih", data_dir=data_dir))
+    chosen = np.sort(np.argsort(-data.labels.sum(0), kind="stable")[:findings])
+    columns = {"path": [os.path.relpath(image, data_dir) for image in data.images], "patient": data.patients}
+    columns |= {"view": data.view, "sex": data.sex, "age": data.age}
+    columns |= {data.class_names[c]: data.labels[:, c].astype(int) for c in chosen}
+    ids, patient = np.unique(data.patients, return_inverse=True)
+    tenth = np.random.default_rng(0).permutation(len(ids))[patient] % 10
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"fold_{k}.csv" for k in range(5)]
+    for k, path in enumerate(paths):
+        split = np.where(tenth // 2 == k, "test", np.where(tenth == (2 * k + 2) % 10, "val", "train"))
+        retune.write_text(path, pd.DataFrame(columns | {"split": split}).to_csv(index=False))
+    return paths
+
+
+def tested_auroc(
+    scores: np.ndarray, data: retune.Radiographs, view: str = "all", columns=slice(None)
+) -> np.ndarray:
+    """[1 + R]: macro AUROC of scores [N, C] on the test images (of a view), then on resamples of the patients of all folds."""
+    tested = (data.split == "test") & ((np.array(data.view) == view) | (view == "all"))
+    labels = np.where(tested[:, None], data.labels, np.nan)[:, columns]
+    point = retune.evaluate(scores[:, columns], labels > 0, labels)["auroc_macro"]
+    return np.array([point, *resampled_auroc(scores[:, columns], labels, data.patients)])
+
+
+def run_auroc(run: Path, view: str = "all", zero_shot: bool = False) -> np.ndarray:
+    """`tested_auroc` of a run's model, or of the zero-shot model in its place."""
+    settings, data, embeddings, bank, model = load_run(run)
+    model = retune.RETune(embeddings.shape[1], adapt="none") if zero_shot else model
+    scores, _ = retune.score_rows(model, bank, embeddings, np.arange(len(data.labels)), settings["score"])
+    return tested_auroc(scores, data, view)
+
+
+def collect_folds(folder: Path) -> pd.DataFrame:
+    """`runs.run_row` of every run below a folder, with the resamples that all folds share; fold by fold."""
+    rows = []
+    paths = sorted(folder.rglob("metrics.json"), key=lambda path: (path.parent.name[-2:], path))
+    for path in retune.progress(paths, desc="runs"):
+        resampled = np.round(run_auroc(path.parent)[1:] / STEP).astype(np.uint16)
+        rows.append(run_row(path, folder) | {"resampled": resampled})
+    return pd.DataFrame(rows)
+
+
+def cell(folds: Sequence[np.ndarray]) -> str:
+    """The mean over folds [1 + R] each, with its 95% interval."""
+    mean = np.nanmean(folds, axis=0)
+    return "{:.3f} [{:.3f}, {:.3f}]".format(mean[0], *np.nanpercentile(mean[1:], [2.5, 97.5]))
+
+
+def view_scores(data: retune.Radiographs) -> dict[str, np.ndarray]:
+    """The view as scores [N, C]: AP before PA; and how common a finding is in the view, among the training images."""
+    ap = np.array(data.view) == "AP"
+    share = [data.labels[(data.split == "train") & (ap == value)].mean(0) for value in (False, True)]
+    return {
+        "AP before PA": np.tile(ap[:, None], len(share[0])) * 1.0,
+        "learned": np.where(ap[:, None], share[1], share[0]),
+    }
+
+
+def view_table(folds: Sequence[retune.Radiographs]) -> pd.DataFrame:
+    """AUROC of the view alone, by finding; below 0.5 a finding is rarer in AP than in PA."""
+    rows = []
+    names = folds[0].class_names
+    for name, columns in [*((name, [c]) for c, name in enumerate(names)), ("mean", slice(None))]:
+        auroc = [
+            {way: tested_auroc(s, data, columns=columns) for way, s in view_scores(data).items()}
+            for data in folds
+        ]
+        rows.append({"finding": name} | {way: cell([fold[way] for fold in auroc]) for way in auroc[0]})
+    return pd.DataFrame(rows)
+
+
+def within_view_table(runs: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """AUROC in all test images, in those of view AP and of view PA, of zero-shot and the main methods."""
+    found = scenarios(runs)
+    models = [("zero-shot", next(iter(found)), RETUNE)]
+    models += [(full_name(v), name, v) for v in (RETUNE, *OPPONENTS, *CLOSED_FORM) for name in found]
+    rows = []
+    for name, scenario, variant in models:
+        zero = name == "zero-shot"
+        chosen = [folder / run for run in pick(runs, **variant | found[scenario])["run"]]
+        auroc = {view: [run_auroc(run, view, zero) for run in chosen] for view in ("all", "AP", "PA")}
+        cells = {view: cell(values) for view, values in auroc.items() if values}
+        rows.append({"method": name, "scenario": "-" if zero else scenario} | cells)
+    return pd.DataFrame(rows).dropna()
+
+
+def folds(argv: Sequence[str]) -> None:
+    """Make the folds, run what is missing, write the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-dir", required=True, help="folder in the layout of ChestX-ray14")
+    parser.add_argument(
+        "--folds", type=Path, required=True, help="folder of patients' labels, and of runs: keep it private"
+    )
+    parser.add_argument(
+        "--results", type=Path, required=True, help="folder of the tables, which hold nothing of a patient"
+    )
+    parser.add_argument("--grids", nargs="+", default=GRIDS, help="methods, as experiments.sweep takes them")
+    parser.add_argument("--scenarios", nargs="+", choices=ARRIVALS, default=tuple(ARRIVALS))
+    parser.add_argument("shared", nargs="*", help="options of retune.py for all runs, after --")
+    arguments = parser.parse_args(argv)
+    paths = write_folds(arguments.data_dir, arguments.folds)
+    shared = ["--data", "csv", "--data-dir", arguments.data_dir, "--no-figures"]
+    shared += ["--cache-dir", str(arguments.folds / "cache"), *arguments.shared]
+    folder = arguments.folds / "runs"
+    for k, path in enumerate(paths):
+        for grid in arguments.grids:
+            items = shlex.split(grid)
+            option = "".join(item[4:] for item in items if item.startswith("set="))
+            place = folder / option / "{method}-{whiten}/{scenario}-{parts}-seed{seed}"
+            options = [*shared, "--labels-csv", str(path), "--seed", str(27 + k), "--output", str(place)]
+            for name in arguments.scenarios:
+                sweep(["--grid", *ARRIVALS[name].split(), *items, "--", *options])
+    runs = collect_folds(folder).assign(data=f"five folds of {Path(arguments.data_dir).name}")
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    write_runs(runs, arguments.results)
+    make_tables([str(arguments.results), "--only", "intervals", "methods", "rivals", "differences"])
+    settings = {"data": "csv", "data_dir": arguments.data_dir}
+    data = [retune.load_radiographs(retune.Config(labels_csv=str(path), **settings)) for path in paths]
+    for name, table in (("view", view_table(data)), ("within-view", within_view_table(runs, folder))):
+        text = retune.markdown_table(list(table), table.values.tolist())
+        retune.write_text(arguments.results / f"{name}.md", f"{text}\n")
+        retune.write_text(arguments.results / f"{name}.csv", table.to_csv(index=False))
+        print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(retune.main(action=folds))

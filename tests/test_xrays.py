@@ -1,0 +1,94 @@
+"""experiments/folds.py on real X-rays: the folds, the tables and the view as a score. RETUNE_NIH_DIR names the folder."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+import retune
+from experiments import baselines, folds, runs
+from tests.fixtures import slow
+
+NIH = os.environ.get("RETUNE_NIH_DIR")
+needs_xrays = pytest.mark.skipif(not NIH, reason="RETUNE_NIH_DIR is not set")
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory) -> list[pd.DataFrame]:
+    paths = folds.write_folds(NIH, tmp_path_factory.mktemp("folds"))
+    return [pd.read_csv(path, dtype={"patient": str}) for path in paths]
+
+
+@needs_xrays
+def test_folds_share_rows_and_test_every_image_once(tables):
+    assert len(tables) == 5
+    for table in tables:
+        pd.testing.assert_frame_equal(table.drop(columns="split"), tables[0].drop(columns="split"))
+        assert (table.groupby("patient")["split"].nunique() == 1).all()
+        assert set(table["split"]) == {"train", "val", "test"}
+    assert (sum((table["split"] == "test").astype(int) for table in tables) == 1).all()
+    data = retune.load_radiographs(retune.Config(data="nih", data_dir=NIH))
+    assert tables[0]["patient"].tolist() == data.patients.tolist()
+    findings = dict(zip(data.class_names, data.labels.T))
+    chosen = [name for name in tables[0] if name in findings]
+    assert all((tables[0][name] == findings[name]).all() for name in chosen)
+    left = [labels.sum() for name, labels in findings.items() if name not in chosen]
+    assert len(chosen) == 5 and min(tables[0][name].sum() for name in chosen) >= max(left)
+
+
+@needs_xrays
+@slow
+def test_small_run_gives_the_tables(tmp_path, encoder_folder, tables):
+    arguments = ["--data-dir", NIH, "--folds", tmp_path / "private", "--results", tmp_path / "tables"]
+    arguments += ["--scenarios", "class", "--grids", "method=retune,ncm whiten=no", "method=lwf whiten=yes"]
+    arguments += ["--", "--encoder", encoder_folder, "--epochs", 1, "--workers", 0]
+    assert retune.main([str(argument) for argument in arguments], folds.folds) == 0
+    assert len(list((tmp_path / "private" / "cache").glob("*/embeddings.npy"))) == 1
+    found = runs.read_runs(tmp_path / "tables")
+    assert sorted(found.groupby("method")["seed"].apply(list).map(sorted)) == [[27, 28, 29, 30, 31]] * 3
+    assert found.groupby("seed")["test_n"].first().sum() == len(tables[0])
+    for method in ("retune", "ncm"):
+        chosen = runs.pick(found, method=method, scenario="class")
+        assert runs.lead(chosen, chosen) == (0, 0, 0)
+        assert f"{chosen[runs.LAST].mean():.3f} [" in (tmp_path / "tables" / "intervals.md").read_text()
+    lines = (tmp_path / "tables" / "within-view.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        "zero-shot",
+        "RE-tune",
+        "MLP head, LwF, whitened",
+    ]
+    private = [
+        text
+        for path in (tmp_path / "tables").iterdir()
+        if path.suffix != ".npz"
+        for text in [path.read_text()]
+    ]
+    assert not any(name in text for text in private for name in tables[0]["path"])
+    view = (
+        pd.read_csv(tmp_path / "tables" / "view.csv", index_col="finding")["AP before PA"]
+        .str[:5]
+        .astype(float)
+    )
+    for name in list(view.index)[:-1]:
+        tested = [table[table["split"] == "test"] for table in tables]
+        auroc = [roc_auc_score(table[name], table["view"] == "AP") for table in tested]
+        assert view[name] == pytest.approx(np.mean(auroc), abs=6e-4)
+    assert view["mean"] == pytest.approx(view[:-1].mean(), abs=1.1e-3)
+
+
+def test_bound_stops_without_a_positive(monkeypatch):
+    """The loss of a held-out tenth whose labels are all 0 falls for ever."""
+    fits = []
+    monkeypatch.setattr(baselines, "fit", lambda *_, **__: fits.append(len(fits)))
+    monkeypatch.setattr(baselines, "prompt_contrastive_loss", lambda *_: torch.tensor(1 / (1 + len(fits))))
+    model = baselines.Joint(4, 1, seed=0)
+    model.settings = {"lr": 1e-3, "batch_size": 8}
+    task = retune.Task("all", np.arange(40), (0,))
+    bank = type("Bank", (), {"embeddings": torch.zeros(1, 4)})()
+    model.after_task(np.zeros((40, 4), np.float32), torch.zeros(40, 1), task, bank)
+    assert len(fits) == 2 * baselines.Joint.MOST_EPOCHS
