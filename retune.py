@@ -237,10 +237,13 @@ class Radiographs:
 def patient_split(patients: Sequence[str], shares: dict[str, float]) -> np.ndarray:
     """The split of every image [N] by a hash of its patient id, so that new patients never move the old ones."""
     edges = np.cumsum(list(shares.values()))[:-1]
-    ids, patient = np.unique(np.asarray(patients, str), return_inverse=True)
-    digests = b"".join(hashlib.sha256(name.encode()).digest()[:8] for name in ids.tolist())
+    patients = np.asarray(patients, str).tolist()
+    ids = list(dict.fromkeys(patients))
+    digests = b"".join(hashlib.sha256(name.encode()).digest()[:8] for name in ids)
     position = np.frombuffer(digests, ">u8") / 2**64
-    return np.array(list(shares))[np.searchsorted(edges, position, side="right")][patient]
+    split = np.array(list(shares))[np.searchsorted(edges, position, side="right")]
+    home = dict(zip(ids, split.tolist()))
+    return np.array([home[patient] for patient in patients])
 
 
 def read_table(path: str | Path, required: Sequence[str] = ()):
@@ -470,10 +473,10 @@ def chexpert_table(path: str, classes: Sequence[str], home: dict[str, str]):
     places = table[column].tolist()
     split = next((name for name in ("train", "valid", "test") if f"{name}/" in places[0]), "train")
     inside = [place.partition(f"{split}/")[2] for place in places]  # whatever archive's name comes before
-    bad = np.array([place.count("/") < 1 for place in inside])
+    bad = np.array(["/" not in place for place in inside])
     refuse_row(table, bad, f"is not {split}/<patient>/<study>/<image>", column)
     names = [f"{split}/{place}" for place in inside]
-    patients = [place.split("/", 1)[0] for place in inside]
+    patients = [place.partition("/")[0] for place in inside]
     folder = f"{home[split]}/{split}"
     paths = [f"{home.get(patient, folder)}/{place}" for patient, place in zip(patients, inside)]
     table = table[kept].assign(name=names, patient=patients, path=paths)
@@ -570,7 +573,8 @@ def load_radiographs(config: Config) -> Radiographs:
     wanted = tuple(check_classes(config, data.class_names) or data.class_names)
     columns = [list(data.class_names).index(name) for name in wanted]
     data = dataclasses.replace(data, labels=data.labels[:, columns], class_names=wanted)
-    names = [os.path.normpath(name) if "./" in name or "//" in name else name for name in data.names]
+    written = "\n".join(data.names)
+    names = list(map(os.path.normpath, data.names)) if "./" in written or "//" in written else data.names
     row = dict(zip(names, range(len(names))))
     if len(row) < len(names):
         first = next(i for i, name in enumerate(names) if row[name] != i)
