@@ -253,25 +253,23 @@ def read_table(path: str | Path, required: Sequence[str] = ()):
     with input_errors(path, "not a readable CSV"):
         opener = gzip.open if str(path).endswith(".gz") else open
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            text = file.read()
-        if '"' in text:
-            widths = np.array([len(fields) for fields in csv.reader(io.StringIO(text))])
-        else:  # ten times faster
-            widths = np.array([line.count(",") + bool(line.strip()) for line in text.split("\n")])
-        widths = widths[: 1 + np.flatnonzero(widths).max(initial=-1)]  # blank lines may follow
-        if len(widths) < 2:
-            raise ValueError("the table has a header and no rows" if len(widths) else "the file is empty")
-        options = {"dtype": str, "keep_default_na": False, "skip_blank_lines": False, "encoding": "utf-8-sig"}
-        header = [name.strip() for name in next(csv.reader(io.StringIO(text)))]
+            text = file.read().rstrip()
+        header = [name.strip() for name in next(csv.reader([text.partition("\n")[0]]), [])]
+        n = text.count("\n")
+        if '"' in text or text.count(",") != (n + 1) * (len(header) - 1):  # each row by itself, which is slow
+            widths = [len(fields) for fields in csv.reader(io.StringIO(text))]
+            n = len(widths) - 1
+            if wrong := [i for i, width in enumerate(widths) if width != len(header)]:
+                fields = f"{widths[wrong[0]]} fields where the header has {len(header)}"
+                raise ValueError(f"row {wrong[0] + 1}: {fields}")
         if len(header) == 1 and (mark := re.search("[;\t|]", header[0])):
             raise ValueError(f"fields are separated by {mark[0]!r}; save it with commas")
-        if len(wrong := np.flatnonzero(widths != len(header))):
-            raise ValueError(
-                f"row {wrong[0] + 1}: {widths[wrong[0]]} fields where the header has {len(header)}"
-            )
+        if n < 1:
+            raise ValueError("the table has a header and no rows" if header else "the file is empty")
         if duplicated := [name for name in header if header.count(name) > 1]:
             raise ValueError(f"column {duplicated[0]!r} is duplicated")
-        table = pandas.read_csv(path, names=header, skiprows=1, nrows=len(widths) - 1, **options)
+        options = {"skiprows": 1, "nrows": n, "skip_blank_lines": False, "encoding": "utf-8-sig"}
+        table = pandas.read_csv(path, names=header, dtype=str, keep_default_na=False, **options)
     if missing := [name for name in required if name not in header]:
         raise InputError(f"{path}: no column {missing[0]!r}; the columns are {', '.join(header)}")
     table.index = [f"{path} row {i + 2}" for i in range(len(table))]
