@@ -388,7 +388,7 @@ def test_chexpert_finds_images_in_unpacked_archives(tmp_path):
     ("train.csv", ["Path", "Edema"], [["a", 1]], "no column 'Atelectasis'"),
     ("train.csv", HEADER, [["train/patient1/study1/view1_frontal.jpg", *["a"] * 18]], "'a' is not 1, 0, -1"),
     ("train.csv", ["X", *HEADER[1:]], [[1] * 19], "no column 'Path'"),
-    ("train.csv", HEADER, [["b.jpg", *[1] * 18]], "row 2: Path 'b.jpg' is not <train"),
+    ("train.csv", HEADER, [["b.jpg", *[1] * 18]], "row 2: Path 'b.jpg' is not train/<patient>"),
     ("train.csv", HEADER, [1, 1, 2], "row 4: image 'train/patient00001/study1/view1_frontal.jpg' is also in .*row 2"),
     ("test_labels.csv", HEADER, [1], "patient 'patient00001' is in"),
 ])  # fmt: skip
