@@ -38,8 +38,9 @@ def results(tmp_path_factory):
 
 def read_markdown(text: str) -> pd.DataFrame:
     """The cells of the first Markdown table in a text, without bold."""
-    lines = [re.split(r" +\| +", line.strip("| ")) for line in text.splitlines() if line.startswith("|")]
-    return pd.DataFrame(lines[2:], columns=lines[0]).map(lambda cell: cell.strip("*"))
+    lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    header, _, *body = [[cell.strip(" *") for cell in line] for line in lines]
+    return pd.DataFrame(body, columns=header)
 
 
 def read_table(name: str) -> pd.DataFrame:
