@@ -14,6 +14,7 @@ A part brings the labels of its own findings alone; remembered images keep the l
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
 from experiments.common import Remembering
@@ -113,7 +113,32 @@ def fisher_diagonal(network: nn.Module, images: Tensor, known: Tensor, classes: 
     return parameters_to_vector(total[p] for p in network.parameters())
 
 
-class LwF(MLP):
+class Distilling(Remembering):
+    """From the second task on the loss has `strength` times the mean cross-entropy between the probabilities that the
+    model had before the task and has now, at a temperature, for the findings `held`."""
+
+    temperature = 1.0
+    held: Tensor  # [C], bool
+    teacher: tuple[Remembering, PromptBank] | None = (
+        None  # the model before the task; a tuple is not in state_dict
+    )
+
+    def before_task(self, task: Task, labels: Tensor, bank: PromptBank) -> tuple[Task, Tensor]:
+        self.teacher = None
+        self.teacher = copy.deepcopy(self).requires_grad_(False), bank
+        return task, labels
+
+    def penalty(self, images: Tensor, logits: Tensor) -> Tensor | float:
+        if not self.held.any():
+            return 0.0
+        model, bank = self.teacher
+        target = (model.logits(images, bank) / self.temperature).sigmoid()[:, self.held]
+        return self.strength * F.binary_cross_entropy_with_logits(
+            logits[:, self.held] / self.temperature, target
+        )
+
+
+class LwF(Distilling, MLP):
     """Learning without forgetting: on the new images, stay close to what the model said before the task.
 
     The softmax of the paper becomes one sigmoid per finding, over the findings that an earlier task trained.
@@ -126,71 +151,37 @@ class LwF(MLP):
         super().__init__(dim, n_classes)
         self.strength = strength
         self.temperature = temperature
-        self.register_buffer("seen", torch.zeros(n_classes, dtype=torch.bool), persistent=False)
-        self.old: dict[str, Tensor] = {}  # weights before this task
+        self.seen = torch.zeros(n_classes, dtype=torch.bool)
 
-    def before_task(self, task: Task, labels: Tensor, bank: PromptBank | None) -> tuple[Task, Tensor]:
-        self.old = {name: p.detach().clone() for name, p in self.network.named_parameters()}
-        return task, labels
+    @property
+    def held(self) -> Tensor:
+        return self.seen
 
-    def penalty(self, images: Tensor, logits: Tensor) -> Tensor | float:
-        """lambda * mean cross-entropy between old and new probabilities at temperature T."""
-        if not self.seen.any():
-            return 0.0
-        with torch.no_grad():
-            target = (functional_call(self.network, self.old, (images,)) / self.temperature).sigmoid()
-        new = logits[:, self.seen] / self.temperature
-        return self.strength * F.binary_cross_entropy_with_logits(new, target[:, self.seen])
-
-    def after_task(self, embeddings: np.ndarray, labels: Tensor, task: Task, bank: PromptBank | None) -> None:
+    def after_task(self, embeddings: np.ndarray, labels: Tensor, task: Task, bank: PromptBank) -> None:
         self.seen[list(task.classes)] = True
 
 
-class Distil(RETune):
+class Distil(Distilling, RETune):
     """RE-tune on whitened embeddings, residual adaptors, logit scale 10, held to its former answers (ours).
 
-    From the second task on the loss has `strength` times the mean cross-entropy to the probabilities of the
-    model before the task (temperature 1), over the findings that the task does not train.
+    strength: of the cross-entropy to the model before the task, over the findings that the task does not train.
     """
 
     whitens = True
+    remembered = ("tasks",)
 
     def __init__(self, dim: int, n_classes: int, strength: float = 3.0):
         super().__init__(dim, "residual", logit_scale=10.0)
         self.strength = strength
-        self.tasks = 0
-        self.others: list[int] = []  # findings that the task does not train
-        self.old: dict[str, Tensor] = {}  # weights before the task
-        self.bank: PromptBank | None = None
-
-    @classmethod
-    def build(cls, config, dim: int, n_classes: int, **options) -> Distil:
-        return cls(dim, n_classes, **options)
+        self.tasks = torch.tensor(0)
 
     def before_task(self, task: Task, labels: Tensor, bank: PromptBank) -> tuple[Task, Tensor]:
-        self.others = [c for c in range(labels.shape[1]) if c not in task.classes] if self.tasks else []
-        self.old = {name: p.detach().clone() for name, p in self.named_parameters()}
-        self.bank = bank
-        return task, labels
-
-    def penalty(self, images: Tensor, logits: Tensor) -> Tensor | float:
-        """strength * mean cross-entropy between old and new probabilities."""
-        if not self.others:
-            return 0.0
-        with torch.no_grad():
-            positive, negative = functional_call(self, self.old, (images, self.bank))
-            target = (self.logit_scale * (positive - negative)).sigmoid()
-        new = logits[:, self.others]
-        return self.strength * F.binary_cross_entropy_with_logits(new, target[:, self.others])
+        self.held = torch.full((labels.shape[1],), bool(self.tasks))
+        self.held[list(task.classes)] = False
+        return super().before_task(task, labels, bank)
 
     def after_task(self, embeddings: np.ndarray, labels: Tensor, task: Task, bank: PromptBank) -> None:
-        self.tasks += 1
-
-    def memory(self) -> dict[str, Tensor]:
-        return {"tasks": torch.tensor(self.tasks)}
-
-    def load_memory(self, tensors: dict[str, Tensor]) -> None:
-        self.tasks = int(tensors["tasks"])
+        self.tasks = self.tasks + 1
 
 
 class Replay(MLP):
@@ -213,38 +204,34 @@ class Replay(MLP):
 
     def before_task(self, task: Task, labels: Tensor, bank: PromptBank | None) -> tuple[Task, Tensor]:
         """The task with the remembered rows, and the labels [N, C] with nan where no part brought them."""
-        return joined_task(self.with_remembered(task), task.name, labels)
+        return joined_task(self.known(task, labels), task.name, labels)
 
-    def with_remembered(self, task: Task) -> Tensor:
-        """Remembered and the task's rows [M, 1 + C], by row; a row in both knows the labels of both."""
-        new = torch.zeros(len(task.rows), self.rows.shape[1], dtype=torch.int64)
-        new[:, 0] = torch.from_numpy(task.rows)
-        new[:, [1 + c for c in task.classes]] = 1
-        both = torch.cat([self.rows, new])
-        rows, index = both[:, 0].unique(return_inverse=True)
-        known = torch.zeros(len(rows), both.shape[1] - 1, dtype=torch.int64).index_add_(0, index, both[:, 1:])
-        return torch.cat([rows[:, None], known.clamp(max=1)], 1)
+    def known(self, task: Task, labels: Tensor) -> Tensor:
+        """[N, C], bool: the labels that the remembered rows and the task brought."""
+        known = torch.zeros(labels.shape, dtype=torch.bool)
+        known[self.rows[:, 0]] = self.rows[:, 1:].bool()
+        known[np.ix_(task.rows, task.classes)] = True
+        return known
 
-    def keys(self, joined: Tensor, labels: Tensor) -> np.ndarray:
-        """Each row's random number in [0, 1)."""
-        return np.random.default_rng(self.seed).random(len(labels))[joined[:, 0].numpy()]
+    def keys(self, labels: Tensor) -> np.ndarray:
+        """Each row's random number in [0, 1), [N]."""
+        return np.random.default_rng(self.seed).random(len(labels))
 
     def after_task(self, embeddings: np.ndarray, labels: Tensor, task: Task, bank: PromptBank | None) -> None:
-        joined = self.with_remembered(task)
-        self.rows = joined[np.sort(np.argsort(self.keys(joined, labels))[: self.budget])]
+        known = self.known(task, labels)
+        rows = known.any(1).nonzero()[:, 0]
+        rows = rows[np.sort(np.argsort(self.keys(labels)[rows])[: self.budget])]
+        self.rows = torch.cat([rows[:, None], known[rows]], 1)
 
     def stored_bytes(self) -> int:
         """Bytes of patients' data to keep for the next task: float32 embeddings and labels."""
         return len(self.rows) * 4 * (self.dim + self.rows.shape[1] - 1)
 
 
-def joined_task(joined: Tensor, name: str, labels: Tensor) -> tuple[Task, Tensor]:
-    """The task of rows and known labels [M, 1 + C], and the labels [N, C] with nan where they are unknown."""
-    rows = joined[:, 0]
-    known = joined[:, 1:].bool()
-    allowed = torch.full_like(labels, torch.nan)
-    allowed[rows] = torch.where(known, labels[rows], torch.nan)
-    return Task(name, rows.numpy(), tuple(known.any(0).nonzero()[:, 0].tolist())), allowed
+def joined_task(known: Tensor, name: str, labels: Tensor) -> tuple[Task, Tensor]:
+    """The task of all rows with known labels, [N, C], bool, and the labels [N, C] with nan where they are unknown."""
+    classes = tuple(known.any(0).nonzero()[:, 0].tolist())
+    return Task(name, known.any(1).nonzero()[:, 0].numpy(), classes), torch.where(known, labels, torch.nan)
 
 
 class Joint(Replay):
@@ -258,7 +245,7 @@ class Joint(Replay):
     MOST_EPOCHS = 200
 
     def __init__(self, dim: int, n_classes: int, seed: int = -1):
-        super().__init__(dim, n_classes, seed=seed)
+        super().__init__(dim, n_classes, memory=sys.maxsize, seed=seed)
         self.settings = {}
         self.start = copy.deepcopy(self.network.state_dict())
 
@@ -269,25 +256,26 @@ class Joint(Replay):
         return model
 
     def after_task(self, embeddings: np.ndarray, labels: Tensor, task: Task, bank: PromptBank) -> None:
-        self.rows = self.with_remembered(task)
-        held_out = self.keys(self.rows, labels) < 0.1
-        check, answers = joined_task(self.rows[held_out], task.name, labels)
+        known = self.known(task, labels)
+        super().after_task(embeddings, labels, task, bank)
+        held_out = torch.from_numpy(self.keys(labels) < 0.1)[:, None]
+        check, answers = joined_task(known & held_out, task.name, labels)
         images = self.whitening(gather(embeddings, torch.from_numpy(check.rows), bank.embeddings))
         losses = []
-        for _ in self.epochs(self.rows[~held_out], embeddings, labels, bank):
+        for _ in self.epochs(known & ~held_out, embeddings, labels, bank):
             with torch.no_grad():
                 losses.append(float(prompt_contrastive_loss(self.logits(images), answers[check.rows])))
             best = int(np.argmin(losses)) + 1
             if len(losses) in (best + 10, self.MOST_EPOCHS):
                 break
-        for _ in zip(range(best), self.epochs(self.rows, embeddings, labels, bank)):
+        for _ in zip(range(best), self.epochs(known, embeddings, labels, bank)):
             pass
 
     def epochs(
-        self, joined: Tensor, embeddings: np.ndarray, labels: Tensor, bank: PromptBank
+        self, known: Tensor, embeddings: np.ndarray, labels: Tensor, bank: PromptBank
     ) -> Iterator[None]:
-        """Start anew on rows and their known labels [M, 1 + C], and yield after every epoch."""
-        task, known = joined_task(joined, "all data", labels)
+        """Start anew on the rows with known labels, [N, C], bool, and yield after every epoch."""
+        task, targets = joined_task(known, "all data", labels)
         self.network.load_state_dict(self.start)
         optimizer = torch.optim.Adam(self.parameters(), lr=self.settings["lr"], fused=True)
         options = {
@@ -295,5 +283,5 @@ class Joint(Replay):
             "generator": torch.Generator().manual_seed(self.seed),
         }
         while True:
-            fit(self, bank, embeddings, known, task, optimizer, epochs=1, **options)
+            fit(self, bank, embeddings, targets, task, optimizer, epochs=1, **options)
             yield

@@ -17,9 +17,8 @@ from torch.nn.utils import parameters_to_vector
 import retune
 from experiments import METHODS
 from experiments.analytic import LAMBDAS, Analytic, solve
-from experiments.baselines import EWC, MLP, LwF, Replay, fisher_diagonal
+from experiments.baselines import EWC, MLP, Distil, LwF, Replay, fisher_diagonal
 from experiments.common import Grams, zero_shot_logits
-from experiments.distil import Distil
 from experiments.streaming import L3A, NCM, SLDA, RanPAC
 from retune import Config, InputError, PromptBank, RETune, Task, Whitening
 
@@ -113,24 +112,22 @@ def test_memory_is_all_that_learning_on_needs(name, embeddings, labels, bank):
     resumed.load_memory({key: tensor.clone() for key, tensor in whole.memory().items()})
     for model in (whole, resumed):
         learn(model, embeddings, labels, LABEL_TASKS[2:], bank)
-    for found, expected in ((resumed.state_dict(), whole.state_dict()), (resumed.memory(), whole.memory())):
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    expected = dict(whole.state_dict()) | whole.memory()
+    found = dict(resumed.state_dict()) | resumed.memory()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
 
 
 def test_fisher_is_the_expected_squared_gradient(embeddings, labels):
     model = make(MLP)
     expected = torch.zeros(sum(p.numel() for p in model.parameters()))
-    for row in range(15):
-        for c in (0, 1):
-            if labels[row, c].isnan():
-                continue
-            for y in (0.0, 1.0):  # the expectation over labels, written out
-                logit = model.logits(torch.from_numpy(embeddings[row]))[c]
-                weight = torch.sigmoid(logit if y else -logit).item()
-                loss = F.binary_cross_entropy_with_logits(logit, torch.tensor(y))
-                gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-                expected += weight * parameters_to_vector(gradients).square()
+    for row, c, y in np.ndindex(15, 2, 2):  # the expectation over labels, written out
+        if not labels[row, c].isnan():
+            logit = model.logits(torch.from_numpy(embeddings[row]))[c]
+            weight = torch.sigmoid(logit if y else -logit).item()
+            loss = F.binary_cross_entropy_with_logits(logit, torch.tensor(float(y)))
+            gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+            expected += weight * parameters_to_vector(gradients).square()
     fisher = fisher_diagonal(model.network, torch.from_numpy(embeddings[:15]), ~labels[:15].isnan(), (0, 1))
     torch.testing.assert_close(fisher, expected, rtol=1e-4, atol=1e-9)
 
@@ -171,11 +168,9 @@ def test_remembered_images_keep_the_labels_they_came_with(embeddings, labels, ba
     seen, known = model.before_task(CLASS_TASKS[2], labels, bank)
     kept = seen.rows[seen.rows < 60]
     assert len(kept) == 7 and set(CLASS_TASKS[2].rows) < set(seen.rows)
-    for row in range(N):
-        brought = row // 30 if row in seen.rows else None
-        for c in range(CLASSES):
-            expected = labels[row, c] if c == brought else torch.tensor(torch.nan)
-            torch.testing.assert_close(known[row, c], expected, equal_nan=True)
+    brought = torch.zeros(N, CLASSES, dtype=torch.bool)
+    brought[seen.rows, seen.rows // 30] = True
+    torch.testing.assert_close(known, torch.where(brought, labels, torch.nan), equal_nan=True)
     assert model.stored_bytes() == len(kept) * 4 * (DIM + CLASSES)
     assert set(model.memory()) == {"rows"} and model.memory()["rows"].dtype == torch.int64
 
@@ -185,7 +180,7 @@ def test_replay_memory_is_one_sample_for_any_number_of_tasks(embeddings, labels,
     for task in CLASS_TASKS:
         stepwise.after_task(embeddings, labels, task, bank)
     at_once.after_task(embeddings, labels, Task("all", np.arange(90), (0,)), bank)
-    assert torch.equal(stepwise.stored[:, 0], at_once.stored[:, 0])
+    assert torch.equal(stepwise.rows[:, 0], at_once.rows[:, 0])
     with pytest.raises(InputError, match="memory=0"):
         make(Replay, memory=0)
 
@@ -210,13 +205,15 @@ def test_gram_per_pattern_equals_one_per_finding():
     f, w = torch.from_numpy(rng.normal(size=(90, 4))), torch.from_numpy(rng.random(90))
     y = torch.from_numpy(rng.integers(0, 2, (90, 3))).double()
     y[torch.from_numpy(rng.random(90) < 0.3), :2] = torch.nan
-    grams = Grams(4, 3)
+    grams = Grams.zeros(4, 3)
     for part in torch.arange(90).split(25):
         grams.add(f[part], y[part], w[part])
     assert len(grams.gram) == 2  # findings 0 and 1 are always known together
     for c in range(3):
         k = ~y[:, c].isnan()
-        torch.testing.assert_close(grams.of(c), f[k].T @ (w[k, None] * f[k]), atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            grams.gram[grams.group[c]], f[k].T @ (w[k, None] * f[k]), atol=1e-12, rtol=0
+        )
 
 
 @pytest.mark.parametrize("scenario", TASKS)
