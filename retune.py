@@ -2038,24 +2038,15 @@ def predictions_table(predictions: list[dict]) -> str:
     return markdown_table(["image", *names], rows)
 
 
-def method_help(argv: Sequence[str]) -> str:
-    """What `--method NAME --help` says of a method that is not RE-tune; empty when that is not asked for."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--method", default="retune")
-    parser.add_argument("--help", "-h", action="store_true")
-    asked = parser.parse_known_args(argv)[0]
-    if not asked.help or asked.method == "retune":
-        return ""
-    method = load_method(asked.method)
-    options = [f"\n  --set {name}={value}" for name, value in method_options(method, ()).items()]
-    return inspect.getdoc(method) + "".join(options)
-
-
 def execute(argv: Sequence[str]) -> None:
     """Do what the command line says."""
-    if text := method_help(argv):
-        return print(text)
     parser = build_parser(Config, __doc__)
+    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    asked.add_argument("--method", default="retune")
+    method = load_method(asked.parse_known_args(argv)[0].method)
+    if method is not RETune:  # --help of another method says what it is and what --set takes
+        options = [f"\n  --set {name}={value}" for name, value in method_options(method, ()).items()]
+        parser.description = inspect.getdoc(method) + "".join(options)
     other = parser.add_argument_group("instead of a run")
     images = "score images, folders or CSVs (column `path`) with a run's adaptors; also to --output FILE.csv"
     other.add_argument("--predict", nargs="+", metavar="PATH", help=images)
