@@ -4,22 +4,23 @@
     python -m experiments.folds --data-dir NIH --folds /tmp/pair --results /tmp/pair/tables \
         --scenarios class joint --grids "method=retune,lwf whiten=no,yes" -- --encoder pair
 
-NIH is a folder in the layout of ChestX-ray14. Every image is tested once, by a model that saw no image of its patient. The
-five tables of images and labels, fold_0.csv to fold_4.csv, differ in the column `split` alone, so that each image is
-embedded once. Fold k has the seed 27 + k; `experiments.sweep` runs it, finished runs are skipped, and
-`experiments.tables` makes the tables. A result is the mean of the folds' macro AUROCs, since scores of different models
-cannot be ranked together. All methods share 1,000 resamples of the patients of all folds: differences are paired.
+NIH is a folder in the layout of ChestX-ray14. Every image is tested once, by a model that saw no image of
+its patient. The five tables of images and labels, fold_0.csv to fold_4.csv, differ in the column `split`
+alone, so that an image is embedded once. Fold k has the seed 27 + k; `experiments.sweep` runs it, finished
+runs are skipped, and `experiments.tables` makes the tables. A result is the mean of the folds' macro AUROCs,
+since scores of different models cannot be ranked together. All methods share 1,000 resamples of all
+patients.
 
-A score may follow the view instead of the finding, since bedside X-rays (AP) are of sicker patients. So the view alone is
-scored as if it were a model, and the main methods are scored within each view.
+A score may follow the view instead of the finding, since bedside X-rays (AP) are of sicker patients. So the
+view alone is scored as if it were a model, and the main methods are scored within each view.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,15 +49,23 @@ CLOSED_FORM = [RETUNE | {"method": "analytic", "set": option} for option in ("",
 def write_folds(data_dir: str, folder: Path, findings: int = 5) -> list[Path]:
     """Write fold_<k>.csv with the findings that have the most positives; return the paths.
 
-    A fold tests a fifth of the patients and validates on half of those that the next fold tests.
+    A fold tests a fifth of the patients and validates on half of those that the next fold tests. Of random
+    divisions the first is taken by which every finding is tested in every fold.
     """
     data = retune.load_radiographs(retune.Config(data="nih", data_dir=data_dir))
     chosen = np.sort(np.argsort(-data.labels.sum(0), kind="stable")[:findings])
+    positive = data.labels[:, chosen] == 1
     columns = {"path": [os.path.relpath(image, data_dir) for image in data.images], "patient": data.patients}
     columns |= {"view": data.view, "sex": data.sex, "age": data.age}
-    columns |= {data.class_names[c]: data.labels[:, c].astype(int) for c in chosen}
+    columns |= {data.class_names[c]: labels.astype(int) for c, labels in zip(chosen, positive.T)}
     ids, patient = np.unique(data.patients, return_inverse=True)
-    tenth = np.random.default_rng(0).permutation(len(ids))[patient] % 10
+    divisions = (np.random.default_rng(seed).permutation(len(ids))[patient] % 10 for seed in range(1000))
+    tested = (tenth for tenth in divisions if all(positive[tenth // 2 == k].any(0).all() for k in range(5)))
+    tenth = next(tested, None)
+    if tenth is None:
+        raise retune.InputError(
+            f"{data_dir}: a finding of its {findings} commonest has too few patients for 5 folds"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"fold_{k}.csv" for k in range(5)]
     for k, path in enumerate(paths):
@@ -65,10 +74,8 @@ def write_folds(data_dir: str, folder: Path, findings: int = 5) -> list[Path]:
     return paths
 
 
-def tested_auroc(
-    scores: np.ndarray, data: retune.Radiographs, view: str = "all", columns=slice(None)
-) -> np.ndarray:
-    """[1 + R]: macro AUROC of scores [N, C] on the test images (of a view), then on resamples of the patients of all folds."""
+def tested_auroc(scores: np.ndarray, data: retune.Radiographs, view: str = "all", columns=slice(None)):
+    """[1 + R]: macro AUROC of scores [N, C] on the test images (of a view); then on resamples."""
     tested = (data.split == "test") & ((np.array(data.view) == view) | (view == "all"))
     labels = np.where(tested[:, None], data.labels, np.nan)[:, columns]
     point = retune.evaluate(scores[:, columns], labels > 0, labels)["auroc_macro"]
@@ -100,26 +107,21 @@ def cell(folds: Sequence[np.ndarray]) -> str:
 
 
 def view_scores(data: retune.Radiographs) -> dict[str, np.ndarray]:
-    """The view as scores [N, C]: AP before PA; and how common a finding is in the view, among the training images."""
-    ap = np.array(data.view) == "AP"
-    share = [data.labels[(data.split == "train") & (ap == value)].mean(0) for value in (False, True)]
-    return {
-        "AP before PA": np.tile(ap[:, None], len(share[0])) * 1.0,
-        "learned": np.where(ap[:, None], share[1], share[0]),
-    }
+    """Scores [N, C] of the view: AP before PA; and how many training images of the view have the finding."""
+    ap = np.tile((np.array(data.view) == "AP")[:, None], len(data.class_names))  # [N, C]
+    shares = [data.labels[(data.split == "train") & (ap[:, 0] == value)].mean(0) for value in (True, False)]
+    return {"AP before PA": ap.astype(float), "share in training": np.where(ap, *shares)}
 
 
 def view_table(folds: Sequence[retune.Radiographs]) -> pd.DataFrame:
     """AUROC of the view alone, by finding; below 0.5 a finding is rarer in AP than in PA."""
-    rows = []
     names = folds[0].class_names
-    for name, columns in [*((name, [c]) for c, name in enumerate(names)), ("mean", slice(None))]:
-        auroc = [
-            {way: tested_auroc(s, data, columns=columns) for way, s in view_scores(data).items()}
-            for data in folds
-        ]
-        rows.append({"finding": name} | {way: cell([fold[way] for fold in auroc]) for way in auroc[0]})
-    return pd.DataFrame(rows)
+    table = pd.DataFrame({"finding": [*names, "mean"]})
+    for way in view_scores(folds[0]):
+        for k, columns in enumerate([*([c] for c in range(len(names))), slice(None)]):
+            auroc = [tested_auroc(view_scores(data)[way], data, columns=columns) for data in folds]
+            table.loc[k, way] = cell(auroc)
+    return table
 
 
 def within_view_table(runs: pd.DataFrame, folder: Path) -> pd.DataFrame:
@@ -139,16 +141,10 @@ def within_view_table(runs: pd.DataFrame, folder: Path) -> pd.DataFrame:
 
 def folds(argv: Sequence[str]) -> None:
     """Make the folds, run what is missing, write the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True, help="folder in the layout of ChestX-ray14")
-    parser.add_argument(
-        "--folds", type=Path, required=True, help="folder of patients' labels, and of runs: keep it private"
-    )
-    parser.add_argument(
-        "--results", type=Path, required=True, help="folder of the tables, which hold nothing of a patient"
-    )
+    parser.add_argument("--folds", type=Path, required=True, help="private: patients' labels, runs, cache")
+    parser.add_argument("--results", type=Path, required=True, help="tables; nothing of a patient")
     parser.add_argument("--grids", nargs="+", default=GRIDS, help="methods, as experiments.sweep takes them")
     parser.add_argument("--scenarios", nargs="+", choices=ARRIVALS, default=tuple(ARRIVALS))
     parser.add_argument("shared", nargs="*", help="options of retune.py for all runs, after --")

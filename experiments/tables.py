@@ -254,7 +254,7 @@ def differences_table(runs: pd.DataFrame) -> Table:
     over seeds, test split, with 95% intervals over 1,000 resamples of the patients, the same for both."""
     rivals = [v for v in variants(runs) if v["method"] not in (*OURS, BOUND)]
     text, notes = compare_with(runs, rivals, "the best rival")
-    return Table(text, sorted(published(runs)["seed"]), [*notes, whitening_note(runs)])
+    return Table(text, sorted(published(runs)["seed"]), notes + whitening_notes(runs))
 
 
 def rivals_table(runs: pd.DataFrame) -> Table:
@@ -292,16 +292,18 @@ def compare_with(runs: pd.DataFrame, rivals: Sequence[dict], against: str) -> tu
     return text, notes
 
 
-def whitening_note(runs: pd.DataFrame) -> str:
-    """What whitening changes in the methods that were run with and without it."""
-    whitened = [v for v in variants(runs) if v["whiten"]]
+def whitening_notes(runs: pd.DataFrame) -> list[str]:
+    """What whitening changes in the methods that were run with and without it; nothing without such methods."""
+    whitened = [v for v in variants(runs) if v["whiten"] and v | {"whiten": False} in variants(runs)]
+    if not whitened:
+        return []
     parts = []
     for scenario, where in scenarios(runs).items():
         pairs = [[pick(runs, **where, **v | {"whiten": on}) for on in (True, False)] for v in whitened]
         change, low, high = np.transpose([lead(*pair) for pair in pairs])
         parts.append(f"{scenario} {change.mean():+.3f} (better {sum(low > 0)}, worse {sum(high < 0)})")
     counted = "better and worse where the interval excludes zero"
-    return f"Whitening, mean change over {len(whitened)} methods ({counted}): {', '.join(parts)}."
+    return [f"Whitening, mean change over {len(whitened)} methods ({counted}): {', '.join(parts)}."]
 
 
 TABLES: dict[str, Callable[[pd.DataFrame], Table]] = {
