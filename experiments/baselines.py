@@ -61,14 +61,12 @@ class EWC(MLP):
     def __init__(self, dim: int, n_classes: int, strength: float = 100.0):
         super().__init__(dim, n_classes)
         self.strength = strength
-        self.anchor = self.weights()
-        self.register_buffer("fisher", torch.zeros_like(self.anchor), persistent=False)
-
-    def weights(self) -> Tensor:
-        return parameters_to_vector(self.network.parameters()).detach()
+        weights = parameters_to_vector(self.network.parameters()).detach()
+        self.register_buffer("fisher", torch.zeros_like(weights), persistent=False)
+        self.anchor = weights
 
     def before_task(self, task: Task, labels: Tensor, bank: PromptBank | None) -> tuple[Task, Tensor]:
-        self.anchor = self.weights()
+        self.anchor = parameters_to_vector(self.network.parameters()).detach()
         return task, labels
 
     def penalty(self, images: Tensor, logits: Tensor) -> Tensor:
@@ -119,9 +117,7 @@ class Distilling(Remembering):
 
     temperature = 1.0
     held: Tensor  # [C], bool
-    teacher: tuple[Remembering, PromptBank] | None = (
-        None  # the model before the task; a tuple is not in state_dict
-    )
+    teacher: tuple | None = None  # the model before the task and its prompts; a tuple is not in state_dict
 
     def before_task(self, task: Task, labels: Tensor, bank: PromptBank) -> tuple[Task, Tensor]:
         self.teacher = None
@@ -133,9 +129,8 @@ class Distilling(Remembering):
             return 0.0
         model, bank = self.teacher
         target = (model.logits(images, bank) / self.temperature).sigmoid()[:, self.held]
-        return self.strength * F.binary_cross_entropy_with_logits(
-            logits[:, self.held] / self.temperature, target
-        )
+        new = logits[:, self.held] / self.temperature
+        return self.strength * F.binary_cross_entropy_with_logits(new, target)
 
 
 class LwF(Distilling, MLP):
