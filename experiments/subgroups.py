@@ -58,8 +58,8 @@ def compare_groups(group: pd.Series, findings, labels, scores, present, patients
     points = [measure_group(np.where(mask, labels, np.nan), scores, present, patients) for mask in masks]
     points = np.stack(points)  # [G, 1 + R, C, 3]
     shared = ~np.isnan(points[:, 0]).any(0)  # [C, 3]
-    mean = np.nanmean(np.where(shared, points, np.nan), axis=2, keepdims=True)
-    points = np.concatenate([points, mean], axis=2)
+    mean = np.ma.masked_invalid(np.where(shared, points, np.nan)).mean(axis=2, keepdims=True)
+    points = np.concatenate([points, mean.filled(np.nan)], axis=2)
     rows = []
     for m, measure in enumerate(MEASURES):
         for c, finding in enumerate([*findings, "mean"]):
