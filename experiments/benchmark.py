@@ -207,7 +207,7 @@ def loading(repeats: int, folder: Path) -> Iterator[tuple]:
     ours, plain = interleaved(lambda: load_chexpert(folder), lambda: pd.read_csv(file), repeats)
     what = f"loading CheXpert's tables, {CHEXPERT:,} rows"
     yield what, f"{ours:.2f} s", f"{plain:.2f} s pandas.read_csv", ours / plain
-    libraries = peak_memory(str)
+    libraries = peak_memory(random_embeddings, 1, 1)
     mb = peak_memory(load_chexpert, folder) - libraries
     yield f"{what}, memory", f"{mb:,.0f} MB", f"{libraries:,.0f} MB of libraries", mb / libraries
 

@@ -403,7 +403,8 @@ def test_script_records_commit_and_seeds(script, tmp_path):
 @pytest.mark.slow
 def test_peak_memory_is_that_of_the_job(tmp_path):
     np.save(tmp_path / "e.npy", benchmark.random_embeddings(10_000, 512))
-    used = benchmark.peak_memory(benchmark.train_on, tmp_path / "e.npy") - benchmark.peak_memory(str)
+    nothing = benchmark.peak_memory(benchmark.random_embeddings, 1, 1)
+    used = benchmark.peak_memory(benchmark.train_on, tmp_path / "e.npy") - nothing
     assert 20 < used < 400  # a batch of 6144 x 512 and its activations
 
 
