@@ -1,4 +1,4 @@
-"""What the methods share: their memory, a task's data in pieces, the zero-shot logit, sums for least squares."""
+"""What the methods share: their memory, a task's pieces, the zero-shot logit, sums for least squares; and figures."""
 
 from __future__ import annotations
 

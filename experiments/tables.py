@@ -5,7 +5,8 @@
 
 The runs are read from `<results>/runs`, and kept as `runs.csv` (settings and metrics) and `bootstrap.npz` (their
 AUROC on resampled patients); without that folder, from those two files. A table has rows {labels: settings of the
-runs it wants} and columns, each a metric and more such settings. Its function's docstring is its caption.
+runs it wants} and columns, each a metric and more such settings. Its function's docstring is its caption, with the
+zero-shot AUROC for {zero}.
 """
 
 from __future__ import annotations
