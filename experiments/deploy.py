@@ -94,12 +94,9 @@ def write_card(run: Path) -> None:
 
 def write_scores(path: Path, predictions: list[dict]) -> None:
     """Predictions as CSV, a row per image; per finding score, present (the paper's), probability and decision."""
-    rows = []
-    for p in predictions:
-        pairs = ((name, *item) for name, f in p.get("findings", {}).items() for item in f.items())
-        found = {f"{name} {key}": value for name, key, value in pairs}
-        rows.append({"image": p["image"], **found, "error": p.get("error", "")})
-    table = pd.DataFrame(rows)
+    rows = [{"image": p["image"], **p.get("findings", {}), "error": p.get("error", "")} for p in predictions]
+    table = pd.json_normalize(rows, sep=" ")
+    table["error"] = table.pop("error")  # last
     flags = table.filter(regex=" (present|decision)$").columns
     table[flags] = table[flags].astype("Int64")  # 1 and 0; blank where the image was unreadable
     retune.write_text(path, table.to_csv(index=False))
