@@ -124,9 +124,9 @@ class RandomFeatures(LeastSquares):
         """4 (u - 1/2) [B, C] of the regression u, for its sigmoid is near u; 0 for a finding without labels."""
         return 4 * (self.features(images) @ self.weights.to(images).T - 0.5) * self.learned
 
-    def complete(self, features: Tensor, known: Tensor) -> tuple[Tensor, Tensor | None]:
+    def complete(self, features: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """Labels to learn [n, C], from those that a task brings, and weights of its images [n]."""
-        return known, None
+        return known, known.new_ones(len(known))
 
     def after_task(self, embeddings: np.ndarray, labels: Tensor, task: Task, bank: PromptBank) -> None:
         held_out = Grams.zeros(self.weights.shape[1], len(self.weights))
@@ -135,7 +135,7 @@ class RandomFeatures(LeastSquares):
             features = self.features(images)
             known, weights = self.complete(features, known)
             for part, chosen in ((self.grams, ~fold[rows]), (held_out, fold[rows])):
-                part.add(features[chosen], known[chosen], weights if weights is None else weights[chosen])
+                part.add(features[chosen], known[chosen], weights[chosen])
         brought = [c for c in task.classes if held_out.count[c]]
         self.ridges[brought] = self.ridge or choose_ridges(self.grams, held_out, brought)
         self.grams.merge(held_out)
@@ -155,9 +155,8 @@ def choose_ridges(training: Grams, held_out: Grams, findings: list[int]) -> Tens
         for c in (c for c in findings if training.group[c] == group):
             scaled = (training.moment[c] @ vectors) / (values.clamp_min(0) + ridges[:, None])
             weights = scaled @ vectors.T  # [L, P]
-            error = ((weights @ held_out.gram[held_out.group[c]]) * weights).sum(
-                1
-            ) - 2 * weights @ held_out.moment[c]
+            gram = held_out.gram[held_out.group[c]]
+            error = ((weights @ gram) * weights).sum(1) - 2 * weights @ held_out.moment[c]
             chosen[c] = ridges[error.argmin()]
     return chosen[findings]
 
