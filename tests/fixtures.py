@@ -1,10 +1,7 @@
 """What the tests share: one random encoder, one CSV set, one finished run, and helpers to run and read programs.
 
-`test_retune.py` and `tests/conftest.py` name this file as a plugin. One thread for torch here and in the processes
-that tests start, since bits depend on the number of threads.
+One thread for torch here and in the processes that tests start, since bits depend on the number of threads.
 """
-
-from __future__ import annotations
 
 import csv
 import json
@@ -13,7 +10,6 @@ import multiprocessing.forkserver
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -28,9 +24,6 @@ import retune
 torch.set_num_threads(1)
 
 ROOT = Path(retune.__file__).resolve().parent
-with warnings.catch_warnings():  # a file that runs without tests/conftest.py meets the mark before its name
-    warnings.simplefilter("ignore")
-    slow = pytest.mark.slow
 
 
 def pytest_configure(config):
@@ -124,6 +117,33 @@ def csv_set(tmp_path, encoder_folder):
     return root, rows, [str(argument) for argument in arguments]
 
 
+def write_dicom(path: Path, pixels: np.ndarray, **changes) -> Path:
+    """A DICOM file of 12-bit pixels [H, W], with other elements as given."""
+    pydicom = pytest.importorskip("pydicom")
+    image = pydicom.Dataset()
+    image.file_meta = pydicom.dataset.FileMetaDataset()
+    image.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    image.file_meta.MediaStorageSOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
+    image.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    elements = {
+        "Rows": pixels.shape[0],
+        "Columns": pixels.shape[1],
+        "SamplesPerPixel": 1,
+        "PixelRepresentation": 0,
+    }
+    elements |= {
+        "BitsAllocated": 16,
+        "BitsStored": 12,
+        "HighBit": 11,
+        "PhotometricInterpretation": "MONOCHROME2",
+    }
+    elements |= {"SOPClassUID": pydicom.uid.SecondaryCaptureImageStorage, "SOPInstanceUID": "1.2.3"}
+    for name, value in (elements | {"PixelData": pixels.astype(np.uint16).tobytes()} | changes).items():
+        setattr(image, name, value)
+    image.save_as(path, enforce_file_format=True)
+    return path
+
+
 def load_csv(root: Path, **options) -> retune.Radiographs:
     return retune.load_radiographs(retune.Config(data="csv", data_dir=str(root), **options))
 
@@ -174,10 +194,6 @@ def model_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
-def partial_files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if "partial" in path.name]
-
-
 def read_failure(capsys, arguments, main=retune.main) -> str:
     """Run a command line, which must fail with code 2 and one line of error; that line."""
     capsys.readouterr()
@@ -203,13 +219,8 @@ def fork():
         pytest.skip("needs POSIX processes")
     context = multiprocessing.get_context("forkserver")
     models = [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "resnet")]
-    heavy = [
-        "test_retune",
-        "torchvision.transforms.v2",
-        "matplotlib.backends.backend_agg",
-        "PIL.PngImagePlugin",
-    ]
-    context.set_forkserver_preload([*heavy, "safetensors.torch", *models])
+    heavy = ["torchvision.transforms.v2", "matplotlib.backends.backend_agg", "safetensors.torch"]
+    context.set_forkserver_preload(["tests.fixtures", "PIL.PngImagePlugin", *heavy, *models])
     here = os.getcwd()
     os.chdir(ROOT)
     multiprocessing.forkserver.ensure_running()

