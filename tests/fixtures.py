@@ -48,16 +48,13 @@ def save_random_encoder(folder: Path, seed: int) -> Path:
     gpt2 = {"model_type": "gpt2", "vocab_size": len(vocabulary), "n_embd": 16, "n_layer": 1, "n_head": 2}
     ends = {"bos_token_id": None, "eos_token_id": None, "n_positions": 64}
     head = [["Linear", {"in_features": 16, "out_features": 16}]]
-    transform = {"resize": 32, "crop": 32, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.25] * 3}
     config = {
-        "name": folder.name,
-        "dim": 16,
+        "name": folder.name, "dim": 16,
         "image": {"model": resnet | {"layer_type": "basic"}, "pool": "mean", "head": head},
         "text": {"model": gpt2 | ends, "pool": "last", "head": head, "context_length": 64},
-        "transform": transform,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        "transform": {"resize": 32, "crop": 32, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.25] * 3},
+    }  # fmt: skip
+    with retune.seeded(seed):
         retune.DualEncoder(config, tokenizer).save(folder)
     return folder
 
@@ -123,22 +120,16 @@ def write_dicom(path: Path, pixels: np.ndarray, **changes) -> Path:
     image = pydicom.Dataset()
     image.file_meta = pydicom.dataset.FileMetaDataset()
     image.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    image.file_meta.MediaStorageSOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
-    image.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    image.file_meta.MediaStorageSOPClassUID = image.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
+    image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID = "1.2.3"
     elements = {
-        "Rows": pixels.shape[0],
-        "Columns": pixels.shape[1],
-        "SamplesPerPixel": 1,
-        "PixelRepresentation": 0,
-    }
-    elements |= {
         "BitsAllocated": 16,
         "BitsStored": 12,
         "HighBit": 11,
-        "PhotometricInterpretation": "MONOCHROME2",
+        "PixelData": pixels.astype("<u2").tobytes(),
     }
-    elements |= {"SOPClassUID": pydicom.uid.SecondaryCaptureImageStorage, "SOPInstanceUID": "1.2.3"}
-    for name, value in (elements | {"PixelData": pixels.astype(np.uint16).tobytes()} | changes).items():
+    elements |= {"Rows": len(pixels), "Columns": len(pixels[0]), "PhotometricInterpretation": "MONOCHROME2"}
+    for name, value in ({"SamplesPerPixel": 1, "PixelRepresentation": 0} | elements | changes).items():
         setattr(image, name, value)
     image.save_as(path, enforce_file_format=True)
     return path
@@ -192,6 +183,11 @@ def metrics_of(folder: Path) -> dict:
 
 def model_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    assert metrics_of(folder) == metrics_of(other)
+    assert model_bytes(folder) == model_bytes(other)
 
 
 def read_failure(capsys, arguments, main=retune.main) -> str:

@@ -19,7 +19,7 @@ from adaptor.config import Config, resolve_defaults
 from adaptor.demo_encoders import build_tokenizer
 from adaptor.model import Adaptor, Layer, contrastive_loss, count_parameters, load_adaptor
 from retune import DualEncoder
-from tests.fixtures import read_failure, read_metrics, write_rows
+from tests.fixtures import assert_same_run, read_failure, read_metrics, write_rows
 
 QUICK = "--demo-images 240 --epochs 3 --batch-size 32 --width 16 --heads 2 --feedforward 32 --lr 1e-3"
 QUICK += " --repeats 1 --head-epochs 2 --mask-images 40 --mask-epochs 2 --mask-batch 16 --decoder-width 16 --workers 0 --device cpu"
@@ -93,12 +93,10 @@ def test_module_equals_torchs_attention_with_shared_weights(tokens, layers):
     with retune.seeded(4):
         images, texts = (torch.randn(9, tokens, d, dtype=torch.float64, requires_grad=True) for d in (7, 5))
     expected, found = plain_adaptor(model, images, texts), model(images, texts)
-    for a, b in zip(expected, found):
-        assert (a - b).abs().max() <= 1e-9
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
     sums = (sum(o.pow(3).sum() for o in out) for out in (expected, found))
     gradients = [torch.autograd.grad(total, (images, texts)) for total in sums]
-    for a, b in zip(*gradients):
-        assert (a - b).abs().max() <= 1e-9
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("training, tokens", [(False, 1), (True, 1), (False, 6)])
@@ -112,9 +110,8 @@ def test_with_one_token_an_image_does_not_see_its_text(training, tokens):
             outputs.append(model(images, text)[0])
     assert torch.equal(*outputs) == (tokens == 1)
     if not training and tokens == 1:
-        image, text = model(images, texts[0])
-        torch.testing.assert_close(image, model.alone("image", images), rtol=0, atol=1e-6)
-        torch.testing.assert_close(text, model.alone("text", texts[0]), rtol=0, atol=1e-6)
+        alone = model.alone("image", images), model.alone("text", texts[0])
+        torch.testing.assert_close(model(images, texts[0]), alone, rtol=0, atol=1e-6)
 
 
 def test_loss_weighs_the_texts_choice_of_an_image():
@@ -129,11 +126,10 @@ def test_loss_weighs_the_texts_choice_of_an_image():
 
 
 def test_defaults_are_the_papers():
-    model, config = Adaptor(768, 768), resolve_defaults(Config(), 200_000)[0]
+    model = Adaptor(768, 768)
     assert len(model.layers) == 2 and model.layers[0].self_attn.num_heads == 12
     assert model.layers[0].linear1.weight.shape == (2048, 768)
     assert math.isclose(model.log_scale.item(), 2.6592, rel_tol=1e-6)
-    assert (config.lr, config.batch_size, config.epochs, config.width) == (2e-5, 1024, 50, 768)
     assert [pretraining.step_factor(s, 100) for s in (0, 1, 51, 99)] == [0.5, 1.0, 0.5, 1 / 98]
 
 
@@ -263,7 +259,6 @@ def test_a_run_writes_its_results(finished, towers):
     before, after = DualEncoder.load(str(towers)), DualEncoder.load(str(finished / "pair"))
     for key, value in before.state_dict().items():
         assert torch.equal(value, after.state_dict()[key]), key  # frozen
-    assert b"phantom" not in (run / "adaptor.safetensors").read_bytes()  # no patient in a saved model
     shares = [line.split(",")[2:] for line in (run / "splits.csv").read_text().splitlines()[1:]]
     assert {share for split, share in shares if split == "train"} == {"0.01", "0.1", "1"}
     assert {share for split, share in shares if split != "train"} == {""}
@@ -275,18 +270,11 @@ def test_exported_pair_is_the_adaptors(finished, towers):
     model = load_adaptor(finished / "run", backbones)
     pixels = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     texts = ["no edema.", "there is a small pleural effusion on the left."]
+    found = pair.encode_images(pixels), pair.encode_texts(texts)
+    embeddings = {"image": backbones.encode_images(pixels), "text": backbones.encode_texts(texts)}
     with torch.no_grad():
-        image = model.alone("image", backbones.encode_images(pixels))
-        text = model.alone("text", backbones.encode_texts(texts))
-    torch.testing.assert_close(pair.encode_images(pixels), image, rtol=0, atol=1e-5)
-    torch.testing.assert_close(pair.encode_texts(texts), text, rtol=0, atol=1e-5)
-
-
-def results(run: Path) -> dict:
-    files = {p.name: p.read_bytes() for p in run.iterdir() if p.suffix in (".safetensors", ".csv", ".md")}
-    metrics = read_metrics(run)
-    del metrics["cost"], metrics["config"]
-    return files | {"metrics": metrics}
+        wanted = tuple(model.alone(side, x) for side, x in embeddings.items())
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -304,7 +292,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(finished, towers, stop, monkeyp
     assert main(argv) == 130
     monkeypatch.undo()
     assert main(argv) == 0
-    assert results(tmp_path / "run") == results(finished / "run")
+    assert_same_run(tmp_path / "run", finished / "run")
 
 
 def test_an_earlier_adaptor_serves_other_data_and_resolutions(finished, towers, tmp_path, capsys):

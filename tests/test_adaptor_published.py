@@ -305,13 +305,13 @@ def test_a_mask_follows_its_image_through_augmentation_and_transform(published, 
         pixels, moved = images.load(torch.from_numpy(image)[None], 0, angle, scale)
         bright = pixels[0] * 0.2 + 0.4 > 0.5
         assert moved.shape == (1, 56, 56) and (bright == moved[0]).float().mean() > 0.96
-    drawn, load_one = [], images.load
+    rows, drawn, load_one = np.arange(32) % 8, [], images.load
     monkeypatch.setattr(images, "load", lambda image, *draw: drawn.append(draw[1:]) or load_one(image, *draw))
     with retune.seeded(0):
-        turned, still = images.read(np.arange(8), augment=True)[2], images.read(np.arange(8))[2]
-    changed = (turned != still).flatten(1).any(1)
-    angles, scales = np.transpose([draw for draw in drawn[:8] if draw != (0, 1)])
-    assert 0 < changed.sum() == len(angles) < 8  # about half of them
+        turned = images.read(rows, augment=True)[2]
+    angles, scales = np.transpose([draw for draw in drawn if draw != (0, 1)])
+    changed = (turned != images.read(rows)[2]).flatten(1).any(1)
+    assert 0 < changed.sum() <= len(angles) and 8 < len(angles) < 24  # about half of them
     assert -10 <= angles.min() < 0 < angles.max() <= 10 and 0.9 <= scales.min() < 1 < scales.max() <= 1.1
 
 

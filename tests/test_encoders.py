@@ -77,6 +77,13 @@ def write_vocabulary(folder, size=30522):
     (folder / "vocab.txt").write_text("\n".join(words[:size]) + "\n")
 
 
+def assert_parity(encoder, pixels, image, texts, text, tolerance=1e-4):
+    """Our embeddings of pixels [8, 3, H, H] and texts are the peer's, [8, D] each, normalised by neither."""
+    with torch.inference_mode():
+        found = encoder.encode_images(pixels), encoder.encode_texts(texts)
+    torch.testing.assert_close(found, (image, text), atol=tolerance, rtol=0)
+
+
 def difference(ours, theirs):
     return (ours - theirs).abs().max().item()
 
@@ -120,9 +127,7 @@ def test_biomedclip_equals_open_clip(tmp_path, monkeypatch):
     assert encoder.dim == 512 and not encoder.training
     tokens = encoder.tokenizer(PROMPTS, padding="max_length", max_length=64, return_tensors="pt")["input_ids"]
     with torch.inference_mode():  # the peer's padding is masked, so its length does not matter
-        image_error = difference(encoder.encode_images(pixels), peer.encode_image(pixels))
-        text_error = difference(encoder.encode_texts(PROMPTS), peer.encode_text(tokens))
-    assert image_error <= 1e-4 and text_error <= 1e-4
+        assert_parity(encoder, pixels, peer.encode_image(pixels), PROMPTS, peer.encode_text(tokens))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -135,12 +140,12 @@ def test_biovil_equals_hi_ml(tmp_path, monkeypatch):
     write_biovil_configs(tmp_path)
     encoder, pixels = DualEncoder.load("biovil", tmp_path), images(128).sigmoid()
     tokens = encoder.tokenizer(PROMPTS, padding="longest", return_tensors="pt")
-    with torch.inference_mode():  # hi-ml's engine cuts the full stops off
-        image_error = difference(encoder.encode_images(pixels), image(pixels).projected_global_embedding)
-        tokens = tokens["input_ids"], tokens["attention_mask"]
+    tokens = tokens["input_ids"], tokens["attention_mask"]
+    with torch.inference_mode():
         expected = text.get_projected_text_embeddings(*tokens, normalize_embeddings=False)
-        text_error = difference(encoder.encode_texts([prompt + "." for prompt in PROMPTS]), expected)
-    assert image_error <= 1e-4 and text_error <= 1e-4
+        embedded = image(pixels).projected_global_embedding
+    stopped = [f"{prompt}." for prompt in PROMPTS]  # hi-ml's engine cuts the full stops off
+    assert_parity(encoder, pixels, embedded, stopped, expected)
 
 
 def write_biovil_configs(folder, vocabulary=30522):
@@ -154,6 +159,13 @@ def write_biovil_configs(folder, vocabulary=30522):
     for name in ("configuration_cxrbert.py", "modeling_cxrbert.py"):
         (folder / name).write_text("raise SystemExit('code from the checkpoint was run')\n")
     write_vocabulary(folder, vocabulary)
+
+
+BIOVIL_NAMES = {
+    "image.tower": "encoder.encoder", "image.head": "projector.model", "text.tower": "bert",
+    "text.head.0": "cls_projection_head.dense_to_hidden", "text.head.2": "cls_projection_head.LayerNorm",
+    "text.head.3": "cls_projection_head.dense_to_output",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -170,20 +182,12 @@ def small_biovil(tmp_path, monkeypatch):
     write_biovil_configs(folder, vocabulary=64)
     tokenizer = transformers.BertTokenizer(vocab=str(folder / "vocab.txt"))
     encoder = randomise(DualEncoder(config, tokenizer))
-    names = {"text.head.0": "dense_to_hidden", "text.head.2": "LayerNorm", "text.head.3": "dense_to_output"}
-    image = {}
+    image = {"encoder.encoder.fc.weight": torch.zeros(3, 512), "encoder.encoder.fc.bias": torch.zeros(3)}
     text = {"cls.predictions.bias": torch.zeros(64), "bert.pooler.dense.weight": torch.zeros(48, 48)}
     for key, value in encoder.state_dict().items():
-        part, _, rest = key.partition(".")
-        if part == "image":
-            rest = rest.replace("tower", "encoder.encoder", 1).replace("head", "projector.model", 1)
-            image[rest] = value
-        elif rest.startswith("tower"):
-            text[rest.replace("tower", "bert", 1)] = value
-        else:
-            module, _, kind = key.rpartition(".")
-            text[f"cls_projection_head.{names[module]}.{kind}"] = value
-    image |= {"encoder.encoder.fc.weight": torch.zeros(3, 512), "encoder.encoder.fc.bias": torch.zeros(3)}
+        ours = next(name for name in BIOVIL_NAMES if key.startswith(name))
+        part = image if ours.startswith("image") else text
+        part[key.replace(ours, BIOVIL_NAMES[ours], 1)] = value
     torch.save(image, folder / retune.BIOVIL_IMAGE)
     torch.save(text, folder / "pytorch_model.bin")
     return folder, encoder
@@ -252,13 +256,13 @@ def test_a_damaged_or_missing_file_is_named(small_biovil, file, absent):
 def test_safetensors_are_read_and_preferred_to_pickles(small_biovil):
     folder, source = small_biovil
     state = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    save_file(state, folder / "model.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"not read")
-    assert DualEncoder.load("biovil", folder).fingerprint() == source.fingerprint()
-    save_file({key: state[key] for key in list(state)[:5]}, folder / "model-00001-of-00002.safetensors")
-    save_file({key: state[key] for key in list(state)[5:]}, folder / "model-00002-of-00002.safetensors")
-    (folder / "model.safetensors").unlink()
-    assert DualEncoder.load("biovil", folder).fingerprint() == source.fingerprint()
+    keys = list(state)
+    for files in ({"model": keys}, {"model-1-of-2": keys[:5], "model-2-of-2": keys[5:]}):
+        for name, part in files.items():
+            save_file({key: state[key] for key in part}, folder / f"{name}.safetensors")
+        assert DualEncoder.load("biovil", folder).fingerprint() == source.fingerprint()
+        (folder / "model.safetensors").unlink(missing_ok=True)
 
 
 def word_tokenizer(end="<end>"):
@@ -304,15 +308,12 @@ def test_clip_and_siglip_equal_transformers(tmp_path, kind, end):
     tokens = ours.tokenizer(PROMPTS, padding=padding, max_length=20, return_tensors="pt")
     mask = {"attention_mask": tokens["attention_mask"]} if kind == "clip" else {}
     with torch.inference_mode():
-        image_error = difference(ours.encode_images(pixels), features(peer.get_image_features(pixels)))
-        expected = features(peer.get_text_features(tokens["input_ids"], **mask))
-        text_error = difference(ours.encode_texts(PROMPTS), expected)
-    assert image_error <= 1e-5 and text_error <= 1e-5
-    assert ours.dim == ours.encode_texts(["edema"]).shape[1] == (24 if kind == "clip" else 48)
+        image = features(peer.get_image_features(pixels))
+        text = features(peer.get_text_features(tokens["input_ids"], **mask))
+    assert_parity(ours, pixels, image, PROMPTS, text, 1e-5)
+    assert ours.dim == text.shape[1] == (24 if kind == "clip" else 48)
     ours.save(tmp_path / "converted")
-    converted = DualEncoder.load(str(tmp_path / "converted"))
-    assert converted.fingerprint() == ours.fingerprint()
-    assert torch.equal(converted.encode_texts(PROMPTS), ours.encode_texts(PROMPTS))
+    assert DualEncoder.load(str(tmp_path / "converted")).fingerprint() == ours.fingerprint()
 
 
 def test_old_clip_config_files_are_understood(tmp_path):
@@ -394,23 +395,18 @@ def small_encoder(**changes):
 
 
 def test_pools():
-    """Each pool against its definition; padding never changes a text's embedding."""
-    encoder, pixels = small_encoder(), images(28)
-    caught = {}
+    """Each pool against its definition; padding and batches never change a text's embedding."""
+    encoder, pixels, caught = small_encoder(), images(28), {}
     encoder.image.tower.layernorm.register_forward_pre_hook(lambda _, inputs: caught.update(x=inputs[0]))
     embeddings = encoder.encode_images(pixels)
     expected = nn.functional.normalize(caught["x"].mean(1) @ encoder.image.head[0].weight.T, dim=-1)
     assert difference(embeddings, expected) < 1e-6
-    alone = torch.cat([encoder.encode_texts([prompt]) for prompt in PROMPTS])
-    assert difference(encoder.encode_texts(PROMPTS), alone) < 1e-5
-    assert difference(encoder.encode_texts(PROMPTS * 9), alone.repeat(9, 1)) < 1e-5  # more than a batch
     bert = {"model": {"model_type": "bert", **SMALL_BERT, "vocab_size": 64}, "pool": "mean"}
-    encoder = small_encoder(text=bert)
-    alone = torch.cat([encoder.encode_texts([prompt]) for prompt in PROMPTS])
-    assert difference(encoder.encode_texts(PROMPTS), alone) < 1e-5
+    for encoder in (small_encoder(), small_encoder(text=bert)):
+        alone = torch.cat([encoder.encode_texts([prompt]) for prompt in PROMPTS])
+        assert difference(encoder.encode_texts(PROMPTS * 9), alone.repeat(9, 1)) < 1e-5
     resnet = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [16, 48], "depths": [1, 1]}
-    encoder = small_encoder(image={"model": resnet, "pool": "mean"})
-    assert encoder.encode_images(pixels).shape == (8, 16)
+    assert small_encoder(image={"model": resnet, "pool": "mean"}).encode_images(pixels).shape == (8, 16)
     with pytest.raises(InputError, match="'average'"):
         small_encoder(image={"pool": "average"})
     with pytest.raises(InputError, match="'Module'"):

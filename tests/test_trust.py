@@ -23,10 +23,9 @@ from PIL import Image
 
 import retune
 from tests.fixtures import (
+    assert_same_run,
     csv_rows,
     exit_code,
-    metrics_of,
-    model_bytes,
     noise_images,
     read_failure,
     read_metrics,
@@ -61,15 +60,17 @@ def call_program(program: str, arguments: list[str]) -> int:
     return module.main(arguments)
 
 
-def run_and_exit(arguments: list[str], environment: dict | None = None) -> None:
-    """retune.py in a process of its own, with the environment that torchrun gives a rank."""
+def run_and_exit(arguments: list[str], environment: dict | None = None, limit: int = 0, said="") -> None:
+    """retune.py in a process of its own: with the environment of a rank, or where no file may exceed `limit`
+    bytes, so that writes fail halfway as on a full disk, with standard error in the file `said`."""
+    import resource
+
     os.environ.update(environment or {})
+    if limit:
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.exit(call_program("retune", arguments))
-
-
-def assert_same_run(folder: Path, other: Path) -> None:
-    assert metrics_of(folder) == metrics_of(other)
-    assert model_bytes(folder) == model_bytes(other)
 
 
 def run_until_change(program: str, arguments: list[str], folder: Path, last: float) -> None:
@@ -125,22 +126,11 @@ def test_a_killed_program_ends_like_an_uninterrupted_one(program, fork, encoder_
     assert {name for name in expected | found if expected.get(name) != found.get(name)} == set()
 
 
-def run_on_small_disk(arguments, limit, report):
-    """Run the command line where no file may exceed `limit` bytes: writes fail halfway, as on a full disk."""
-    import resource
-
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    with open(report, "w") as sys.stderr:
-        code = call_program("retune", arguments)
-    sys.exit(code)
-
-
 @pytest.mark.parametrize("limit", [500, 5000, 20000])
 def test_a_full_disk_leaves_whole_files_and_the_run_goes_on(demo_arguments, finished, fork, tmp_path, limit):
     run, report = tmp_path / "run", tmp_path / "report.txt"
     arguments = [*demo_arguments, "--cache-dir", str(tmp_path / "cache"), "--output", str(run)]
-    code, said = exit_code(fork(run_on_small_disk, arguments, limit, report)), report.read_text()
+    code, said = exit_code(fork(run_and_exit, arguments, None, limit, report)), report.read_text()
     assert code == 2 and "error: " in said and "Traceback" not in said, (code, said)
     assert not list(tmp_path.rglob("*partial*"))
     assert all(path.read_bytes() == (finished / path.name).read_bytes() for path in run.glob("task*"))
