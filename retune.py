@@ -1,8 +1,7 @@
 """RE-tune: incremental fine-tuning of biomedical vision-language models for multi-label chest X-rays.
 
 The whole method, as data flow: files -> embeddings -> adaptors -> scores -> report. With `prompts.json` beside it this
-is the whole program for a CSV of images and the folder of an encoder; the demo needs `demo/`, other methods and
-thresholds `experiments/`. Its classes and functions can also be copied out one by one.
+is the whole program for a CSV of images and the folder of an encoder; its classes and functions can be copied out.
 
     python retune.py --scenario data --epochs 5                       # embedded demo, nothing to download
     python retune.py --data csv --data-dir my_xrays --encoder biomedclip --scenario class  # your own images
@@ -142,11 +141,11 @@ MAY_DIFFER = (  # when a run is resumed; of --prompts and --set the contents are
 
 def resolve_defaults(config: Config, data: Radiographs) -> Config:
     """Fill in what the data decide: learning rate and batch size by the size of the set, a random class order."""
-    small = len(data.where("train")) < SMALL_SET  # (ours) enough steps for a small set to learn
     order = config.class_order
     if order == ("random",):
         shuffled = np.random.default_rng(config.seed).permutation(len(data.class_names))
         order = tuple(data.class_names[c] for c in shuffled)
+    small = len(data.where("train")) < SMALL_SET  # (ours) enough steps for a small set to learn
     lr = config.lr or (1e-3 if small else 1e-4)
     batch_size = config.batch_size or (64 if small else 6144)
     return dataclasses.replace(config, class_order=order, lr=lr, batch_size=batch_size)
@@ -238,9 +237,13 @@ class Radiographs:
 def patient_split(patients: Sequence[str], shares: dict[str, float]) -> np.ndarray:
     """The split of every image [N] by a hash of its patient id, so that new patients never move the old ones."""
     edges = np.cumsum(list(shares.values()))[:-1]
-    ids, patient = np.unique(np.asarray(patients, str), return_inverse=True)
-    position = [int.from_bytes(hashlib.sha256(p.encode()).digest()[:8], "big") / 2**64 for p in ids]
-    return np.array(list(shares))[np.searchsorted(edges, position, side="right")][patient]
+    patients = np.asarray(patients, str).tolist()
+    ids = list(dict.fromkeys(patients))
+    digests = b"".join(hashlib.sha256(name.encode()).digest()[:8] for name in ids)
+    position = np.frombuffer(digests, ">u8") / 2**64
+    split = np.array(list(shares))[np.searchsorted(edges, position, side="right")]
+    home = dict(zip(ids, split.tolist()))
+    return np.array([home[patient] for patient in patients])
 
 
 def read_table(path: str | Path, required: Sequence[str] = ()):
@@ -250,25 +253,28 @@ def read_table(path: str | Path, required: Sequence[str] = ()):
     with input_errors(path, "not a readable CSV"):
         opener = gzip.open if str(path).endswith(".gz") else open
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file)
-            header = [name.strip() for name in next(lines, [])]
-            widths = np.array([len(line) for line in lines])
-        n = 1 + np.flatnonzero(widths).max(initial=-1)  # blank lines may follow
-        wrong = np.flatnonzero(widths[:n] != len(header))
+            text = file.read()
+        if '"' in text:
+            widths = np.array([len(fields) for fields in csv.reader(io.StringIO(text))])
+        else:  # ten times faster
+            widths = np.array([line.count(",") + bool(line.strip()) for line in text.split("\n")])
+        widths = widths[: 1 + np.flatnonzero(widths).max(initial=-1)]  # blank lines may follow
+        if len(widths) < 2:
+            raise ValueError("the table has a header and no rows" if len(widths) else "the file is empty")
+        options = {"dtype": str, "keep_default_na": False, "skip_blank_lines": False, "encoding": "utf-8-sig"}
+        header = [name.strip() for name in next(csv.reader(io.StringIO(text)))]
         if len(header) == 1 and (mark := re.search("[;\t|]", header[0])):
             raise ValueError(f"fields are separated by {mark[0]!r}; save it with commas")
-        if len(wrong):
-            fields = f"{widths[wrong[0]]} fields where the header has {len(header)}"
-            raise ValueError(f"row {wrong[0] + 2}: {fields}")
-        if not n:
-            raise ValueError("the table has a header and no rows" if header else "the file is empty")
+        if len(wrong := np.flatnonzero(widths != len(header))):
+            raise ValueError(
+                f"row {wrong[0] + 1}: {widths[wrong[0]]} fields where the header has {len(header)}"
+            )
         if duplicated := [name for name in header if header.count(name) > 1]:
             raise ValueError(f"column {duplicated[0]!r} is duplicated")
-        options = {"skiprows": 1, "nrows": n, "skip_blank_lines": False, "encoding": "utf-8-sig"}
-        table = pandas.read_csv(path, names=header, dtype=str, keep_default_na=False, **options)
+        table = pandas.read_csv(path, names=header, skiprows=1, nrows=len(widths) - 1, **options)
     if missing := [name for name in required if name not in header]:
         raise InputError(f"{path}: no column {missing[0]!r}; the columns are {', '.join(header)}")
-    table.index = [f"{path} row {i + 2}" for i in range(n)]
+    table.index = [f"{path} row {i + 2}" for i in range(len(table))]
     return table
 
 
@@ -280,14 +286,13 @@ def refuse_row(table, bad: np.ndarray, reason: str, column: str = "") -> None:
         raise InputError(f"{table.index[i]}: {value}{reason}")
 
 
-def label_value(text: str) -> float | None:
-    """1, 0, -1 (uncertain) or nan (blank); None for a text that is no label."""
-    plain = text.strip().lower()
-    try:
-        value = float({"true": 1, "yes": 1, "false": 0, "no": 0, "": math.nan}.get(plain, plain))
-    except ValueError:
-        return None
-    return value if value in (1, 0, -1) or math.isnan(value) else None
+def label_values(column) -> np.ndarray:
+    """A column of texts as [N] numbers: 1, 0, -1 (uncertain), nan (blank), and infinity for what is no label."""
+    words = {"true": "1", "yes": "1", "false": "0", "no": "0", "": "nan"}
+    codes, texts = column.factorize()
+    plain = [words.get(text.strip().lower(), text.strip().lower()) for text in texts]
+    values = [float(text) if re.fullmatch(r"nan|-?[01](\.0*)?", text) else math.inf for text in plain]
+    return np.array(values, np.float32)[codes]
 
 
 def parse_labels(table, classes: Sequence[str], uncertain: str, blank: str) -> tuple[np.ndarray, str]:
@@ -295,13 +300,10 @@ def parse_labels(table, classes: Sequence[str], uncertain: str, blank: str) -> t
 
     uncertain: ones | zeros | ignore (CheXpert's U-Ones, U-Zeros, U-Ignore); blank: zero | ignore.
     """
-    labels = np.empty((len(table), len(classes)), np.float32)
-    for j, name in enumerate(classes):
-        codes, texts = table[name].factorize()
-        values = [label_value(text) for text in texts]
-        bad = np.array([value is None for value in values])[codes]
-        refuse_row(table, bad, "is not 1, 0, -1, blank; --classes says which columns are findings", name)
-        labels[:, j] = np.array(values)[codes]
+    labels = np.stack([label_values(table[name]) for name in classes], axis=1)
+    for name, values in zip(classes, labels.T):
+        reason = "is not 1, 0, -1, blank; --classes says which columns are findings"
+        refuse_row(table, np.isinf(values), reason, name)
     is_blank = np.isnan(labels)
     is_uncertain = labels == -1
     policy = {"ones": 1, "zeros": 0, "zero": 0, "ignore": math.nan}
@@ -331,11 +333,12 @@ def from_table(table, labels: np.ndarray, classes: Sequence[str], config: Config
         table = table[wanted]
         labels = labels[wanted]
     root = str(config.root)
-    images = [os.path.join(root, path) for path in table["path"].tolist()]
+    paths = table["path"].tolist()
+    images = [path if path[0] == os.sep else os.path.join(root, path) for path in paths]
     columns = (table[name].tolist() for name in ("patient", "split", "name"))
     known = {name: table[name].tolist() for name in GROUPS if name in table}
     reports = table["report"].tolist() if "report" in table else None
-    return Radiographs(images, labels, classes, *columns, table.index, reports, note, **known)
+    return Radiographs(images, labels, classes, *columns, table.index.tolist(), reports, note, **known)
 
 
 def load_demo(config: Config) -> Radiographs:
@@ -359,18 +362,16 @@ def load_csv(config: Config) -> Radiographs:
     path = config.labels_csv or only_file(config.root, "*.csv")
     table = read_table(path, ["path"])
     table = table.rename(columns={name: name.lower() for name in table if name.lower() in GROUPS})
-    findings, others = [], []
-    for name in (name for name in table if name not in ("path", "patient", "split", "report", *GROUPS)):
-        values = [label_value(text) for text in table[name].tolist()]
-        labelled = sum(value in (1, 0, -1) for value in values)
-        # a column mostly of labels is a finding, so that its misspelt label is refused below
-        (findings if values.count(None) <= labelled else others).append(name)
+    other = ("path", "patient", "split", "report", *GROUPS)
+    values = {name: label_values(table[name]) for name in table if name not in other}
+    # a column mostly of labels is a finding, so that its misspelt label is refused below
+    findings = [name for name, found in values.items() if (found <= 1).sum() >= np.isinf(found).sum()]
     classes = check_classes(config, list(table)) or findings
     if not classes:
         raise InputError(f"{path}: no column holds labels; findings can be named with --classes")
     labels, note = parse_labels(table, classes, config.uncertain, config.blank or "ignore")
-    if others and not config.classes:
-        note += f"; left out columns that hold no labels: {', '.join(others)}"
+    if len(findings) < len(values) and not config.classes:
+        note += f"; left out columns that hold no labels: {', '.join(set(values) - set(findings))}"
     if "patient" not in table:
         table["patient"] = table["path"]
         note += "; no `patient` column: each image counts as a patient of its own"
@@ -391,17 +392,24 @@ def only_file(root: Path, pattern: str) -> Path:
     return found[0]
 
 
+# fmt: off
 NIH_FINDINGS = (
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
     "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia",
-)  # fmt: skip
+)
+CHEXPERT_FINDINGS = (
+    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
+    "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture",
+    "Support Devices",
+)
+# fmt: on
+COMPETITION_FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 
 
 def load_nih(config: Config) -> Radiographs:
     """NIH ChestX-ray14: 112,120 frontal images of 30,805 patients, 14 findings, each present (1) or not (0).
 
-    Both layouts (`images/`, `images_001..012/images/`) and the official lists (86,524 train_val, 25,596 test); an
-    eighth of the train_val patients, by hash, become validation, which gives ChestMNIST's 7:1:2.
+    The official lists; an eighth of the train_val patients, by hash, validates, which gives ChestMNIST's 7:1:2.
     Wang et al., "ChestX-ray8", CVPR 2017. Free to use; cite the paper and link to the NIH's download page.
     """
     root = config.root
@@ -418,27 +426,18 @@ def load_nih(config: Config) -> Radiographs:
     refuse_row(table, listed.isna(), "is in neither train_val_list.txt nor test_list.txt", "name")
     held_out = patient_split(table["patient"], {"train": 7 / 8, "val": 1 / 8})
     table["split"] = np.where(listed == "train", held_out, "test")
-    folders = [d for d in (root / "images", *sorted(root.glob("images_*/images"))) if d.is_dir()]
+    folders = [folder for folder in (root / "images", *root.glob("images_*/images")) if folder.is_dir()]
     home = {name: str(folder.relative_to(root)) for folder in folders for name in os.listdir(folder)}
     table["path"] = [f"{home.get(name, 'images')}/{name}" for name in table["name"].tolist()]
     note = "nih: labels mined from reports; every finding that is not named counts as absent"
     return from_table(table, labels, NIH_FINDINGS, config, note)
 
 
-CHEXPERT_FINDINGS = (
-    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
-    "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture",
-    "Support Devices",
-)  # fmt: skip
-COMPETITION_FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
-
-
 def load_chexpert(config: Config) -> Radiographs:
     """CheXpert: 223,414 training images of 64,540 patients (191,027 frontal), 14 findings with -1 for uncertain.
 
-    `train.csv` (or --labels-csv: VisualCheXbert, CheXbert), `valid.csv` (234 images), and for the test (668 images)
-    `test_labels.csv` or, a row per study, `groundtruth.csv`; without either `valid.csv` is the test set and a
-    twentieth of the training patients validate.
+    `train.csv` (or --labels-csv: VisualCheXbert, CheXbert), `valid.csv` and the test set's `test_labels.csv` or, a row
+    per study, `groundtruth.csv`; without either `valid.csv` is tested and 1/20 of the training patients validates.
     Irvin et al., AAAI 2019. Stanford's research use agreement; neither images nor labels may be passed on.
     """
     import pandas
@@ -446,21 +445,22 @@ def load_chexpert(config: Config) -> Radiographs:
     # an archive is CheXpert-v1.0-small, CheXpert-v1.0 or a batch of it, of which some hold patients without `train`
     root = config.root.absolute()
     folders = [*sorted(root.glob("CheXpert-v1.0*")), root / "test", root]
-    home = {name: str(folder) for folder in folders if folder.is_dir() for name in os.listdir(folder)}
+    home = dict.fromkeys(("train", "valid", "test"), str(root))
+    home |= {name: str(folder) for folder in folders if folder.is_dir() for name in os.listdir(folder)}
     owners = [folder.name for folder in folders if (folder / "train.csv").is_file()]
     if len(owners) > 1 and root.name not in owners:
         raise InputError(f"{root}: train.csv is in {' and '.join(owners)}; give one as --data-dir")
-    train = config.labels_csv or f"{home.get('train.csv', root)}/train.csv"
-    valid = f"{home.get('valid.csv', root)}/valid.csv"
-    test = next((f"{home[n]}/{n}" for n in ("test_labels.csv", "groundtruth.csv") if n in home), None)
-    files = {"train": train, "val": valid, "test": test} if test else {"train": train, "test": valid}
+    files = {"train": config.labels_csv or f"{home.get('train.csv', root)}/train.csv"}
+    files["val"] = f"{home.get('valid.csv', root)}/valid.csv"
+    test = [f"{home[name]}/{name}" for name in ("test_labels.csv", "groundtruth.csv") if name in home]
+    files["test"] = test[0] if test else files.pop("val")
     classes = config.classes or COMPETITION_FINDINGS
     tables = [chexpert_table(path, classes, home).assign(split=split) for split, path in files.items()]
     table = pandas.concat(tables).rename(columns={"Sex": "sex", "Age": "age"}).fillna("")
     labels, note = parse_labels(table, classes, config.uncertain, config.blank or "zero")
-    if test is None:
+    if not test:
         note += "; no test labels, so valid.csv is the test set and val is cut from train by patient"
-        held_out = patient_split(table["patient"], {"train": 0.95, "val": 0.05})
+        held_out = patient_split(table["patient"].tolist(), {"train": 0.95, "val": 0.05})
         table["split"] = np.where(table["split"] == "train", held_out, table["split"])
     return from_table(table, labels, classes, config, note)
 
@@ -469,18 +469,17 @@ def chexpert_table(path: str, classes: Sequence[str], home: dict[str, str]):
     """One CheXpert table, a row per image: `home` says which folder holds a split, or a patient of a batch."""
     column = "Study" if Path(path).name == "groundtruth.csv" else "Path"
     table = read_table(path, [column, *classes])
-    pattern = re.compile(r"(train|valid|test)/([^/]+)/.+")  # whatever archive's name comes before
-    found = [pattern.search(place.replace("\\", "/")) for place in table[column].tolist()]
-    bad = np.array([match is None for match in found])
-    refuse_row(table, bad, "is not <train|valid|test>/<patient>/<study>/<image>", column)
-    paths = []
-    for name, split, patient in (match.group(0, 1, 2) for match in found):
-        if split not in home and patient in home:
-            paths.append(f"{home[patient]}/{name.removeprefix(split + '/')}")
-        else:
-            paths.append(f"{home[split]}/{name}" if split in home else name)
-    names = [match[0] for match in found]
-    table = table.assign(name=names, patient=[match[2] for match in found], path=paths)
+    kept = [name for name in table if name in (*classes, "Sex", "Age", "Frontal/Lateral", "AP/PA")]
+    places = table[column].tolist()
+    split = next((name for name in ("train", "valid", "test") if f"{name}/" in places[0]), "train")
+    inside = [place.partition(f"{split}/")[2] for place in places]  # whatever archive's name comes before
+    bad = np.array(["/" not in place for place in inside])
+    refuse_row(table, bad, f"is not {split}/<patient>/<study>/<image>", column)
+    names = [f"{split}/{place}" for place in inside]
+    patients = [place.partition("/")[0] for place in inside]
+    folder = f"{home[split]}/{split}"
+    paths = [f"{home.get(patient, folder)}/{place}" for patient, place in zip(patients, inside)]
+    table = table[kept].assign(name=names, patient=patients, path=paths)
     if column == "Study":  # a row stands for each image in the study's folder
         images = [[image.name for image in sorted(Path(path).glob("*.jpg"))] for path in paths]
         refuse_row(table, np.array([not names for names in images]), "holds no .jpg of this study", "path")
@@ -497,8 +496,7 @@ def chexpert_table(path: str, classes: Sequence[str], home: dict[str, str]):
 def load_mimic(config: Config) -> Radiographs:
     """MIMIC-CXR-JPG: 377,110 images of 227,835 studies of 65,379 patients, CheXpert's 14 findings per study.
 
-    Labels of `mimic-cxr-2.0.0-chexpert.csv` (or --labels-csv: `-negbio`), the official split, views if the metadata
-    are there; gzipped or not.
+    `mimic-cxr-2.0.0-chexpert.csv` (or --labels-csv: `-negbio`), `-split.csv` and `-metadata.csv`, gzipped or not.
     Johnson et al., arXiv 1901.07042. PhysioNet's credentialed licence; neither images nor labels may be passed on.
     """
 
@@ -513,8 +511,8 @@ def load_mimic(config: Config) -> Radiographs:
     table = read_table(release("split"), ["dicom_id", "study_id", "subject_id", "split"])
     split = table["split"].map({"train": "train", "validate": "val", "test": "test"})
     refuse_row(table, split.isna(), "is not train, validate or test", "split")
-    table["path"] = "s" + table["study_id"] + "/" + table["dicom_id"] + ".jpg"
-    table["path"] = "files/p" + table["subject_id"].str[:2] + "/p" + table["subject_id"] + "/" + table["path"]
+    folder = "files/p" + table["subject_id"].str[:2] + "/p" + table["subject_id"] + "/s" + table["study_id"]
+    table["path"] = folder + "/" + table["dicom_id"] + ".jpg"
     table = table.assign(split=split, name=table["path"], patient=table["subject_id"])
     if config.view != "all" or release("metadata").is_file():
         metadata = read_table(release("metadata"), ["dicom_id", "ViewPosition"])
@@ -533,15 +531,13 @@ CHESTMNIST_MD5 = {28: "02c8a6516a18b556561a56cbdd36c4a8", 64: "9de6cd0b934ebb5b7
 def load_chestmnist(config: Config) -> Radiographs:
     """ChestMNIST: ChestX-ray14 at 28, 64, 128 or 224 pixels: 78,468 train, 11,219 val, 22,433 test; 14 findings.
 
-    Reads or downloads `chestmnist.npz` or `chestmnist_<size>.npz` in --data-dir (else in --cache-dir), and unpacks it
-    into --cache-dir, so that memory does not grow with --size.
+    Read from --data-dir, or downloaded to --cache-dir, and unpacked there, so that memory does not grow with --size.
     Yang et al., "MedMNIST v2", Scientific Data 2023. CC BY 4.0.
     """
     from torchvision.datasets.utils import download_url
 
     folder = config.root if config.data_dir else Path(config.cache_dir)
     path = folder / ("chestmnist.npz" if config.size == 28 else f"chestmnist_{config.size}.npz")
-    parts = ("train", "val", "test")
     with input_errors(path, f"not ChestMNIST at {config.size} pixels; put the published file there"):
         if not path.exists():
             download_url(CHESTMNIST.format(path.name), folder, path.name, CHESTMNIST_MD5[config.size])
@@ -552,12 +548,11 @@ def load_chestmnist(config: Config) -> Radiographs:
             if not unpacked.exists():
                 with atomic(unpacked) as partial:
                     shutil.unpack_archive(path, partial, "zip")
-        images = [np.load(unpacked / f"{part}_images.npy", "r", allow_pickle=False) for part in parts]
-        labels = [np.load(unpacked / f"{part}_labels.npy", allow_pickle=False) for part in parts]
-        found = [(array.dtype, array.shape) for array in images]
-        if found != [(np.uint8, (len(y), config.size, config.size)) for y in labels]:
-            raise ValueError(f"images are {found}")
-        split = np.repeat(parts, [len(y) for y in labels])
+        images = [np.load(unpacked / f"{part}_images.npy", "r", allow_pickle=False) for part in SHARES]
+        labels = [np.load(unpacked / f"{part}_labels.npy", allow_pickle=False) for part in SHARES]
+        if any(x.dtype != np.uint8 or x.shape[1:] != (config.size, config.size) for x in images):
+            raise ValueError(f"images are {[(x.dtype, x.shape) for x in images]}")
+        split = np.repeat(list(SHARES), [len(y) for y in labels])
         names = [f"{part}-{i:06d}" for i, part in enumerate(split)]
         note = "chestmnist: official split; no patient ids, so each image counts as a patient of its own"
         columns = (np.concatenate(labels), NIH_FINDINGS, names, split, names)
@@ -578,15 +573,20 @@ def load_radiographs(config: Config) -> Radiographs:
     wanted = tuple(check_classes(config, data.class_names) or data.class_names)
     columns = [list(data.class_names).index(name) for name in wanted]
     data = dataclasses.replace(data, labels=data.labels[:, columns], class_names=wanted)
-    first: dict[str, int] = {}
-    home: dict[str, int] = {}
+    written = "\n".join(data.names)
+    names = list(map(os.path.normpath, data.names)) if "./" in written or "//" in written else data.names
+    row = dict(zip(names, range(len(names))))
+    if len(row) < len(names):
+        first = next(i for i, name in enumerate(names) if row[name] != i)
+        raise InputError(
+            f"{data.rows[row[names[first]]]}: image {names[first]!r} is also in {data.rows[first]}"
+        )
     split = data.split.tolist()
-    for i, (name, patient) in enumerate(zip(data.names, data.patients.tolist())):
-        name = os.path.normpath(name) if "./" in name or "//" in name else name
-        if first.setdefault(name, i) != i:
-            raise InputError(f"{data.rows[i]}: image {name!r} is also in {data.rows[first[name]]}")
-        if (other := split[home.setdefault(patient, i)]) != split[i]:
-            raise InputError(f"{data.rows[i]}: patient {patient!r} is in {other} and in {split[i]}")
+    patients = data.patients.tolist()
+    home = dict(zip(patients, split))
+    for i, patient in enumerate(patients):
+        if home[patient] != split[i]:
+            raise InputError(f"{data.rows[i]}: patient {patient!r} is in {split[i]} and in {home[patient]}")
     check_splits(data)
     return data
 
@@ -661,8 +661,7 @@ def read_dicom(path: str | Path) -> torch.Tensor:
 def transform_image(image: torch.Tensor, resize, crop, interpolation, mean, std) -> torch.Tensor:
     """uint8 image [1 or 3,H,W] -> normalised float pixels [3,h,w]; a single channel is repeated to three.
 
-    resize: length of the shorter side, or [height, width], antialiased and rounded to uint8 as PIL does it; crop:
-    side of the central square, or None.
+    resize: the shorter side, or [height, width], antialiased and rounded to uint8 as PIL does; crop: side or None.
     """
     from torchvision.transforms.v2 import InterpolationMode, functional
 
@@ -732,10 +731,6 @@ class Tower(nn.Module):
         elif self.pool != "none":
             x = x.mean(1) if x.ndim == 3 else x.mean((2, 3))
         return self.head(x)
-
-
-# in some published files, but part of neither embedding
-UNUSED_KEYS = r"^logit_|position_ids$|num_batches_tracked$|^text\.tower\.pooler\.|^cls\.|^image\.tower\.fc\."
 
 
 class DualEncoder(nn.Module):
@@ -882,6 +877,8 @@ KEYS = {  # BiomedCLIP; BioViL; CLIP and SigLIP
     "vision_model": "image.tower", "text_model": "text.tower",
     "visual_projection": "image.head.0", "text_projection": "text.head.0",
 }
+# in some published files, but part of neither embedding
+UNUSED_KEYS = r"^logit_|position_ids$|num_batches_tracked$|^text\.tower\.pooler\.|^cls\.|^image\.tower\.fc\."
 BIOVIL_IMAGE = "biovil_image_resnet50_proj_size_128.pt"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 VOCABULARIES = ("vocab.txt", "tokenizer.json", "vocab.json", "spiece.model")
@@ -903,8 +900,7 @@ def download(name: str) -> Path:
     place = name.removeprefix("open_clip:")
     default = (place, None, WEIGHTS if place == name else OPEN_CLIP_WEIGHTS)
     repository, revision, weights = HUB.get(name, default)
-    files = f"*.json, *.txt, *.model, biovil*.pt and {' or '.join(weights)}"
-    remedy = f"accept its terms, if any; get {files} from https://huggingface.co/{repository}; --encoder-dir FOLDER"
+    remedy = f"get its files from https://huggingface.co/{repository} (accept its terms, if any); --encoder-dir FOLDER"
     with input_errors(f"encoder {name!r}", f"cannot be downloaded; {remedy}"):
         for pattern in weights:
             patterns = ["*.json", "*.txt", "*.model", "biovil*.pt", pattern]
@@ -975,14 +971,12 @@ def read_transformers(folder: Path) -> dict:
     for part in (published.vision_config, published.text_config):
         model = {key: value for key, value in part.to_dict().items() if re.fullmatch(shaping, key)}
         towers.append({"model": model, "pool": "pooler", "head": []})
+        if published.model_type == "clip":
+            towers[-1]["head"] = [linear(part.hidden_size, published.projection_dim, bias=False)]
     vision, text = towers
     text["context_length"] = published.text_config.max_position_embeddings
-    dim = published.vision_config.hidden_size
-    if published.model_type == "clip":
-        vision["head"] = [linear(dim, published.projection_dim, bias=False)]
-        text["head"] = [linear(published.text_config.hidden_size, published.projection_dim, bias=False)]
-        dim = published.projection_dim
-    else:
+    dim = published.projection_dim if vision["head"] else published.vision_config.hidden_size
+    if published.model_type == "siglip":
         text["padding"] = "max_length"
         # the text tower uses neither, and transformers' defaults for them lie outside its vocabulary
         text["model"] |= {"bos_token_id": None, "eos_token_id": None}
@@ -1558,8 +1552,6 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    if not all(p.isfinite().all() for p in model.parameters()):  # by the last step, which no loss came after
-        raise InputError(f"task {task.name!r}: its weights are no longer finite; lower --lr")
 
 
 @torch.inference_mode()
@@ -1631,10 +1623,11 @@ def load_model(path: Path, config: Config) -> tuple[Method, dict]:
     Code from outside `experiments` runs only if the command line names it: --method MODULE:CLASS.
     """
     tensors, known = load_tensors(path)
-    if ":" in known["method"] and config.method != known["method"]:
-        raise InputError(f"{path}: its method is code of your own; name it again: --method {known['method']}")
-    settings = dataclasses.replace(config, **{key: known[key] for key in MODEL_KEYS})
-    model = build_model(settings, known["dim"], len(known["classes"]), known["method_options"])
+    with input_errors(path, "is not a run's model"):
+        if ":" in known["method"] and config.method != known["method"]:
+            raise ValueError(f"its method is code of your own; name it again: --method {known['method']}")
+        settings = dataclasses.replace(config, **{key: known[key] for key in MODEL_KEYS})
+        model = build_model(settings, known["dim"], len(known["classes"]), known["method_options"])
     load_weights(model, tensors, path)
     return model.eval(), known
 
@@ -1915,8 +1908,7 @@ def markdown_table(header: Sequence, rows: Iterable[Sequence]) -> str:
 
 def stages(metrics: dict) -> list[tuple[str, dict]]:
     """(name, M of the test split) of zero-shot and of every task."""
-    ours = " [residual, ours]" if metrics["config"]["adaptor"] == "residual" else ""
-    names = ["zero-shot", *(f"{k}. {task['name']}{ours}" for k, task in enumerate(metrics["tasks"], 1))]
+    names = ["zero-shot", *(f"{k}. {task['name']}" for k, task in enumerate(metrics["tasks"], 1))]
     return list(zip(names, (m["test"] for m in (metrics["zero_shot"], *metrics["after_task"]))))
 
 
@@ -2230,11 +2222,7 @@ def read_json(path: Path):
 
 def file_checksum(path: str | Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
