@@ -91,8 +91,10 @@ def test_the_demo_command_gives_the_number_to_expect(tmp_path, monkeypatch):
         Path("run").rename("done")
 
 
-def test_shell_commands_and_links_name_files_that_are_there():
+def test_programs_compile_and_commands_and_links_name_files_that_are_there():
     for page, text in zip(PAGES, (README, *DOCS)):
+        for program in blocks("python", text):
+            compile(program, page, "exec")
         for name in re.findall(r"(?<![\w/.-])(\w+\.(?:sh|txt))\b", "\n".join(blocks("bash", text))):
             assert (ROOT / name).is_file(), (page, name)
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
