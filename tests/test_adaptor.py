@@ -765,7 +765,7 @@ def test_presets_follow_the_data_set_not_its_size(name, expected):
     assert {key: getattr(config, key) for key in expected} == expected
     assert f"preset authors, {name}" in text
     assert all(f"{key} {value}" in text for key, value in expected.items())
-    assert resolve_defaults(Config(), 4000)[0].decoder_width == 64
+    assert [resolve_defaults(Config(), n)[0].decoder_width for n in (4000, 200_000)] == [64, 512]
     assert resolve_defaults(Config(data=name, head_lr=1.0), 18_000)[0].head_lr == 1.0
 
 
