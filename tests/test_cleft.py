@@ -372,6 +372,8 @@ def test_balanced_sets_have_one_known_finding():
     multi, balanced = evaluation.make_test_sets(pairs, Config(fractions=(1.0,)))
     assert set(balanced.rows[:2]) == {0, 4} and set(balanced.rows[2:]) == {2, 3} and len(multi.rows) == 7
     assert set(balanced.learn[1.0]) == {7, 9, 10, 11} and set(multi.learn[1.0]) == set(range(7, 14))
+    features = np.random.default_rng(0).normal(size=(14, 3))
+    assert evaluation.linear_probe(features, multi, multi.learn[1.0]).all()  # without the unknown label of A
     scores = np.array([[2.0, 0], [2, 0], [0, 2], [2, 0]])
     measured = evaluation.measure(scores, balanced)
     assert measured["accuracy"] == 0.75 and measured["n"] == 4
