@@ -210,13 +210,14 @@ def run_python(folder: Path, *arguments, **environment) -> subprocess.CompletedP
 
 @pytest.fixture(scope="session")
 def fork():
-    """Starts `function(*arguments)` in a process that has imported retune but run nothing."""
+    """Starts `function(*arguments)` in a process that has imported our programs but run nothing."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("needs POSIX processes")
     context = multiprocessing.get_context("forkserver")
     models = [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "resnet")]
-    heavy = ["torchvision.transforms.v2", "matplotlib.backends.backend_agg", "safetensors.torch"]
-    context.set_forkserver_preload(["tests.fixtures", "PIL.PngImagePlugin", *heavy, *models])
+    heavy = ["pandas", "sklearn.metrics", "torchvision.transforms.v2", "matplotlib.backends.backend_agg"]
+    ours = ["tests.test_trust", "adaptor.__main__", "cleft.__main__"]
+    context.set_forkserver_preload([*ours, *heavy, *models, "safetensors.torch", "PIL.PngImagePlugin"])
     here = os.getcwd()
     os.chdir(ROOT)
     multiprocessing.forkserver.ensure_running()
