@@ -71,8 +71,7 @@ def load_backbones(config) -> Backbones:
             part.convolution.stride = (image["last_stride"],) * 2
     own = encoder.state_dict()
     counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}  # not in every file
-    published = image_state | text_state
-    used = {k: v for k, v in published.items() if k in own}  # unused poolers and classifiers stay behind
+    used = {k: v for k, v in (image_state | text_state).items() if k in own}  # no unused pooler, classifier
     retune.load_weights(encoder, counters | used, name)
     encoder.tower_ids = {"image": image_id, "text": text_id}
     try:

@@ -20,8 +20,7 @@ from adaptor.pretraining import LivePairs, Pairs, make_pairs, make_texts, pretra
 from adaptor.segmentation import segment, segmentation_table
 from retune import DualEncoder, InputError, Radiographs, log
 
-# settings in which the runs of one folder may differ beside retune's; texts are compared by content
-NOT_IDENTITY = ("export", "skip_bad_images", "reports_dir")
+NOT_IDENTITY = ("export", "skip_bad_images", "reports_dir")  # may differ when a run is resumed
 
 
 def run(config: Config) -> dict:

@@ -54,7 +54,8 @@ class PatchDecoder(nn.Module):
 
     def forward(self, tokens: torch.Tensor, maps: list[torch.Tensor] | None = None) -> torch.Tensor:
         x = self.first(tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid)))
-        x = F.interpolate(x, (self.start, self.start))
+        if x.shape[-1] != self.start:
+            x = F.interpolate(x, (self.start, self.start))
         for i, stage in enumerate(self.blocks):
             x = stage(x)
             x = F.interpolate(x, scale_factor=2) if i < self.doublings else x
@@ -162,21 +163,22 @@ class FrozenImages:
     def read(self, rows: np.ndarray, augment: bool = False) -> tuple:
         """(tokens [B, T, d] or embeddings [B, d], maps or None, masks float [B, C, h, h]) of image rows.
         augment: half of them turned by up to 10 degrees and scaled by up to 10%."""
-        if not augment and all(int(row) in self.kept for row in rows):
-            tokens, masks = (torch.stack(part) for part in zip(*(self.kept[int(row)] for row in rows)))
-            return tokens, None, masks.float()
-        draw = torch.rand(3, len(rows)) if augment else torch.ones(3, len(rows))
-        chosen = (draw[0] < 0.5).float()
-        angles = (chosen * (20 * draw[1] - 10)).tolist()
-        scales = (1 + chosen * (0.2 * draw[2] - 0.1)).tolist()
-        found = load_images(self.data.images, rows, self.load, rows, angles, scales)
-        pixels, masks = (torch.stack(part).to(self.device) for part in zip(*found))
-        if self.unet:
-            *maps, last = unet_maps(self.encoder.image.tower, pixels)
-            return last.mean((2, 3)), maps, masks.float()
-        tokens = patch_tokens(self.encoder, pixels)
-        if not augment and len(self.kept) + len(rows) <= KEPT:
+        if augment or self.unet or not all(int(row) in self.kept for row in rows):
+            draw = torch.rand(3, len(rows)) if augment else torch.ones(3, len(rows))
+            chosen = (draw[0] < 0.5).float()
+            angles = (chosen * (20 * draw[1] - 10)).tolist()
+            scales = (1 + chosen * (0.2 * draw[2] - 0.1)).tolist()
+            found = load_images(self.data.images, rows, self.load, rows, angles, scales)
+            pixels, masks = (torch.stack(part).to(self.device) for part in zip(*found))
+            if self.unet:
+                *maps, last = unet_maps(self.encoder.image.tower, pixels)
+                return last.mean((2, 3)), maps, masks.float()
+            tokens = patch_tokens(self.encoder, pixels)
+            if augment or len(self.kept) + len(rows) > KEPT:
+                return tokens, None, masks.float()
             self.kept |= {int(row): (tokens[i], masks[i]) for i, row in enumerate(rows)}
+        # also the first time: another memory layout would round differently, and a resumed run with it
+        tokens, masks = (torch.stack(part) for part in zip(*(self.kept[int(row)] for row in rows)))
         return tokens, None, masks.float()
 
 
