@@ -1278,33 +1278,33 @@ class RETune(Method):
     def build(cls, config: Config, dim: int, n_classes: int) -> RETune:
         return cls(dim, config.adaptor, config.adapt, config.pool, config.negatives, config.logit_scale)
 
-    def forward(self, images: torch.Tensor, prompts: PromptBank) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, images: torch.Tensor, bank: PromptBank) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines (positive [B, C], negative [B, C]) of image embeddings [B, D], not normalised."""
-        dtypes = {images.dtype, prompts.embeddings.dtype, *(p.dtype for p in self.parameters())}
+        dtypes = {images.dtype, bank.embeddings.dtype, *(p.dtype for p in self.parameters())}
         if len(dtypes) > 1:
             raise ValueError(f"images, prompts and adaptors differ in dtype: {sorted(map(str, dtypes))}")
         v = self.image_adaptor(images)  # [B, D]
-        t = self.text_adaptor(prompts.embeddings)  # [M, D]
+        t = self.text_adaptor(bank.embeddings)  # [M, D]
         if self.pool != "max":
-            t = prompts.pooling(self.pool) @ t  # [2C, D]
+            t = bank.pooling(self.pool) @ t  # [2C, D]
         length = v.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         # Dividing the small product spares a normalised copy of v, in forward and backward.
         cosine = (v @ F.normalize(t, dim=-1).T) / length  # [B, 2C or M]
         if self.pool == "max":
             # -2 is below every cosine; backward would count ties with it if it equalled one
-            lowest = cosine.new_full((v.shape[0], prompts.groups), -2.0)
-            group = prompts.group.expand(v.shape[0], -1)
+            lowest = cosine.new_full((v.shape[0], bank.groups), -2.0)
+            group = bank.group.expand(v.shape[0], -1)
             cosine = lowest.scatter_reduce(1, group, cosine, "amax", include_self=False)  # [B, 2C]
         return cosine[:, 0::2], cosine[:, 1::2]
 
-    def logits(self, images: torch.Tensor, prompts: PromptBank) -> torch.Tensor:
+    def logits(self, images: torch.Tensor, bank: PromptBank) -> torch.Tensor:
         """cos(v, t+) - cos(v, t-) [B, C] in [-2, 2], times the scale; cos(v, t+) alone without negatives."""
-        positive, negative = self(images, prompts)
+        positive, negative = self(images, bank)
         return self.logit_scale * (positive - negative if self.negatives else positive)
 
-    def scores(self, images: torch.Tensor, prompts: PromptBank, rule: str = "diff") -> tuple:
+    def scores(self, images: torch.Tensor, bank: PromptBank, rule: str = "diff") -> tuple:
         """Scores in [0, 1] and decisions 0/1, [B, C]. diff: (cos+ - cos- + 2) / 4; pos: (cos+ + 1) / 2."""
-        positive, negative = self(images, prompts)
+        positive, negative = self(images, bank)
         decisions = positive > (negative if self.negatives else 0)
         diff = rule == "diff" and self.negatives
         return (positive - negative + 2) / 4 if diff else (positive + 1) / 2, decisions.to(positive.dtype)
@@ -1424,13 +1424,14 @@ def evaluate(scores, predictions, labels, class_names=None) -> dict:
     """
     from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score
 
-    scores, predictions, labels = to_numpy(scores), to_numpy(predictions), to_numpy(labels).astype(float)
+    scores, predictions, labels = map(to_numpy, (scores, predictions, labels))
+    labels = labels.astype(float)
     names = list(class_names or map(str, range(labels.shape[1])))
     values = np.full((5, len(names)), np.nan)  # AUROC, F1, average precision, precision, recall
     positives = np.zeros(len(names))
     for c, name in enumerate(names):
         known = ~np.isnan(labels[:, c])
-        y, score, decision = labels[known, c], scores[known, c], predictions[known, c]
+        y, score, decision = (array[known, c] for array in (labels, scores, predictions))
         if len(np.unique(y)) < 2:
             warnings.warn(f"{name}: known labels in a split are all alike, so it is not scored", stacklevel=2)
             continue
@@ -1460,7 +1461,7 @@ def bootstrap_ci(
     A resampled patient is a weight of its images, so that one sort a class serves all resamples; tied scores
     count one half, which is scikit-learn's weighted AUROC.
     """
-    scores, labels = to_numpy(scores), to_numpy(labels)
+    scores, labels = map(to_numpy, (scores, labels))
     ids, patient = np.unique(np.asarray(patients), return_inverse=True)
     drawn = np.random.default_rng(seed).multinomial(len(ids), np.full(len(ids), 1 / len(ids)), resamples)
     drawn = drawn.astype(np.float32)  # [R, patients], whole numbers
@@ -2037,24 +2038,15 @@ def predictions_table(predictions: list[dict]) -> str:
     return markdown_table(["image", *names], rows)
 
 
-def method_help(argv: Sequence[str]) -> str:
-    """What `--method NAME --help` says of a method that is not RE-tune; empty when that is not asked for."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--method", default="retune")
-    parser.add_argument("--help", "-h", action="store_true")
-    asked = parser.parse_known_args(argv)[0]
-    if not asked.help or asked.method == "retune":
-        return ""
-    method = load_method(asked.method)
-    options = [f"\n  --set {name}={value}" for name, value in method_options(method, ()).items()]
-    return inspect.getdoc(method) + "".join(options)
-
-
 def execute(argv: Sequence[str]) -> None:
     """Do what the command line says."""
-    if text := method_help(argv):
-        return print(text)
     parser = build_parser(Config, __doc__)
+    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    asked.add_argument("--method", default="retune")
+    method = load_method(asked.parse_known_args(argv)[0].method)
+    if method is not RETune:  # --help of another method says what it is and what --set takes
+        options = [f"\n  --set {name}={value}" for name, value in method_options(method, ()).items()]
+        parser.description = inspect.getdoc(method) + "".join(options)
     other = parser.add_argument_group("instead of a run")
     images = "score images, folders or CSVs (column `path`) with a run's adaptors; also to --output FILE.csv"
     other.add_argument("--predict", nargs="+", metavar="PATH", help=images)
