@@ -31,7 +31,7 @@ class Cleft(nn.Module):
         self.train()
 
     def train(self, mode: bool = True):
-        """As of every module, but a frozen image tower keeps its batch statistics and has no dropout."""
+        """As of every module, but a frozen image tower stays in evaluation mode."""
         super().train(mode)
         self.encoder.image.tower.train(mode and not self.frozen_image)
         return self
