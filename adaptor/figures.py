@@ -80,8 +80,8 @@ def draw_scores(path: Path, rows: Sequence[dict]) -> None:
         return
     axes = figure.add_subplot()
     for row in rows:
-        point = (row["parameters"] / 1e6, row["mean"], row["deviation"])
-        axes.errorbar(*point, fmt="o", capsize=3, label=row["name"])
+        x = row["parameters"] / 1e6
+        axes.errorbar(x, row["mean"], row["deviation"], fmt="o", capsize=3, label=row["name"])
     axes.set(xlabel="trained parameters (millions)", ylabel=rows[0]["score"])
     axes.legend(fontsize=8, frameon=False)
     save_figure(figure, path)
