@@ -1,10 +1,9 @@
 """Aligns a frozen image encoder with a frozen text encoder, and measures what that is worth downstream.
 
-    python -m adaptor                                                    # embedded demo, nothing to download
-    python -m adaptor --data mimic --data-dir MIMIC-CXR-JPG --view frontal --image-encoder facebook/dinov2-base \\
-                      --text-encoder emilyalsentzer/Bio_ClinicalBERT     # your data, any encoders
-    python -m adaptor --export pair && python retune.py --encoder pair --scenario class
-    python -m adaptor grid                                               # all pairs of encoders, ablations
+python -m adaptor                                             # embedded demo, nothing to download
+python -m adaptor --data mimic --data-dir DIR --image-encoder facebook/dinov2-base ...    # your data, encoders
+python -m adaptor --export pair && python retune.py --encoder pair --scenario class
+python -m adaptor grid                                        # all pairs of encoders, ablations
 """
 
 import sys
@@ -15,8 +14,10 @@ from adaptor.config import Config
 from adaptor.run import run, summary
 
 
-def align(argv: list[str]) -> None:
-    """One run: pre-training, downstream tasks, export."""
+def execute(argv: list[str]) -> None:
+    """One run, or with `grid` as the first argument the runs of a grid."""
+    if argv[:1] == ["grid"]:
+        return grid.main(argv[1:])
     config = retune.parse_config(Config, retune.build_parser(Config, __doc__).parse_args(argv))
     retune.join_ranks()
     if metrics := run(config):
@@ -24,17 +25,8 @@ def align(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0, or 2 with one line on standard error for bad input."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        grid.main(argv[1:]) if argv[:1] == ["grid"] else align(argv)
-    except (retune.InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
-    return 0
+    """The command line; 0 on success, 2 with one line on standard error for bad input."""
+    return retune.main(argv, execute)
 
 
 if __name__ == "__main__":

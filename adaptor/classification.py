@@ -1,6 +1,4 @@
-"""Classification on frozen embeddings: the authors' head on 1%, 10% and 100% of the training patients'
-labels. It is trained on the adaptor's image embeddings and on the bare backbone's; multi-label (or binary,
-which is one finding) and multi-class."""
+"""Classification on frozen embeddings, adapted and bare: the authors' head on 1%, 10%, 100% of the labels."""
 
 import copy
 import math
@@ -52,19 +50,20 @@ def train_head(features: torch.Tensor, labels: torch.Tensor, rows: dict, config:
     """Train on rows["train"] of features [N, d] and labels [N, C], keep the best epoch on rows["val"],
     measure rows["test"]. AdamW, cosine restarts after 40% of the steps, as the authors."""
     key = "accuracy" if config.multiclass else "auroc_macro"
-    best, best_state, stale = -math.inf, None, 0
+    best = -math.inf
     train = torch.from_numpy(rows["train"])
     with retune.seeded(seed):
         head = build_head(features.shape[1], labels.shape[1]).to(features.device)
-        decay = {"weight_decay": config.head_weight_decay}
-        optimizer = torch.optim.AdamW(head.parameters(), config.head_lr, **decay)
+        decay = config.head_weight_decay
+        optimizer = torch.optim.AdamW(head.parameters(), config.head_lr, weight_decay=decay)
         period = max(1, int(0.4 * config.head_epochs * math.ceil(len(train) / config.head_batch)))
         schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, period, eta_min=1e-8)
-        for _ in range(config.head_epochs):
+        for epoch in range(config.head_epochs):
             head.train()
             for batch in train[torch.randperm(len(train))].split(config.head_batch):
                 batch = batch.repeat(2) if len(batch) == 1 else batch  # batch norm needs two
-                logits, target = head(features[batch]), labels[batch].to(features.device)
+                logits = head(features[batch])
+                target = labels[batch].to(features.device)
                 if config.multiclass:
                     loss = F.cross_entropy(logits, target.argmax(1))
                 else:
@@ -73,10 +72,12 @@ def train_head(features: torch.Tensor, labels: torch.Tensor, rows: dict, config:
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-            value, stale = measure_head(head, features, labels, rows["val"], config)[key], stale + 1
-            if best_state is None or value > best:
-                best, best_state, stale = value, copy.deepcopy(head.state_dict()), 0
-            if stale >= config.patience:
+            value = measure_head(head, features, labels, rows["val"], config)[key]
+            if epoch == 0 or value > best:
+                best = value
+                best_epoch = epoch
+                best_state = copy.deepcopy(head.state_dict())
+            if epoch - best_epoch >= config.patience:
                 break
     head.load_state_dict(best_state)
     return measure_head(head, features, labels, rows["test"], config)
@@ -96,13 +97,13 @@ def measure_head(head: nn.Module, features, labels, rows: np.ndarray, config: Co
 @torch.no_grad()
 def embed_features(model: Adaptor, images: np.ndarray, dummy_text: torch.Tensor | None) -> dict:
     """Features [N, d] of each of FEATURES. dummy_text [d_text]: goes through the adaptor with each image."""
-    rows = [torch.arange(len(images))[i : i + 4096] for i in range(0, len(images), 4096)]
     found = {kind: [] for kind in FEATURES}
-    for x in (retune.gather(images, part, model.log_scale) for part in rows):
+    for rows in torch.arange(len(images)).split(4096):
+        x = retune.gather(images, rows, model.log_scale)
         for kind in FEATURES:
             found[kind].append(model.features(x, kind))
         if dummy_text is not None:
-            found[FEATURES[0]][-1] = F.normalize(model(x, dummy_text.to(x).expand(len(x), -1))[0], dim=-1)
+            found["adaptor"][-1] = F.normalize(model(x, dummy_text.to(x).expand(len(x), -1))[0], dim=-1)
     return {kind: torch.cat(parts) for kind, parts in found.items()}
 
 
@@ -113,9 +114,9 @@ def classify(model: Adaptor, images: np.ndarray, data: Radiographs, config: Conf
         return retune.read_json(file)
     wrong = np.flatnonzero(np.nan_to_num(data.labels).sum(1) != 1)
     if config.multiclass and len(wrong):
-        problem = "--multiclass needs exactly one class of each image; leave it out for findings"
-        raise InputError(f"{data.rows[int(wrong[0])]}: {problem}")
-    features, labels = embed_features(model.eval(), images, dummy_text), torch.from_numpy(data.labels)
+        raise InputError(f"{data.rows[int(wrong[0])]}: --multiclass needs exactly one class of each image")
+    features = embed_features(model.eval(), images, dummy_text)
+    labels = torch.from_numpy(data.labels)
     results = []
     for repeat in retune.progress(range(config.repeats), desc="classification", unit="repeat"):
         for fraction, train in labelled_rows(data, config, repeat).items():
@@ -134,9 +135,11 @@ def probe(images: np.ndarray, data: Radiographs) -> list[list]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    train, test = data.where("train"), data.where("test")
+    train = data.where("train")
+    test = data.where("test")
     linear = LogisticRegressionCV(Cs=np.logspace(-5, 0, 6), scoring="roc_auc", max_iter=2000)
-    model, columns = make_pipeline(StandardScaler(), linear), []
+    model = make_pipeline(StandardScaler(), linear)
+    columns = []
     for labels in data.labels.T:
         known = train[~np.isnan(labels[train])]
         columns.append(model.fit(images[known], labels[known]).predict_proba(images[test])[:, 1])
@@ -144,7 +147,8 @@ def probe(images: np.ndarray, data: Radiographs) -> list[list]:
     for view in sorted(set(data.view or ()))[:-1]:
         alone = np.array([data.view[row] == view for row in test], float)
         scores[f"view alone ({view})"] = np.tile(alone[:, None], len(data.class_names))
-    labels, rows = data.labels[test], []
+    labels = data.labels[test]
+    rows = []
     for name, values in scores.items():
         interval = retune.bootstrap_ci(values, labels, data.patients[test])
         rows.append([name, retune.evaluate(values, values > 0.5, labels)["auroc_macro"], *interval])
@@ -152,8 +156,9 @@ def probe(images: np.ndarray, data: Radiographs) -> list[list]:
 
 
 def classification_table(results: Sequence[dict], multiclass: bool) -> str:
-    """Mean and deviation over the repeats, per labelled share."""
-    key, title = ("accuracy", "test accuracy") if multiclass else ("auroc_macro", "test macro AUROC")
+    """Accuracy if multi-class, else macro AUROC, per labelled share."""
+    key = "accuracy" if multiclass else "auroc_macro"
+    title = f"test {'accuracy' if multiclass else 'macro AUROC'}"
     return table_by_fraction(title, [result | {key: result["test"][key]} for result in results], key)
 
 
@@ -163,9 +168,10 @@ def table_by_fraction(title: str, results: Sequence[dict], key: str) -> str:
     for fraction in dict.fromkeys(r["fraction"] for r in results):
         group = [r for r in results if r["fraction"] == fraction]
         values = [np.array([r[key] for r in group if r["features"] == name], float) for name in FEATURES]
-        n, gain = np.mean([r["n"] for r in group]), (values[0] - values[1]).mean()
-        cells = f"{n:,.0f}", *map(mean_and_deviation, values), f"{gain:+.3f}"
-        rows.append([f"{fraction:.0%} of the labels", *cells])
+        images = np.mean([r["n"] for r in group])
+        cells = map(mean_and_deviation, values)
+        gain = (values[0] - values[1]).mean()
+        rows.append([f"{fraction:.0%} of the labels", f"{images:,.0f}", *cells, f"{gain:+.3f}"])
     return markdown_table([title, "images", *FEATURES, "difference"], rows)
 
 

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import retune
 from retune import InputError, check_values, setting
 
-OWN_SETS = ("siim", "rsna", "covidx")  # data sets that `adaptor.data` reads; the others are retune's
 YES_NO = ("yes", "no")
-STAGES = ("retrieval", "classification", "segmentation")
 
 
 @dataclass(frozen=True)
@@ -18,7 +16,7 @@ class Config:
     """Every setting of a run; the command line is made from it. The data set decides what is None here."""
 
     # fmt: off
-    data: str = setting("demo", "data set", choices=(*retune.DATASETS, *OWN_SETS), group="data")
+    data: str = setting("demo", "data set", choices=(*retune.DATASETS, "siim", "rsna", "covidx"), group="data")
     data_dir: str | None = setting(None, "folder of the data set")
     labels_csv: str | None = setting(None, "label file instead of the data set's own")
     classes: tuple[str, ...] | None = setting(None, "findings, in order", nargs="+")
@@ -55,8 +53,8 @@ class Config:
     patience: int | None = setting(None, "epochs without a better validation (authors: 10)", type=int)
     unfreeze: bool = setting(False, "ablation: train the towers too")
     pretrained: str | None = setting(None, "an earlier run's folder: its adaptor instead of pre-training")
-    stages: tuple[str, ...] | None = setting(None, "what to measure (all the data allow)", choices=STAGES,
-                                             nargs="+", group="downstream")
+    stages: tuple[str, ...] | None = setting(None, "what to measure (all the data allow)", nargs="+",
+        choices=("retrieval", "classification", "segmentation"), group="downstream")
     fractions: tuple[float, ...] | None = setting(None, "labelled shares (0.01 0.1 1)", nargs="+", type=float)
     repeats: int = setting(3, "labelled subsets per share, for mean and standard deviation")
     multiclass: bool = setting(False, "each image has exactly one class (always so in COVIDx)")
@@ -118,12 +116,14 @@ SMALL = AUTHORS | {
 
 def resolve_defaults(config: Config, n_train: int) -> tuple[Config, str]:
     """(config without open settings, what filled them in): a published data set has its authors' settings."""
+    name = "authors"
+    preset = AUTHORS
     if config.data in PUBLISHED:
-        name, preset = f"authors, {config.data}", AUTHORS | PUBLISHED[config.data]
-    elif n_train >= retune.SMALL_SET:
-        name, preset = "authors", AUTHORS
-    else:
-        name, preset = "small set (ours)", SMALL | ({"mask_images": 600} if config.data == "demo" else {})
+        name = f"authors, {config.data}"
+        preset = AUTHORS | PUBLISHED[config.data]
+    elif n_train < retune.SMALL_SET:
+        name = "small set (ours)"
+        preset = SMALL | ({"mask_images": 600} if config.data == "demo" else {})
     chosen = {key: value for key, value in preset.items() if getattr(config, key) is None}
     if config.data == "covidx":
         chosen["multiclass"] = True

@@ -13,10 +13,8 @@ import torch
 from torchvision.transforms.v2 import functional
 
 import retune
-from adaptor.config import OWN_SETS
 from retune import InputError, Radiographs, refuse_row
 
-SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg")
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}  # the authors' shares of RSNA and SIIM
 COVIDX = {"normal": "Normal", "pneumonia": "Pneumonia", "covid-19": "COVID-19", "negative": "Negative",
           "positive": "COVID-19"}  # fmt: skip
@@ -25,17 +23,10 @@ RETUNE_SETTINGS = "data data_dir labels_csv classes view uncertain blank demo_im
 
 
 def load_data(config) -> Radiographs:
-    """retune's data sets, and RSNA's, SIIM's and COVIDx's."""
-    settings = retune.Config(**{key: getattr(config, key) for key in RETUNE_SETTINGS.split()})
-    if config.data not in OWN_SETS:
-        return retune.load_radiographs(settings)
-    data = load_covidx(settings) if config.data == "covidx" else load_masked(settings)
-    home: dict[str, str] = {}
-    for patient, split, row in zip(data.patients, data.split, data.rows):
-        if home.setdefault(patient, split) != split:
-            raise InputError(f"{row}: patient {str(patient)!r} is in {home[patient]} and in {split}")
-    retune.check_splits(data)
-    return data
+    """retune's data sets, and RSNA's, SIIM's and COVIDx's, with retune's checks."""
+    retune.DATASETS.update(siim=load_masked, rsna=load_masked, covidx=load_covidx)
+    settings = {name: getattr(config, name) for name in RETUNE_SETTINGS.split()}
+    return retune.load_radiographs(retune.Config(**settings))
 
 
 def read_pixels(image) -> torch.Tensor:
@@ -62,27 +53,30 @@ def read_masked_table(config) -> pd.DataFrame:
 def load_masked(config) -> Radiographs:
     """SIIM (pneumothorax) or RSNA (pneumonia): images anywhere under --data-dir; 70/15/15% of patients by
     hash, or the table's own `split`. SIIM names no patient: each image counts as one."""
-    files = {f.stem: f for f in sorted(config.root.rglob("*")) if f.suffix.lower() in SUFFIXES}
-    table, siim = read_masked_table(config), config.data == "siim"
+    files = {Path(file).stem: file for file in retune.list_images([str(config.root)])}
+    table = read_masked_table(config)
+    siim = config.data == "siim"
     refuse_row(table, ~table["image"].isin(list(files)), f"has no image under {config.root}", "image")
     positive = ~table["EncodedPixels"].isin(("", "-1")) if siim else table["Target"] == "1"
     first = table.drop_duplicates("image")
     ids = first["image"].tolist()
     labels = positive.groupby(table["image"], sort=False).any()[ids].to_numpy(np.float32)[:, None]
-    split, note = retune.patient_split(ids, SHARES), f"{config.data}: 70/15/15% of the ids by hash"
+    split = retune.patient_split(ids, SHARES)
+    note = f"{config.data}: 70/15/15% of the ids by hash"
     if "split" in table:
         refuse_row(table, ~table["split"].isin(list(SHARES)), "is not train, val or test", "split")
         own = table["image"].map(first.set_index("image")["split"])
         refuse_row(table, table["split"] != own, "is another split than in the image's first row", "split")
-        split, note = first["split"].tolist(), f"{config.data}: the table's own split"
-    images, names = [files[name] for name in ids], ("Pneumothorax" if siim else "Pneumonia",)
-    return Radiographs(images, labels, names, ids, split, ids, first.index, note=note)
+        split = first["split"].tolist()
+        note = f"{config.data}: the table's own split"
+    images = [files[name] for name in ids]
+    findings = ["Pneumothorax" if siim else "Pneumonia"]
+    return Radiographs(images, labels, findings, ids, split, ids, first.index, note=note)
 
 
 def load_covidx(config) -> Radiographs:
     """COVIDx: `train*.txt`, `test*.txt` (`val*.txt`) of "patient file class source", images in `train`,
-    `test`, `val`. Without a list for validation it is a fifth of the training patients (the authors: of the
-    images)."""
+    `test`, `val`. Without a list for validation it is a fifth of the training patients."""
     tables = []
     for split in ("train", "test", "val"):
         for path in sorted(config.root.glob(f"{split}*.txt")):
@@ -96,7 +90,8 @@ def load_covidx(config) -> Radiographs:
     if not {"train", "test"} <= set(table["split"]):
         raise InputError(f"{config.root}: no train*.txt or test*.txt with COVIDx's lists of images")
     patients = (table["source"].fillna("?") + "/" + table["patient"]).tolist()  # sources number their own
-    names, split = (table["split"] + "/" + table["file"]).tolist(), table["split"].to_numpy(object)
+    names = (table["split"] + "/" + table["file"]).tolist()
+    split = table["split"].to_numpy(object)
     note = "covidx: official lists"
     if "val" not in split:
         held_out = retune.patient_split(patients, {"train": 0.8, "val": 0.2})
@@ -104,18 +99,19 @@ def load_covidx(config) -> Radiographs:
         note += "; validation is a fifth of the training patients, by hash"
     found = table["kind"].str.lower().map(COVIDX)
     classes = [name for name in dict.fromkeys(COVIDX.values()) if name in set(found)]
-    labels, images = np.stack([found == name for name in classes], 1), [config.root / name for name in names]
+    labels = np.stack([found == name for name in classes], 1)
+    images = [config.root / name for name in names]
     return Radiographs(images, labels, classes, patients, split, names, table.index, note=note)
 
 
 def rle_to_mask(text: str, height: int, width: int, row: str = "") -> np.ndarray:
     """SIIM's run-lengths -> bool [height, width]; "-1" or "" is an empty mask. Pairs "gap length", each gap counted
     from the end of the run before; pixels are numbered down the columns."""
-    mask, words = np.zeros(height * width, bool), [] if text == "-1" else text.split()
+    mask = np.zeros(height * width, bool)
+    words = [] if text == "-1" else text.split()
     numbers = [int(word) if word.isdecimal() else math.inf for word in words]
     if len(numbers) % 2 or sum(numbers) > mask.size:
-        problem = f"are not pairs of numbers that end within a {height} x {width} image"
-        raise InputError(f"{row}: run-lengths {text[:40]!r} {problem}")
+        raise InputError(f"{row}: run-lengths {text[:40]!r} are not pairs within {height} x {width} pixels")
     edges = np.cumsum([0, *numbers])
     for start, end in zip(edges[1::2], edges[2::2]):
         mask[start:end] = True
@@ -128,8 +124,7 @@ def box_to_mask(box: Sequence[str], height: int, width: int, row: str = "") -> n
     if any(box):
         x, y, w, h = (float(value) if re.fullmatch(r"[\d.]+", value) else math.nan for value in box)
         if not (0 <= x and 0 <= y and w > 0 and h > 0 and x + w <= width and y + h <= height):
-            size = f"the {height} x {width} image"
-            raise InputError(f"{row}: box {', '.join(box)} is not a box within {size}: another size's mask?")
+            raise InputError(f"{row}: box {', '.join(box)} exceeds {height} x {width}: another size's mask?")
         mask[round(y) : round(y + h), round(x) : round(x + w)] = True
     return mask
 
@@ -144,17 +139,12 @@ def find_masks(config, data: Radiographs) -> Callable[[int, int, int], np.ndarra
         return None
     table = read_masked_table(config)
     lines = table.groupby("image", sort=False).indices
-    columns = ["EncodedPixels"] if config.data == "siim" else ["x", "y", "width", "height"]
+    fields = table["EncodedPixels"] if config.data == "siim" else table[["x", "y", "width", "height"]]
+    to_mask = rle_to_mask if config.data == "siim" else box_to_mask
 
     def masks(row: int, height: int, width: int) -> np.ndarray:
-        union = np.zeros((height, width), bool)
-        for i in lines[data.names[row]]:
-            values, where = table[columns].iloc[i].tolist(), table.index[i]
-            if config.data == "siim":
-                union |= rle_to_mask(values[0], height, width, where)
-            else:
-                union |= box_to_mask(values, height, width, where)
-        return union[None]
+        found = [to_mask(fields.iloc[i], height, width, table.index[i]) for i in lines[data.names[row]]]
+        return np.any(found, axis=0)[None]
 
     return masks
 

@@ -25,31 +25,31 @@ STEPS = {"image": 250, "text": 300}
 BATCH = 64
 
 
-def demo_encoder(cache_dir: Path, phantoms: int = PHANTOMS, steps: dict[str, int] = STEPS) -> DualEncoder:
+def demo_encoder(cache_dir: Path) -> DualEncoder:
     """The two towers side by side in one DualEncoder without heads, trained once and kept in `cache_dir`."""
-    source = repr((1, IMAGE, TEXT, TRANSFORM, phantoms, sorted(steps.items()))).encode()
+    source = repr((1, IMAGE, TEXT, TRANSFORM, PHANTOMS, sorted(STEPS.items()))).encode()
     folder = cache_dir / f"unimodal-{hashlib.sha256(source).hexdigest()[:12]}"
     cache_dir.mkdir(parents=True, exist_ok=True)
     with retune.locked(cache_dir, wait=True):
         if not folder.exists():
             retune.log("training the demo's two encoders, each alone: autoencoder, masked language model")
-            train_towers(phantoms, steps).save(folder)
+            train_towers().save(folder)
     return DualEncoder.load(str(folder))
 
 
-def train_towers(n: int, steps: dict[str, int]) -> DualEncoder:
+def train_towers() -> DualEncoder:
     from demo.phantoms import make_phantoms
 
-    films = make_phantoms(n, seed=2000, domain="pretrain").images
-    reports = make_phantoms(n, seed=3000, domain="pretrain").reports  # of other patients
+    films = make_phantoms(PHANTOMS, seed=2000, domain="pretrain").images
+    reports = make_phantoms(PHANTOMS, seed=3000, domain="pretrain").reports  # of other patients
     tokenizer = build_tokenizer(reports)
     text = {"model": TEXT | {"vocab_size": len(tokenizer)}, "context_length": 128, "pool": "mean", "head": []}
     image = {"model": IMAGE, "pool": "mean", "head": []}
     parts = {"name": "unimodal", "dim": 128, "image": image, "text": text, "transform": TRANSFORM}
     with retune.seeded(7):
         encoder = DualEncoder(parts, tokenizer).train().requires_grad_(True)
-        train_image(encoder, films, steps["image"])
-        train_text(encoder, reports, steps["text"])
+        train_image(encoder, films, STEPS["image"])
+        train_text(encoder, reports, STEPS["text"])
     return encoder.eval().requires_grad_(False)
 
 
@@ -100,14 +100,16 @@ def train_image(encoder: DualEncoder, images: Sequence, steps: int) -> None:
 def train_text(encoder: DualEncoder, reports: Sequence[str], steps: int) -> None:
     """Masked language model: 15% of the words are replaced by [MASK] and have to be named."""
     ids, attention = encoder.tokenize(list(reports)).values()
-    mask_id, decoder = encoder.tokenizer.mask_token_id, nn.Linear(128, len(encoder.tokenizer))
+    mask_id = encoder.tokenizer.mask_token_id
+    decoder = nn.Linear(128, len(encoder.tokenizer))
 
     def loss() -> torch.Tensor:
         batch = torch.randint(len(ids), (BATCH,))
         longest = int(attention[batch].sum(1).max())
-        target, seen = ids[batch, :longest], attention[batch, :longest]
+        target = ids[batch, :longest]
         hidden = (torch.rand(target.shape) < 0.15) & (target > mask_id)  # special tokens have the lowest ids
-        features = encoder.text.tower(target.masked_fill(hidden, mask_id), attention_mask=seen)
+        seen = target.masked_fill(hidden, mask_id)
+        features = encoder.text.tower(seen, attention_mask=attention[batch, :longest])
         return F.cross_entropy(decoder(features.last_hidden_state[hidden]), target[hidden])
 
     minimise(loss, [encoder.text, decoder], steps, 2e-3)

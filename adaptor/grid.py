@@ -1,8 +1,7 @@
 """All image encoders with all text encoders, and the paper's ablations: tables and a figure, resumable.
 
-    python -m adaptor grid                                    # demo: its own towers, and published ones if installed
-    python -m adaptor grid --image-encoders facebook/dinov2-small facebook/dinov2-base --data mimic ... \\
-        --text-encoders bert-base-uncased dmis-lab/biobert-v1.1 emilyalsentzer/Bio_ClinicalBERT
+    python -m adaptor grid                     # demo: its own towers, and published ones if installed
+    python -m adaptor grid --data mimic ... --image-encoders facebook/dinov2-small facebook/dinov2-base
 Every other option is one of `python -m adaptor`. What is finished is not run again.
 """
 
@@ -66,7 +65,8 @@ def run_all(base: Config, variants: dict[str, dict]) -> list[dict]:
         folder = "-".join(short(str(v)) if "encoder" in key else f"{key}-{v}" for key, v in change.items())
         log(f"\n--- {name}")
         metrics = run(dataclasses.replace(base, **change, output=str(base.folder / folder)))
-        config, cost, found = metrics["config"], metrics["cost"], metrics["retrieval"]["test"]
+        config = metrics["config"]
+        found = metrics["retrieval"]["test"]
         key, words = ("accuracy", "accuracy") if config["multiclass"] else ("auroc_macro", "macro AUROC")
         scores = {f"{f:.0%}": {kind: [] for kind in FEATURES} for f in sorted(config["fractions"])}
         for result in metrics["classification"]:
@@ -77,7 +77,7 @@ def run_all(base: Config, variants: dict[str, dict]) -> list[dict]:
             "name": name, "score": f"test {words}, {middle} of the labels", "mean": float(values.mean()),
             "deviation": float(values.std(ddof=min(1, len(values) - 1))), "scores": scores,
             "recall": [found[way]["recall_5"] for way in ("image_to_text", "text_to_image")],
-            "parameters": cost["trainable_parameters"], "seconds": cost["seconds"],
+            "parameters": metrics["cost"]["trainable_parameters"], "seconds": metrics["cost"]["seconds"],
         })  # fmt: skip
     return rows
 
@@ -90,6 +90,6 @@ def grid_table(title: str, rows: Sequence[dict]) -> str:
     for row in rows:
         cells = [mean_and_deviation(np.array(row["scores"][share]["adaptor"], float)) for share in shares]
         bare = mean_and_deviation(np.array(row["scores"][shares[-1]]["bare backbone"], float))
-        cost = f"{row['parameters']:,}", f"{row['seconds']:.0f}"
-        lines.append([row["name"], *row["recall"], *cells, bare, *cost])
+        trained = f"{row['parameters']:,}"
+        lines.append([row["name"], *row["recall"], *cells, bare, trained, f"{row['seconds']:.0f}"])
     return retune.markdown_table([*header, "trained", "seconds"], lines)

@@ -14,8 +14,7 @@ FEATURES = ("adaptor", "bare backbone")  # what downstream tasks compare
 
 
 class Layer(nn.TransformerEncoderLayer):
-    """torch's post-norm encoder layer (ReLU) with a query from elsewhere; keys, values, residual are
-    `src`'s."""
+    """torch's post-norm encoder layer (ReLU) with a query from elsewhere; all else is of `src`."""
 
     def forward(self, src: torch.Tensor, query: torch.Tensor | None = None) -> torch.Tensor:
         """src [B, T, P], query [B, T, P] (src itself when None) -> [B, T, P]."""
@@ -49,7 +48,8 @@ class Adaptor(nn.Module):
 
     def forward(self, images: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Paired embeddings [B, d_image], [B, d_text] (or tokens [B, T, d]) -> both [B, P] (or [B, T, P])."""
-        image, text = self.project("image", images), self.project("text", texts)
+        image = self.project("image", images)
+        text = self.project("text", texts)
         for layer in self.layers:
             image = layer(image, text)
             text = layer(text, image)
@@ -90,8 +90,9 @@ def contrastive_loss(image, text, log_scale: torch.Tensor, text_to_image: float 
     """Contrastive loss of pairs [B, P], normalised here; the texts' choice of an image weighs `text_to_image`."""
     logits = log_scale.exp() * F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).T  # [B texts, B images]
     pair = torch.arange(len(logits), device=logits.device)
-    losses = F.cross_entropy(logits, pair), F.cross_entropy(logits.T, pair)
-    return text_to_image * losses[0] + (1 - text_to_image) * losses[1]
+    texts_choose = F.cross_entropy(logits, pair)
+    images_choose = F.cross_entropy(logits.T, pair)
+    return text_to_image * texts_choose + (1 - text_to_image) * images_choose
 
 
 def load_adaptor(folder: str | Path, encoder) -> Adaptor:
@@ -111,9 +112,11 @@ def export_pair(model: Adaptor, encoder: DualEncoder, directory: str) -> None:
     names = {"d_model": "width", "nhead": "heads", "dropout": "dropout", "dim_feedforward": "feedforward"}
     layer = {name: model.settings[ours] for name, ours in names.items()} | {"batch_first": True}
     width = model.settings["width"]
-    config, state = copy.deepcopy(encoder.config) | {"dim": width}, encoder.state_dict()
+    config = copy.deepcopy(encoder.config) | {"dim": width}
+    state = encoder.state_dict()
     for side in ("image", "text"):
-        mean, deviation = getattr(model, f"{side}_mean"), getattr(model, f"{side}_deviation")
+        mean = getattr(model, f"{side}_mean")
+        deviation = getattr(model, f"{side}_deviation")
         weight = getattr(model, f"{side}_projection").weight.detach() / deviation  # the mean becomes a bias
         config[side]["head"] = [
             ["Linear", {"in_features": len(mean), "out_features": width}],

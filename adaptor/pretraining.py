@@ -95,10 +95,9 @@ def make_pairs(config, data: Radiographs, texts: Sequence[str], encoder: DualEnc
 
 
 def train_epochs(folder: Path, model, optimizer, seed: int, epochs: int, patience: int, one_epoch) -> list:
-    """Call `one_epoch(k)` for each epoch that `folder` does not hold yet; the results of all, in order, each
-    with a "score" on validation. The model ends with the best one's weights; `patience` epochs without a
-    better one end the training. Each epoch has a seed of its own and ends on disk: a killed process goes on
-    with the same bytes."""
+    """Call `one_epoch(k)` for each epoch that `folder` does not hold yet; the results of all, each with a
+    "score" on validation. The model ends with the best one's weights; `patience` epochs without a better one
+    end the training. An epoch has a seed of its own and ends on disk: a killed process goes on bit for bit."""
     folder.mkdir(parents=True, exist_ok=True)
     resumable = retune.Method()  # what retune's checkpoints take
     resumable.trained = model
@@ -142,8 +141,7 @@ class LivePairs(Pairs):
 
 
 def pretrain(model: Adaptor, pairs: Pairs, config: Config) -> list[dict]:
-    """Align the two sides on the training pairs, and the towers of `LivePairs` with them; losses and
-    retrieval per epoch."""
+    """Align both sides on the training pairs, towers of `LivePairs` too; losses and retrieval per epoch."""
     trained = nn.ModuleList([model])
     if isinstance(pairs, LivePairs):
         trained.append(pairs.texts.requires_grad_(True))
@@ -194,23 +192,24 @@ def retrieval(image: torch.Tensor, text: torch.Tensor, words: Sequence[str]) -> 
     """Recall at 1, 5, 10 and median rank of n pairs, normalised [n, P] each: an image asks for its report
     among the distinct reports, a distinct report for the best of its images. Ties count against the model."""
     _, first, group = np.unique(np.asarray(words), return_index=True, return_inverse=True)
-    group, distinct = torch.from_numpy(group), torch.arange(len(first))
+    group = torch.from_numpy(group)
     return {
         "n": len(words), "distinct_reports": len(first),
-        "image_to_text": recall(image, group, text[first], distinct),
-        "text_to_image": recall(text[first], distinct, image, group),
+        "image_to_text": recall(image, group, text[first], group[first]),
+        "text_to_image": recall(text[first], group[first], image, group),
     }  # fmt: skip
 
 
 def recall(query: torch.Tensor, asked: torch.Tensor, candidates: torch.Tensor, offered: torch.Tensor) -> dict:
     """Recalls of queries [q, P] that ask for the group asked [q] among candidates [c, P] of groups offered [c]."""
-    rank, wrong = [], []
+    ranks = []
     for part, wanted in zip(query.split(1024), asked.split(1024)):
-        scores, right = part @ candidates.T, wanted[:, None] == offered  # [b, c]
+        scores = part @ candidates.T  # [b, c]
+        right = wanted[:, None] == offered  # [b, c]
         best = scores.masked_fill(~right, -math.inf).amax(1, keepdim=True)
-        rank.append(1 + ((scores >= best) & ~right).sum(1))
-        wrong.append((~right).sum(1))
-    rank, wrong = torch.cat(rank), torch.cat(wrong).double()
+        ranks.append(1 + ((scores >= best) & ~right).sum(1))
+    rank = torch.cat(ranks)
+    wrong = (len(candidates) - offered.bincount()[asked]).double()
     values = {"median_rank": rank.double().quantile(0.5).item(), "chance": {}}
     missed = 1.0
     for k in range(1, 11):

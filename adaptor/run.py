@@ -20,8 +20,7 @@ from adaptor.pretraining import LivePairs, Pairs, make_pairs, make_texts, pretra
 from adaptor.segmentation import segment, segmentation_table
 from retune import DualEncoder, InputError, Radiographs, log
 
-# settings in which the runs of one folder may differ beside retune's; texts are compared by content
-NOT_IDENTITY = ("export", "skip_bad_images", "reports_dir")
+NOT_IDENTITY = ("export", "skip_bad_images", "reports_dir")  # may differ when a run is resumed
 
 
 def run(config: Config) -> dict:
@@ -30,19 +29,23 @@ def run(config: Config) -> dict:
         retune.check_new_folder(config.export)  # refused now rather than after hours
     data = load_data(config)
     config, preset = resolve_defaults(config, len(data.where("train")))
-    device, encoder = retune.pick_device(config.device), load_backbones(config)
+    device = retune.pick_device(config.device)
+    encoder = load_backbones(config)
     if config.pretrained:
         own = load_adaptor(config.pretrained, encoder).settings
         config = dataclasses.replace(config, **{key: own[key] for key in own if not key.endswith("_dim")})
     texts, source = make_texts(config, data)
     if config.pretrained and source != "reports":  # of captions, the wording would be what is measured
-        texts, source = [], "not used"
+        texts = []
+        source = "not used"
     counts = ", ".join(f"{len(data.where(split)):,} {split}" for split in ("train", "val", "test"))
-    patients, towers = len(set(data.patients)), encoder.config["name"]
+    patients = len(set(data.patients))
     log(f"{data.note}\n{config.data}: {counts} images of {patients:,} patients; texts: {source}")
-    log(f"towers: {towers}, widths {encoder.dim} and {encoder.text_dim}; {pooling_note(encoder)}")
+    widths = f"widths {encoder.dim} and {encoder.text_dim}"
+    log(f"towers: {encoder.config['name']}, {widths}; {pooling_note(encoder)}")
     log(f"adaptor: {config.layers} layers of width {config.width}, {config.heads} heads; {device}; {preset}")
-    folder, first = config.folder, retune.ranks()[0] == 0
+    folder = config.folder
+    first = retune.ranks()[0] == 0
     folder.mkdir(parents=True, exist_ok=True)
     with retune.locked(folder, wait=False) if first else contextlib.nullcontext():
         if first:
@@ -66,7 +69,8 @@ def run(config: Config) -> dict:
 
 def run_stages(config: Config, data: Radiographs, texts, encoder: DualEncoder, device: str) -> dict:
     """Embed, align, classify, segment, report; under torchrun all ranks embed and the first does the rest."""
-    folder, stages = config.folder, config.stages or ("classification", "segmentation")
+    folder = config.folder
+    stages = config.stages or ("classification", "segmentation")
     masks = find_masks(config, data) if "segmentation" in stages else None
     if masks is None and "segmentation" in (config.stages or ()):
         raise InputError(f"--stages segmentation: {config.data} has no masks; demo, siim, rsna have")
@@ -117,9 +121,11 @@ def embed_readable(encoder: DualEncoder, data: Radiographs, config: Config, devi
 
 def align(config: Config, encoder: DualEncoder, data: Radiographs, pairs: Pairs | None, device: str) -> dict:
     """Pre-train the adaptor, or take an earlier run's; save it and write retrieval.json."""
-    folder, file, result = config.folder, config.folder / "retrieval.json", {"history": []}
+    folder = config.folder
+    file = folder / "retrieval.json"
     if file.exists():
         return retune.read_json(file)
+    result = {"history": []}
     if config.pretrained:
         model = load_adaptor(config.pretrained, encoder).to(device)
     else:

@@ -1,5 +1,4 @@
-"""Segmentation on frozen features: the paper's decoders and losses, on 1%, 10% and 100% of the labels.
-Dice is measured on the pixels that the encoder sees."""
+"""Segmentation on frozen features: the paper's decoders and losses, on 1%, 10% and 100% of the labels."""
 
 import itertools
 import math
@@ -37,14 +36,14 @@ def block(inputs: int, outputs: int, padding: int = 1) -> nn.Sequential:
 
 
 class PatchDecoder(nn.Module):
-    """Patch tokens [B, T, d] on a square grid -> logits [B, C, size, size]; 10.40 M parameters at width 512.
-    A first block brings the grid to size / 16 (16 x 16 tokens to 14 x 14, without padding), four blocks of
-    `first`, 1/2, 1/4, 1/8 of it double the map. Grids that need fewer doublings have those alone, and no
-    first block (ours)."""
+    """Patch tokens [B, T, d] on a square grid -> logits [B, C, size, size]. A first block brings the grid to
+    size / 16 (16 x 16 tokens to 14 x 14, without padding), four blocks of `first`, 1/2, 1/4, 1/8 of it
+    double the map. Grids that need fewer doublings have those alone, and no first block (ours)."""
 
     def __init__(self, dim: int, first: int, classes: int, grid: int, size: int):
         super().__init__()
-        self.grid, self.size = grid, size
+        self.grid = grid
+        self.size = size
         self.doublings = max(0, min(4, round(math.log2(size / grid))))
         self.start = round(size / 2**self.doublings)
         channels = [dim, *(max(8, first // 2**i) for i in range(4))]
@@ -71,13 +70,14 @@ class UNetDecoder(nn.Module):
     def __init__(self, dim: int, classes: int, size: int):
         super().__init__()
         if size not in (224, 448, 896):
-            raise ValueError(f"the U-Net decoder takes images of 224, 448 or 896 pixels, not {size}")
+            raise InputError(f"--image-size {size}: the U-Net decoder takes 224, 448 or 896")
         doubling = nn.ConvTranspose2d(512, 512, 2, stride=2, bias=False)  # shared by every further one
         self.neck = nn.Sequential(
             nn.ConvTranspose2d(dim, 512, 3, bias=False), nn.ConvTranspose2d(512, 512, 3, stride=2, bias=False),
             *[doubling] * (size // 448),
         )  # fmt: skip
-        wide, skips = [512, 512, 256, 128, 64], [1024, 512, 256, 64]
+        wide = [512, 512, 256, 128, 64]
+        skips = [1024, 512, 256, 64]
         self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in itertools.pairwise(wide))
         stages = (nn.Sequential(block(b + skip, b), block(b, b)) for b, skip in zip(wide[1:], skips))
         self.blocks = nn.ModuleList(stages)
@@ -108,13 +108,12 @@ def dice(prediction: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(total == 0, 1.0, 2 * overlap / total.clamp_min(1))
 
 
-def mask_loss(logits, mask, kind: str = "log", alpha: float = 10.0, gamma: float = 2.0) -> torch.Tensor:
-    """The authors' losses of logits and masks [B, C, H, W], smoothing 1. log: alpha * focal - log(soft Dice
-    of the batch); dice: 1 - soft Dice; squares: alpha * focal + sum over images of 1 - (sum pm + 1) / (sum
-    p^2 + m^2 + 1), their modified Dice, which they give logits for p, an oversight: here p is a
-    probability."""
+def mask_loss(logits: torch.Tensor, mask: torch.Tensor, kind: str = "log") -> torch.Tensor:
+    """The authors' losses of logits and masks [B, C, H, W], smoothing 1. log: 10 focal - log(soft Dice of the
+    batch); dice: 1 - soft Dice; squares: 10 focal + sum over images of 1 - (sum pm + 1) / (sum p^2 + m^2 + 1),
+    their modified Dice, which they give logits for p, an oversight: here p is a probability."""
     entropy = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
-    focal = alpha * ((1 - torch.exp(-entropy)) ** gamma * entropy).mean()
+    focal = 10 * ((1 - torch.exp(-entropy)) ** 2 * entropy).mean()
     p = logits.sigmoid()
     if kind == "squares":
         ratio = ((p * mask).sum((2, 3)) + 1) / ((p**2 + mask**2).sum((2, 3)) + 1)  # [B, C]
@@ -138,10 +137,14 @@ class FrozenImages:
     """Frozen features and masks of a data set's images: tokens [B, T, d], or for a U-Net embedding and maps."""
 
     def __init__(self, encoder: DualEncoder, data: Radiographs, masks: Callable, config: Config, device: str):
-        self.encoder, self.data, self.masks = encoder.to(device), data, masks
-        self.device, self.unet = device, "last_stride" in encoder.config["image"]  # the autoencoder's
+        self.encoder = encoder.to(device)
+        self.data = data
+        self.masks = masks
+        self.device = device
+        self.unet = "last_stride" in encoder.config["image"]  # the autoencoder's
         blank = blank_pixels(encoder).to(device)
-        self.side, self.grid = blank.shape[-1], math.isqrt(patch_tokens(encoder, blank).shape[1])
+        self.side = blank.shape[-1]
+        self.grid = math.isqrt(patch_tokens(encoder, blank).shape[1])
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         if self.grid < 2:
             raise InputError(f"--image-encoder {config.image_encoder}: gives no map of patch tokens")
@@ -151,7 +154,8 @@ class FrozenImages:
         mask = torch.from_numpy(self.masks(row, *image.shape[-2:])).byte()
         if scale != 1:
             image, mask = (functional.affine(x, angle, [0, 0], scale, [0.0]) for x in (image, mask))
-        pixels, mask = self.encoder.transform(image), transform_mask(mask, **self.encoder.config["transform"])
+        pixels = self.encoder.transform(image)
+        mask = transform_mask(mask, **self.encoder.config["transform"])
         if not mask.shape[1:] == pixels.shape[1:] == (self.side, self.side):
             raise InputError(f"{self.data.rows[row]}: {tuple(pixels.shape)} is not a square for decoders")
         return pixels, mask.bool()
@@ -162,8 +166,9 @@ class FrozenImages:
         if augment or self.unet or not all(int(row) in self.kept for row in rows):
             draw = torch.rand(3, len(rows)) if augment else torch.ones(3, len(rows))
             chosen = (draw[0] < 0.5).float()
-            turns = (chosen * (20 * draw[1] - 10)).tolist(), (1 + chosen * (0.2 * draw[2] - 0.1)).tolist()
-            found = load_images(self.data.images, rows, self.load, rows, *turns)
+            angles = (chosen * (20 * draw[1] - 10)).tolist()
+            scales = (1 + chosen * (0.2 * draw[2] - 0.1)).tolist()
+            found = load_images(self.data.images, rows, self.load, rows, angles, scales)
             pixels, masks = (torch.stack(part).to(self.device) for part in zip(*found))
             if self.unet:
                 *maps, last = unet_maps(self.encoder.image.tower, pixels)
@@ -172,17 +177,19 @@ class FrozenImages:
             if augment or len(self.kept) + len(rows) > KEPT:
                 return tokens, None, masks.float()
             self.kept |= {int(row): (tokens[i], masks[i]) for i, row in enumerate(rows)}
+        # also the first time: another memory layout would round differently, and a resumed run with it
         tokens, masks = (torch.stack(part) for part in zip(*(self.kept[int(row)] for row in rows)))
         return tokens, None, masks.float()
 
 
 def training_rows(data: Radiographs, config: Config, repeat: int) -> dict[float, np.ndarray]:
-    """Classification's labelled rows of each fraction, nested, without images that --balance or --mask-images
-    leave out."""
-    rows, train = labelled_rows(data, config, repeat), data.where("train")
-    positive, order = (data.labels[train] == 1).any(1), []
+    """Classification's labelled rows, nested, without what --balance and --mask-images leave out."""
+    rows = labelled_rows(data, config, repeat)
+    train = data.where("train")
+    positive = (data.labels[train] == 1).any(1)
     empty = np.random.default_rng(config.seed).permutation(train[~positive])
     left_out = empty[int(positive.sum()) :] if config.balance == "yes" else []
+    order = []
     for fraction in sorted(rows):
         new = np.setdiff1d(rows[fraction], [*order, *left_out])
         order += np.random.default_rng(config.seed + repeat).permutation(new).astype(int).tolist()
@@ -201,7 +208,8 @@ def predict(decoder, model: Adaptor, images: FrozenImages, name: str, rows: np.n
 
 def train_decoder(model, images: FrozenImages, name: str, rows: dict, config: Config, seed: int, place: Path):
     """AdamW, cosine to zero over the epochs (the authors': over 100); the best epoch by validation Dice."""
-    dim, classes = model.settings["width" if name == "adaptor" else "image_dim"], len(images.data.class_names)
+    dim = model.settings["width" if name == "adaptor" else "image_dim"]
+    classes = len(images.data.class_names)
     with retune.seeded(seed):
         if images.unet:
             decoder = UNetDecoder(dim, classes, images.side)
@@ -227,7 +235,7 @@ def train_decoder(model, images: FrozenImages, name: str, rows: dict, config: Co
 
 
 def measure_decoder(decoder, model: Adaptor, images: FrozenImages, name: str, rows: np.ndarray) -> tuple:
-    """(Dice [n, C], whether the finding is there [n, C]) of the given rows."""
+    """(Dice [n, C] on the pixels that the encoder sees, whether the finding is there [n, C]) of the rows."""
     parts = np.array_split(rows, math.ceil(len(rows) / 32))
     masks = (predict(decoder, model, images, name, part) for part in parts)
     found = [(dice(guess, truth).cpu(), truth.flatten(2).any(-1).cpu()) for guess, truth in masks]
@@ -235,14 +243,12 @@ def measure_decoder(decoder, model: Adaptor, images: FrozenImages, name: str, ro
 
 
 def segment(model: Adaptor, encoder, data: Radiographs, masks, config: Config, device: str) -> list[dict]:
-    """Train decoders on adapted and bare frozen features for each labelled share and repeat; test Dice,
-    overlay.png."""
+    """Test Dice of decoders on adapted and bare features, per labelled share and repeat; overlay.png."""
     file = config.folder / "segmentation.json"
     results = retune.read_json(file) if file.exists() else []
     jobs = [(r, f, name) for r in range(config.repeats) for f in config.fractions for name in FEATURES]
-    if len(results) == len(jobs):
-        return results
-    images, random = FrozenImages(encoder, data, masks, config, device), np.random.default_rng(config.seed)
+    images = FrozenImages(encoder, data, masks, config, device)
+    random = np.random.default_rng(config.seed)
     most = config.mask_images and max(1, config.mask_images // 4)
     rows = {split: np.sort(random.permutation(data.where(split))[:most]) for split in ("val", "test")}
     retune.log(f"segmentation: {images.grid**2} tokens an image; {len(rows['test']):,} test images")
@@ -252,11 +258,10 @@ def segment(model: Adaptor, encoder, data: Radiographs, masks, config: Config, d
         decoder = train_decoder(model, images, name, rows, config, config.seed + repeat, place)
         scores, present = measure_decoder(decoder, model, images, name, rows["test"])
         there = torch.where(present, scores, torch.nan)  # Dice where the finding is
-        columns = (present.sum(0), scores.mean(0), there.nanmean(0))
-        findings = zip(data.class_names, *(column.tolist() for column in columns))
+        columns = [column.tolist() for column in (present.sum(0), scores.mean(0), there.nanmean(0))]
         results.append({"fraction": fraction, "repeat": repeat, "features": name, "n": len(rows["train"]),
                         "dice": scores.mean().item(), "dice, with it": there.nanmean().item(),
-                        "findings": list(map(list, findings))})  # fmt: skip
+                        "findings": list(map(list, zip(data.class_names, *columns)))})  # fmt: skip
         if name == "adaptor" and repeat == 0 and fraction == max(config.fractions):
             picked = rows["test"][np.argsort(-(data.labels[rows["test"]] == 1).sum(1), kind="stable")[:4]]
             guess, truth = predict(decoder, model, images, name, picked)

@@ -1,16 +1,14 @@
 """CLEFT: contrastive pre-training with a parameter-efficient language model, then prompt fine-tuning.
 
     python -m cleft all                                # embedded demo: every stage, nothing to download
-    python -m cleft pretrain --data chexpert --data-dir CheXpert \\
-        --image facebook/dinov2-with-registers-base --text stanford-crfm/BioMedLM --output runs/cleft
+    python -m cleft pretrain --data chexpert --data-dir CheXpert --output runs/cleft ...
     python -m cleft prompt ..., evaluate ...           # with pretrain's options
     python -m cleft evaluate --model runs/cleft --data rsna --data-dir RSNA --output runs/cleft-rsna
     python -m cleft export --model runs/cleft --to FOLDER
     python -m cleft tables --output results/cleft      # every table and figure: many runs; skips finished ones
     python -m cleft count, make-tiny                   # parameters of the real towers; makes demo/tiny
 
-Reference: Du, Chang & Dvornek, "CLEFT: Language-Image Contrastive Learning with Efficient Large Language
-Model and Prompt Fine-Tuning", arXiv 2407.21011. What is ours and not the paper's says "(ours)".
+Reference: Du, Chang & Dvornek, arXiv 2407.21011. What is ours and not the paper's says "(ours)".
 """
 
 import contextlib
@@ -92,18 +90,22 @@ def execute(argv: list[str]) -> None:
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="a new folder, for export and make-tiny")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], help="of the runs of tables")
     arguments = parser.parse_args(argv)
-    command, target = arguments.command, arguments.to
+    command = arguments.command
+    target = arguments.to
     config = retune.parse_config(Config, arguments)
     retune.join_ranks()
     if (command == "export" and not target) or (target and command not in ("export", "make-tiny")):
         raise InputError("export needs --to, a new folder; of the others only make-tiny takes one")
-    jobs = {
-        "count": lambda: print(count_published(resolve_defaults(config))),
-        "make-tiny": lambda: make_tiny(target, arguments.output),
-        "export": lambda: export(config, target),
-        "tables": lambda: make_tables(config, arguments.seeds, run),
-    }
-    jobs.get(command, lambda: run(command, config))()
+    if command == "count":
+        print(count_published(resolve_defaults(config)))
+    elif command == "make-tiny":
+        make_tiny(target, arguments.output)
+    elif command == "export":
+        export(config, target)
+    elif command == "tables":
+        make_tables(config, arguments.seeds, run)
+    else:
+        run(command, config)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,7 +31,8 @@ def mammogram_caption(facts: dict[str, str], style: str) -> str:
     of all facts, age, race, mass and calcification too. structural: a labelled list of them."""
     side = {"L": "left", "R": "right"}.get(facts.get("side"))
     film = " ".join(filter(None, [side, facts.get("position"), "mammogram"]))
-    assessment, density = BI_RADS.get(facts.get("assessment")), DENSITY.get(facts.get("density"))
+    assessment = BI_RADS.get(facts.get("assessment"))
+    density = DENSITY.get(facts.get("density"))
     if style == "simple":
         said = filter(None, [assessment, density and f"breast density {density}"])
         return f"a {film} with {', '.join(said)}"

@@ -90,10 +90,7 @@ class Config:
         settings["classes"] = retune.CHEXPERT_FINDINGS if self.data in CHEXPERT else None
         return retune.Config(**settings)
 
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return retune.output_folder(self)
+    folder = property(retune.output_folder, doc="The run's folder.")
 
 
 # fmt: off
@@ -124,7 +121,8 @@ def model_config(config: Config) -> Config:
     saved = retune.read_json(Path(config.model) / "config.json")
     chosen = {name: getattr(config, name) for name in (*DATA_SETTINGS, *EVALUATION, *RUN_SETTINGS)}
     for item in dataclasses.fields(Config):
-        given, known = getattr(config, item.name), saved.get(item.name, item.default)
+        given = getattr(config, item.name)
+        known = saved.get(item.name, item.default)
         if item.name not in chosen and given not in (item.default, known):
             flag = item.name.replace("_", "-")
             raise InputError(f"--{flag} {given}: the model in {config.model} has {known}; leave it out")

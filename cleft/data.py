@@ -49,16 +49,16 @@ def load_pretrain(config: Config, public: retune.Config) -> Radiographs:
 
 def load_rsna(config: Config, public: retune.Config) -> Radiographs:
     """RSNA pneumonia as a choice of two classes: `*train_labels*.csv`, a row per box (Target 1) or one
-    (Target 0); <patientId>.dcm, or PNG or JPEG, anywhere under --data-dir. No official split."""
+    (Target 0); images, named by patientId, anywhere under --data-dir. No official split."""
     path = public.labels_csv or retune.only_file(public.root, "*train_labels*.csv")
     table = retune.read_table(path, ["patientId", "Target"])
-    kinds = (".dcm", ".dicom", ".png", ".jpg", ".jpeg")
-    files = {file.stem: file for file in sorted(public.root.rglob("*")) if file.suffix.lower() in kinds}
+    files = {Path(file).stem: os.path.abspath(file) for file in retune.list_images([str(public.root)])}
     retune.refuse_row(table, ~table["Target"].isin(["0", "1"]), "is not 0 or 1", "Target")
     retune.refuse_row(table, ~table["patientId"].isin(list(files)), "has no image in --data-dir", "patientId")
     table["Target"] = table.groupby("patientId")["Target"].transform("max")
-    table = table[~table["patientId"].duplicated()].assign(name=lambda t: t["patientId"])
-    table["patient"], table["path"] = table["name"], table["name"].map(files).map(os.path.abspath)
+    table = table.drop_duplicates("patientId").rename(columns={"patientId": "patient"})
+    table["name"] = table["patient"]
+    table["path"] = table["name"].map(files)
     table["split"] = retune.patient_split(table["name"], retune.SHARES)
     labels = np.stack([table["Target"] == "1", table["Target"] == "0"], axis=1)
     return retune.from_table(table, labels, ("Pneumonia", "No Finding"), public, "rsna: 70/10/20% by hash")
@@ -68,9 +68,7 @@ def load_chexpert_5x200(config: Config, public: retune.Config) -> Radiographs:
     """CheXpert with the published list of test images, `Path` and a column per finding, as --labels-csv.
     Other images of the listed patients and CheXpert's own test set are left out."""
     if config.labels_csv is None:
-        raise InputError(
-            "--data chexpert-5x200 needs its list as --labels-csv; --data chexpert makes one by rule"
-        )
+        raise InputError("--data chexpert-5x200 needs --labels-csv; --data chexpert makes a list by rule")
     data = retune.load_radiographs(dataclasses.replace(public, data="chexpert", labels_csv=None))
     table = retune.read_table(config.labels_csv, ["Path", *retune.COMPETITION_FINDINGS])
     values, _ = retune.parse_labels(table, retune.COMPETITION_FINDINGS, config.uncertain, "zero")
@@ -81,7 +79,8 @@ def load_chexpert_5x200(config: Config, public: retune.Config) -> Radiographs:
     listed = listed.astype(int).to_numpy()
     data.labels[np.ix_(listed, [data.class_names.index(n) for n in retune.COMPETITION_FINDINGS])] = values
     kept = (data.split != "test") & ~np.isin(data.patients, data.patients[listed])
-    data.split[listed], kept[listed] = "test", True
+    data.split[listed] = "test"
+    kept[listed] = True
     rows = np.flatnonzero(kept)
     lists = {n: [getattr(data, n)[row] for row in rows] for n in ("images", "names", "rows", "view")}
     arrays = {n: getattr(data, n)[kept] for n in ("labels", "patients", "split")}
@@ -106,7 +105,8 @@ def load_embed(config: Config, public: retune.Config) -> Radiographs:
     labels += [np.where(table["density"] == "", np.nan, table["density"] == key) for key in DENSITY]
     table["report"] = [mammogram_caption(facts, config.caption_style) for facts in table.to_dict("records")]
     table["name"] = table["anon_dicom_path"].str.replace(r"^.*?(?=images/|cohort_)", "", regex=True)
-    table["path"], table["split"] = table["name"], retune.patient_split(table["patient"], retune.SHARES)
+    table["path"] = table["name"]
+    table["split"] = retune.patient_split(table["patient"], retune.SHARES)
     note = f"EMBED: {len(table)} 2D images; {config.caption_style} captions; 70/10/20% by hash"
     return retune.from_table(table, np.stack(labels, axis=1), list(MAMMOGRAM_CLASSES), public, note)
 
@@ -135,7 +135,8 @@ def read_exams(path: Path):
 def otsu_threshold(grey: np.ndarray) -> int:
     """The grey value with the largest variance between the pixels up to it and those above (Otsu 1979)."""
     count = np.bincount(grey.ravel(), minlength=256).astype(np.float64)
-    below, mass = count.cumsum(), (count * np.arange(256)).cumsum()  # pixels up to each value, and their sum
+    below = count.cumsum()  # pixels up to each value
+    mass = (count * np.arange(256)).cumsum()  # their sum
     between = (mass[-1] * below - below[-1] * mass) ** 2
     return int(np.argmax(between / np.maximum(below * (below[-1] - below), 1)))
 
@@ -156,9 +157,9 @@ def make_transform(encoder: DualEncoder, config: Config, training: bool) -> Call
     steps = [crop_foreground] if config.foreground == "on" else []
     if not training or config.augment != "on":
         return v2.Compose([*steps, encoder.transform])
-    size, interpolation = np.atleast_1d(settings["resize"]).tolist(), settings["interpolation"]
+    size = np.atleast_1d(settings["resize"]).tolist()
     steps += [
-        v2.Resize(size, v2.InterpolationMode(interpolation)),
+        v2.Resize(size, v2.InterpolationMode(settings["interpolation"])),
         v2.RandomCrop(settings["crop"] or size),
         v2.RandomApply([v2.ColorJitter(0.2, 0.2)], p=0.4),
         v2.RandomApply([v2.GaussianBlur(7, (0.1, 2.0))], p=0.4),
@@ -171,11 +172,11 @@ def make_transform(encoder: DualEncoder, config: Config, training: bool) -> Call
 
 class Pixels(torch.utils.data.Dataset):
     """(row, pixels [3, h, w]) of the key (row, draw), or (row, the reason why the image cannot be read).
-    `draw` seeds the transform's randomness together with the row: neither workers nor a resumed run change
-    it."""
+    The transform's randomness is seeded by row and draw: neither workers nor a resumed run change it."""
 
     def __init__(self, data: Radiographs, transform: Callable[[Tensor], Tensor]):
-        self.data, self.transform = data, transform
+        self.data = data
+        self.transform = transform
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor | str]:
         row, draw = key
@@ -188,10 +189,8 @@ class Pixels(torch.utils.data.Dataset):
             return row, self.transform(image)
 
 
-def load_batches(
-    data: Radiographs, transform: Callable, batches: Iterable[tuple[int, list[int]]], workers: int
-) -> Iterator[tuple[list[int], Tensor]]:
-    """(rows, pixels [B, 3, h, w]) of each (draw, rows); InputError for an image that cannot be read."""
+def load_batches(data: Radiographs, transform: Callable, batches: Iterable, workers: int) -> Iterator[tuple]:
+    """(rows, pixels [B, 3, h, w]) of each batch (draw, rows); InputError for an image that cannot be read."""
     keys = ([(row, draw) for row in rows] for draw, rows in batches)
     options = {"batch_sampler": keys, "collate_fn": list, "num_workers": workers}
     for items in torch.utils.data.DataLoader(Pixels(data, transform), **options):

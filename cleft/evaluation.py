@@ -36,7 +36,8 @@ class TestSet:
 def make_test_sets(data: Radiographs, config: Config) -> list[TestSet]:
     """The test sets of a data set: multi-label, the whole test split; balanced, --balanced images a class
     with exactly one positive (EMBED: BI-RADS and density); 5x200. InputError when one lacks a class."""
-    names, sets = list(data.class_names), []
+    names = list(data.class_names)
+    sets = []
     if config.data == "embed":
         density = [name for name in names if "density" in MAMMOGRAM_CLASSES[name]]
         groups = {"BI-RADS": [name for name in names if name not in density], "density": density}
@@ -51,7 +52,8 @@ def make_test_sets(data: Radiographs, config: Config) -> list[TestSet]:
 
 def make_test_set(name: str, whole: Radiographs, class_names: list[str], config: Config) -> TestSet:
     """One test set, exclusive unless it is the multi-label one."""
-    columns, exclusive = [list(whole.class_names).index(n) for n in class_names], name != "multi-label"
+    exclusive = name != "multi-label"
+    columns = [list(whole.class_names).index(class_name) for class_name in class_names]
     data = dataclasses.replace(whole, labels=whole.labels[:, columns], class_names=class_names)
     fit = data.labels.sum(1) == 1 if exclusive else ~np.isnan(data.labels).all(1)  # nan sums to nan
     rows = data.where("test")
@@ -60,8 +62,8 @@ def make_test_set(name: str, whole: Radiographs, class_names: list[str], config:
         classes = [rows[data.labels[rows, c] == 1] for c in range(len(columns))]
         size = min(config.balanced * 5 // 2 if name == "density" else config.balanced, *map(len, classes))
         if size == 0:
-            problem = f"no test image has {class_names[list(map(len, classes)).index(0)]} as its only finding"
-            raise InputError(f"{problem}; --balanced 0 leaves that test out")
+            missing = class_names[list(map(len, classes)).index(0)]
+            raise InputError(f"no test image has {missing} as its only finding; --balanced 0 skips that test")
         generator = np.random.default_rng(config.seed)
         rows = np.concatenate([generator.permutation(chosen)[:size] for chosen in classes])
     learn = {share: chosen[fit[chosen]] for share, chosen in fraction_rows(whole, config).items()}
@@ -90,12 +92,12 @@ def fraction_rows(data: Radiographs, config: Config) -> dict[float, np.ndarray]:
 
 
 def evaluate(model: Cleft, source: Path, data: Radiographs, config: Config) -> dict[str, dict]:
-    """Every measure on every test set; writes evaluation.json, evaluation.md and splits.csv to --output.
-    `source`: the model's folder, which may hold a learned context."""
+    """Every measure on every test set, written to --output; `source` (the model) may hold a context."""
     features = training.embed_features(model, data, config)  # by all ranks; the rest by one
     if retune.ranks()[0] > 0:
         return {}
-    sets, results = make_test_sets(data, config), {}
+    sets = make_test_sets(data, config)
+    results = {}
     for test_set in sets:
         prefix = f"{test_set.name}, " if test_set.exclusive else ""
         for method, share, scores in score(model, source, features, test_set, config):
@@ -106,12 +108,11 @@ def evaluate(model: Cleft, source: Path, data: Radiographs, config: Config) -> d
         use[rows] = f"{share:g}"
     for test_set in sets:
         use[test_set.rows] += f"{test_set.name} "
-    use = [text.strip() for text in use]
-    retune.write_splits(config.folder / "splits.csv", data, "fraction or tests", use)
+    retune.write_splits(config.folder / "splits.csv", data, "fraction or tests", map(str.strip, use))
     retune.write_json(config.folder / "evaluation.json", results)
-    rows = [
-        [n, r["auroc_macro"], *r["auroc_macro_ci"], r.get("accuracy"), r["n"]] for n, r in results.items()
-    ]
+    rows = []
+    for name, found in results.items():
+        rows.append([name, found["auroc_macro"], *found["auroc_macro_ci"], found.get("accuracy"), found["n"]])
     table = retune.markdown_table(["test", "AUROC", "from", "to (95%)", "accuracy", "images"], rows)
     retune.write_text(config.folder / "evaluation.md", table + "\n")
     retune.log(f"{table}\n\nwritten to {config.folder}")
@@ -135,18 +136,21 @@ def score(model: Cleft, source: Path, features: np.ndarray, test_set: TestSet, c
 def measure(scores: np.ndarray, test_set: TestSet) -> dict:
     """Measures of scores [n, C], with a patient-level interval of the macro AUROC: AUROC and average
     precision of each class; exclusive: of the softmax, and accuracy."""
-    data, labels, extra = test_set.data, test_set.data.labels[test_set.rows], {}
+    data = test_set.data
+    labels = data.labels[test_set.rows]
+    extra = {}
     if test_set.exclusive:
         scores = torch.from_numpy(scores).double().softmax(1).numpy()
-        extra = {"accuracy": float((scores.argmax(1) == labels.argmax(1)).mean())}
-    found = retune.evaluate(scores, np.zeros_like(scores), labels, data.class_names)
+        extra["accuracy"] = float((scores.argmax(1) == labels.argmax(1)).mean())
     extra["auroc_macro_ci"] = list(retune.bootstrap_ci(scores, labels, data.patients[test_set.rows]))
+    found = retune.evaluate(scores, np.zeros_like(scores), labels, data.class_names)
     return {key: found[key] for key in ("auroc_macro", "ap_macro", "auroc", "n")} | extra
 
 
 def linear_probe(features: np.ndarray, test_set: TestSet, learn: np.ndarray) -> np.ndarray:
     """Scores [n, C] of logistic regression on standardised features [N, W], multinomial or one a class."""
-    labels, tested = test_set.data.labels, np.array(features[test_set.rows])
+    labels = test_set.data.labels
+    tested = np.array(features[test_set.rows])
 
     def fit(rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
@@ -166,7 +170,8 @@ def linear_probe(features: np.ndarray, test_set: TestSet, learn: np.ndarray) -> 
 def finetune(model: Cleft, test_set: TestSet, learn: np.ndarray, config: Config) -> np.ndarray:
     """Scores [n, C] of a copy of the image tower with a linear classifier on its features, trained whole:
     softmax cross-entropy on exclusive sets, else binary. A share takes as many steps as all labels (ours)."""
-    data, device = test_set.data, model.log_scale.device
+    data = test_set.data
+    device = model.log_scale.device
     classifier = copy.deepcopy(model.encoder.image)
     with retune.seeded(config.seed):
         classifier.head = nn.Linear(classifier.head[0].in_features, len(data.class_names))
@@ -174,14 +179,11 @@ def finetune(model: Cleft, test_set: TestSet, learn: np.ndarray, config: Config)
     size = min(config.batch_size, len(learn))
     steps = config.finetune_epochs * max(1, len(test_set.learn[max(test_set.learn)]) // config.batch_size)
     plain, varied = (make_transform(model.encoder, config, training=flag) for flag in (False, True))
-
-    draws = enumerate(training.batch_rows(learn, size, 0, steps, config.seed + 2), config.seed)
-    draws = ((draw, batch.tolist()) for draw, batch in draws)
+    drawn = enumerate(training.batch_rows(learn, size, 0, steps, config.seed + 2), config.seed)
+    batches = ((draw, batch.tolist()) for draw, batch in drawn)
     optimizer = training.make_adamw(classifier, config)
-    stream = retune.progress(
-        load_batches(data, varied, draws, config.workers), total=steps, desc="fine-tuning"
-    )
-    for step, (batch, pixels) in enumerate(stream):
+    stream = load_batches(data, varied, batches, config.workers)
+    for step, (batch, pixels) in enumerate(retune.progress(stream, total=steps, desc="fine-tuning")):
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate(step, steps, config.lr, round(config.warmup * steps), 1e-8)
         labels = torch.from_numpy(data.labels[batch]).to(device)

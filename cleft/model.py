@@ -18,29 +18,26 @@ class Cleft(nn.Module):
 
     def __init__(self, encoder: DualEncoder, config: Config):
         super().__init__()
-        self.encoder, self.frozen_image = encoder, config.image_tower == "frozen"
+        self.encoder = encoder
+        self.frozen_image = config.image_tower == "frozen"
         encoder.requires_grad_(True)
         encoder.image.tower.requires_grad_(not self.frozen_image)
         with retune.seeded(config.seed):
             encoder.text.tower = add_peft(encoder.text.tower, config)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
-        for tower in (encoder.image.tower, encoder.text.tower) if config.checkpointing else ():
-            tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.checkpointing:
+            for tower in (encoder.image.tower, encoder.text.tower):
+                tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.train()
 
     def train(self, mode: bool = True):
-        """The loop of both stages; resumes from `path` exactly, as all randomness depends on the step.
-        compute(step, batch) leaves gradients and returns the loss; batches(first) yields from step `first`
-        on; rates: learning_rate's peak, warmup, floor. Returns the model, frozen, with the last weights or
-        those of the lowest `validate`, measured at every checkpoint. InputError when the loss is not
-        finite."""
+        """As of every module, but a frozen image tower stays in evaluation mode."""
         super().train(mode)
         self.encoder.image.tower.train(mode and not self.frozen_image)
         return self
 
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [B, 3, H, W], tokens [B, T], their mask -> unit vectors [B, D] of the images and of the
-        texts."""
+        """Pixels [B, 3, H, W], tokens [B, T], their mask -> unit vectors [B, D] of images and of texts."""
         dtype = self.log_scale.dtype
         images = self.encoder.image(pixels).to(dtype)  # [B, D]
         texts = self.encoder.text(input_ids, attention_mask).to(dtype)  # [B, D], at the end-of-text token
@@ -61,20 +58,21 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
 
 def contrastive_step(scale: Tensor, images: Tensor, texts: Tensor, local_negatives: bool = False) -> Tensor:
     """Gradients of the batch's loss from this rank's unit vectors [B, D], to be summed over ranks; returns
-    the loss. Negatives (ours): all other pairs of the global batch, so that ranks do not change the loss;
-    local, the authors': those of this rank, and the loss is the mean over ranks. Batch normalisation sees
-    this rank's images alone."""
+    the loss. Negatives are all other pairs of the global batch (ours: ranks do not change the loss), or with
+    `local_negatives` this rank's. Batch normalisation always sees this rank's images alone."""
     rank, world = retune.ranks()
     own = (images, texts)
     whole = world > 1 and not local_negatives
-    batch = [[torch.empty_like(part) for _ in range(world)] if whole else [part.detach()] for part in own]
-    for parts, part in zip(batch, own, strict=True) if whole else ():
-        torch.distributed.all_gather(parts, part.detach().contiguous())
-    leaves = [torch.cat(parts).requires_grad_() for parts in batch]  # [world * B, D] of all ranks, or [B, D]
+    leaves = []  # [world * B, D] of all ranks, or [B, D]
+    for vectors in own:
+        parts = [vectors.detach()]
+        if whole:
+            parts = [torch.empty_like(vectors) for _ in range(world)]
+            torch.distributed.all_gather(parts, vectors.detach().contiguous())
+        leaves.append(torch.cat(parts).requires_grad_())
     loss = contrastive_loss(*leaves, scale) / world
     loss.backward()
-    first = rank * len(own[0]) if whole else 0
-    gradients = [leaf.grad[first : first + len(own[0])] for leaf in leaves]
+    gradients = [leaf.grad.split(len(images))[rank if whole else 0] for leaf in leaves]
     # Of the global batch's loss every rank holds the whole gradient, of which the division left a share
     torch.autograd.backward(own, [world * gradient if whole else gradient for gradient in gradients])
     loss = loss.detach()
@@ -88,8 +86,10 @@ class Prompt(nn.Module):
 
     def __init__(self, model: Cleft, class_names: list[str], config: Config):
         super().__init__()
-        encoder, n = model.encoder, config.context_tokens
-        self.text, self.scale = [encoder.text], model.scale.detach()  # in a list: not a part of this module
+        encoder = model.encoder
+        n = config.context_tokens
+        self.text = [encoder.text]  # in a list: not a part of this module
+        self.scale = model.scale.detach()
         embedding = encoder.text.tower.get_input_embeddings()
         phrases = [f" {class_phrase(name)}" for name in class_names]
         self.phrases = [split_tokens(encoder.tokenizer, phrase, embedding) for phrase in phrases]
@@ -101,8 +101,7 @@ class Prompt(nn.Module):
             raise InputError(f"--context-tokens {n}: {longest} tokens, the text tower reads {limit}")
 
     def forward(self) -> Tensor:
-        """Unit vectors [C, D] of the texts [start tokens] [context] [phrase] [end tokens], read at the last
-        token."""
+        """Unit vectors [C, D] of the texts [start tokens] [context] [phrase] [end tokens], at their ends."""
         rows = [torch.cat([start, self.context, phrase, end]) for start, phrase, end in self.phrases]
         inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [C, T, H]
         lengths = torch.tensor([len(row) for row in rows], device=inputs.device)
@@ -114,7 +113,8 @@ class Prompt(nn.Module):
 
 def split_tokens(tokenizer, text: str, embedding: nn.Module) -> list[Tensor]:
     """Token embeddings [t, H] of a text: what the tokenizer puts before it, the text, what comes after."""
-    plain, whole = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer(text)["input_ids"]
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(text)["input_ids"]
     if not plain:
         raise InputError(f"the class name or caption {text!r} has no tokens; rename it")
     start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)

@@ -13,8 +13,6 @@ from cleft.data import load_pairs
 from cleft.evaluation import make_test_sets
 from cleft.training import embed_features, load_model, project
 
-MEASURES = ["auroc_macro", "low", "high", "accuracy"]
-
 
 def make_tables(config: Config, seeds: Sequence[int], run: Callable[[str, Config], None]) -> None:
     """`run` main runs for every seed, ablations for the first one; then tables and figure in --output."""
@@ -71,10 +69,11 @@ def pivot(results: pd.DataFrame, row: str, column: str) -> pd.DataFrame:
     """Means over seeds: AUROC ± deviation, the 95% interval's ends, and accuracy where there is one."""
 
     def describe_cell(found: pd.DataFrame) -> str:
-        mean, deviation = (getattr(found[MEASURES].astype(float), name)() for name in ("mean", "std"))
-        text = f"{mean['auroc_macro']:.3f}" + (f" ± {deviation['auroc_macro']:.3f}" if len(found) > 1 else "")
+        numbers = found[["auroc_macro", "low", "high", "accuracy"]].astype(float)
+        mean = numbers.mean()
+        deviation = f" ± {numbers['auroc_macro'].std():.3f}" if len(found) > 1 else ""
         accuracy = "" if np.isnan(mean["accuracy"]) else f"; accuracy {mean['accuracy']:.3f}"
-        return f"{text} ({mean['low']:.3f}-{mean['high']:.3f}){accuracy}"
+        return f"{mean['auroc_macro']:.3f}{deviation} ({mean['low']:.3f}-{mean['high']:.3f}){accuracy}"
 
     cells = {key: describe_cell(found) for key, found in results.groupby([row, column], sort=False)}
     table = pd.Series(cells).unstack().rename_axis(row)

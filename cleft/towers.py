@@ -11,7 +11,7 @@ from torch import nn
 
 import retune
 from cleft.config import PEFT, Config
-from retune import HERE, DualEncoder, InputError, one_line
+from retune import HERE, DualEncoder, InputError
 
 # fmt: off
 SMALL_IMAGE = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32, 64, 128],
@@ -60,7 +60,7 @@ def image_part(config: Config) -> tuple[dict, dict, dict]:
         transform = {"resize": 64, "crop": 64, "interpolation": "bilinear", "mean": half, "std": [0.25] * 3}
         return {"model": SMALL_IMAGE, "pool": "mean", "head": projection(128, config)}, transform, {}
     if own := read_own_part(config.image, "image", config):
-        return own[0], own[1]["transform"], own[2]
+        return own
     tower, model, weights = read_published_tower(config.image)
     side = getattr(tower, "image_size", 224)
     side = side if side % getattr(tower, "patch_size", 1) == 0 and side < 512 else 224
@@ -80,7 +80,7 @@ def text_part(config: Config, texts: list[str], words: Path | None = None) -> tu
         model = SMALL_TEXT | {"vocab_size": len(tokenizer), "n_positions": config.context_length}
         return {"model": model, "head": projection(64, config), **reading}, tokenizer, {}
     if own := read_own_part(config.text, "text", config):
-        return own[0], own[3], own[2]
+        return own
     tower, model, weights = read_published_tower(config.text)
     tokenizer = read_tokenizer(config)
     if len(tokenizer) > tower.vocab_size:
@@ -88,8 +88,8 @@ def text_part(config: Config, texts: list[str], words: Path | None = None) -> tu
     return {"model": model, "head": projection(tower.hidden_size, config), **reading}, tokenizer, weights
 
 
-def read_own_part(name: str, part: str, config: Config) -> tuple[dict, dict, dict, object] | None:
-    """(config of a tower with a head for `dim`, whole config, weights, tokenizer) of our folder, or None."""
+def read_own_part(name: str, part: str, config: Config) -> tuple[dict, object, dict] | None:
+    """What `image_part` or `text_part` returns, of a folder of ours, with a head for --dim; else None."""
     folder = HERE / "demo" / "tiny" if name == "tiny" else Path(name)
     path = folder / "config.json"
     if not path.is_file() or "dim" not in retune.read_json(path):
@@ -99,18 +99,17 @@ def read_own_part(name: str, part: str, config: Config) -> tuple[dict, dict, dic
     if config.dim != whole["dim"] or not own["head"]:
         width = own["head"][0][1]["in_features"] if own["head"] else whole["dim"]
         own = own | {"head": projection(width, config)}
-    start = len(part) + 1
-    return own, whole, {k[start:]: value for k, value in state.items() if k.startswith(f"{part}.")}, tokenizer
+    start = f"{part}."
+    weights = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+    return own, whole["transform"] if part == "image" else tokenizer, weights
 
 
 def read_published_tower(source: str):
     """A transformers model's config, what of it builds the model again, and its weights."""
     from transformers import AutoModel
 
-    try:
+    with retune.input_errors(source, "no transformers model"):
         tower = AutoModel.from_pretrained(source, dtype=torch.float32)
-    except Exception as error:
-        raise InputError(f"{source}: no transformers model ({one_line(error)})") from None
     dropped = ("transformers_version", "architectures", "dtype", "_name_or_path")
     model = {key: value for key, value in tower.config.to_diff_dict().items() if key not in dropped}
     return tower.config, model, {f"tower.{key}": value for key, value in tower.state_dict().items()}
@@ -121,10 +120,8 @@ def read_tokenizer(config: Config):
     from tokenizers import processors
     from transformers import AutoTokenizer
 
-    try:
+    with retune.input_errors(f"--text {config.text}", "no tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(config.text)
-    except Exception as error:
-        raise InputError(f"--text {config.text}: no tokenizer ({one_line(error)})") from None
     end = tokenizer.eos_token
     tokenizer.pad_token = config.pad_token or tokenizer.pad_token or end
     ended = tokenizer("a")["input_ids"][-1] in tokenizer.all_special_ids
@@ -173,8 +170,10 @@ def add_peft(tower: nn.Module, config: Config) -> nn.Module:
     if config.peft in ("frozen", "none"):
         return tower.requires_grad_(config.peft == "none")
     transposed = any(type(layer).__name__ == "Conv1D" for layer in tower.modules())  # GPT-2's linear layers
-    rank, options = config.lora_rank, {"task_type": "FEATURE_EXTRACTION"}
-    options |= {"fan_in_fan_out": transposed} if config.peft != "prefix" else {}
+    rank = config.lora_rank
+    options = {"task_type": "FEATURE_EXTRACTION"}
+    if config.peft != "prefix":
+        options["fan_in_fan_out"] = transposed
     if config.peft in ("lora", "adalora"):
         options |= {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
     own = {
@@ -183,13 +182,10 @@ def add_peft(tower: nn.Module, config: Config) -> nn.Module:
         "prefix": (PrefixTuningConfig, {"num_virtual_tokens": config.prefix_tokens}),
     }  # fmt: skip
     kind, settings = own[config.peft]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what libraries deprecate in each other
-            return get_peft_model(tower, kind(**settings, **options))
-    except Exception as error:
-        problem = f"the text tower ({type(tower).__name__}) does not support it ({one_line(error)})"
-        raise InputError(f"--peft {config.peft}: {problem}") from None
+    trouble = f"the text tower ({type(tower).__name__}) does not support it"
+    with retune.input_errors(f"--peft {config.peft}", trouble), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what libraries deprecate in each other
+        return get_peft_model(tower, kind(**settings, **options))
 
 
 def trainable(module: nn.Module) -> int:
@@ -205,7 +201,8 @@ def count_published(config: Config) -> str:
         with torch.device("meta"):
             return AutoModel.from_config(AutoConfig.for_model(**REAL[name]))
 
-    bert, image = trainable(build("BERT-base")), trainable(build("image")) + 769 * 512
+    bert = trainable(build("BERT-base"))
+    image = trainable(build("image")) + 769 * 512
     kinds = {}  # the text tower's trainable parameters, and those of its projection to 512
     for peft in dict.fromkeys((config.peft, *PEFT)):
         with torch.device("meta"):
@@ -213,7 +210,8 @@ def count_published(config: Config) -> str:
         kinds[f"CLEFT: GPT-2 architecture of 2.59 B, {peft}"] = trainable(tower), 2561 * 512
     kinds |= {"BERT-base, all of it": (bert, 769 * 512)}
     kinds |= {"CLIP's text transformer, all of it": (trainable(build("CLIP's text transformer")), 513 * 512)}
-    first, rows = image + sum(kinds[next(iter(kinds))]), []
+    first = image + sum(kinds[next(iter(kinds))])
+    rows = []
     for name, (text, head) in kinds.items():
         whole = image + text + head
         counts = [f"{number:,}" for number in (image, text, head, whole)]

@@ -14,7 +14,7 @@ from cleft.config import Config
 from cleft.data import load_batches, make_transform
 from cleft.model import Cleft, Prompt, contrastive_loss, contrastive_step
 from cleft.towers import build_encoder, trainable
-from retune import DualEncoder, InputError, Radiographs, one_line
+from retune import DualEncoder, InputError, Radiographs
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float) -> float:
@@ -28,7 +28,8 @@ def batch_rows(rows: np.ndarray, size: int, first: int, steps: int, seed: int) -
     """The rows of batches `first` to `steps`; an epoch is a permutation by (seed, epoch) without its rest."""
     if len(rows) < size:
         raise InputError(f"--batch-size {size} is more than the {len(rows)} training images; lower it")
-    per_epoch, order = len(rows) // size, None
+    per_epoch = len(rows) // size
+    order = None
     for step in range(first, steps):
         epoch, place = divmod(step, per_epoch)
         if order is None or place == 0:
@@ -53,7 +54,8 @@ def train(
     rates: learning_rate's peak, warmup, floor. Returns the model, frozen, with the last weights or those of
     the lowest `validate`, measured at every checkpoint. InputError when the loss is not finite."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    state, name = load_checkpoint(path, model, optimizer), path.stem
+    name = path.stem
+    state = load_checkpoint(path, model, optimizer)
     first = state["step"]
     bar = retune.progress(batches(first), desc=name, unit="step", total=steps, initial=first)
     for step, batch in enumerate(bar, first):
@@ -63,8 +65,9 @@ def train(
         loss = compute(step, batch).item()
         if not math.isfinite(loss):
             raise InputError(f"{name}, step {step + 1}: the loss is {loss}; lower the learning rate")
-        for p in trained if retune.ranks()[1] > 1 else ():
-            torch.distributed.all_reduce(p.grad if p.grad is not None else torch.zeros_like(p))
+        if retune.ranks()[1] > 1:
+            for p in trained:
+                torch.distributed.all_reduce(p.grad if p.grad is not None else torch.zeros_like(p))
         optimizer.step()
         if after_step is not None:
             after_step(step)
@@ -100,7 +103,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     weights. InputError for a damaged file or another model's."""
     if not path.exists():
         return {"step": 0, "lowest": math.inf}
-    try:
+    with retune.input_errors(path, "damaged or of another configuration; delete it"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         weights = state["model" if optimizer else "best"]
         if set(weights) != set(learned(model)):
@@ -110,21 +113,17 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         return state
-    except Exception as error:
-        problem = f"damaged or of another configuration ({one_line(error)}); delete it"
-        raise InputError(f"{path}: {problem}") from None
 
 
 def pretrain(config: Config, data: Radiographs) -> Cleft:
     """Stage 1: both towers on image-text pairs; leaves a model in the run's folder, and resumes there."""
-    (rank, world), size = retune.ranks(), config.batch_size
-    if size % world:
-        raise InputError(f"--batch-size {size} does not divide by {world} ranks")
+    rank, world = retune.ranks()
+    if config.batch_size % world:
+        raise InputError(f"--batch-size {config.batch_size} does not divide by {world} ranks")
     told = np.array([bool(text) for text in data.reports])
     rows, held_out = (np.flatnonzero(told & (data.split == part)) for part in ("train", "val"))
-    retune.log(
-        f"left out, as nothing is known to say: {(~told[data.where('train')]).sum():,} training images"
-    )
+    silent = (~told[data.where("train")]).sum()
+    retune.log(f"left out, as nothing is known to say: {silent:,} training images")
     encoder = build_encoder(config, list(data.reports) if config.text == "small" else ())
     model = Cleft(encoder, config).to(retune.pick_device(config.device))
     Prompt(model, data.class_names, config)  # what it refuses is refused before the training
@@ -135,17 +134,16 @@ def pretrain(config: Config, data: Radiographs) -> Cleft:
         encoder.tokenizer.backend_tokenizer.save(str(config.folder / "tokenizer.json"))
         retune.write_json(config.folder / "parameters.json", counts)
     transform = make_transform(encoder, config, training=True)
+    first_draw = config.seed * 1_000_003  # numbers the random draws of a run
 
     def batches(first: int) -> Iterator[tuple[list[int], Tensor]]:
-        whole = enumerate(batch_rows(rows, size, first, config.steps, config.seed), draw(first))
-        own = ((number, np.split(batch, world)[rank].tolist()) for number, batch in whole)
+        whole = batch_rows(rows, config.batch_size, first, config.steps, config.seed)
+        drawn = enumerate(whole, first_draw + first)
+        own = ((draw, np.split(batch, world)[rank].tolist()) for draw, batch in drawn)
         return load_batches(data, transform, own, config.workers)
 
-    def draw(step: int) -> int:  # numbers the random draws of a run
-        return config.seed * 1_000_003 + step
-
     def compute(step: int, batch: tuple[list[int], Tensor]) -> Tensor:
-        with retune.seeded(draw(step) * world + rank):  # dropout
+        with retune.seeded((first_draw + step) * world + rank):  # dropout
             vectors = embed_pairs(model, data, batch, config)
         return contrastive_step(model.scale, *vectors, config.local_negatives)
 
@@ -197,11 +195,13 @@ def load_model(folder: Path, config: Config) -> Cleft:
 
 def embed_features(model: Cleft, data: Radiographs, config: Config) -> np.ndarray:
     """Stored features [N, W] of the image tower without its projection: what probes are trained on."""
-    encoder, width = model.encoder, model.encoder.image.head[0].in_features
+    encoder = model.encoder
+    width = encoder.image.head[0].in_features
     settings = encoder.config | {"image": encoder.config["image"] | {"head": []}, "dim": width}
     with torch.device("meta"):
         features = DualEncoder(settings | {"foreground": config.foreground}, encoder.tokenizer)
-    features.image.tower, features.text = encoder.image.tower, nn.Identity()
+    features.image.tower = encoder.image.tower
+    features.text = nn.Identity()
     features.transform = make_transform(encoder, config, training=False)
     options = {"workers": config.workers, "precision": config.precision, "batch_size": 64}
     options["device"] = str(model.log_scale.device)
@@ -211,16 +211,17 @@ def embed_features(model: Cleft, data: Radiographs, config: Config) -> np.ndarra
 def project(model: Cleft, features: np.ndarray, rows: np.ndarray) -> Tensor:
     """Unit vectors [n, D] of rows [n] of the features [N, W]."""
     head = model.encoder.image.head
-    return nn.functional.normalize(
-        head(retune.gather(features, torch.from_numpy(rows), head[0].weight)), dim=1
-    )
+    chosen = retune.gather(features, torch.from_numpy(rows), head[0].weight)  # [n, W]
+    return nn.functional.normalize(head(chosen), dim=1)
 
 
 def tune_prompt(model: Cleft, data: Radiographs, features: np.ndarray, config: Config) -> Prompt:
     """Stage 2: multi-label binary cross-entropy of the scaled cosines; only the context tokens change. The
     image tower is frozen, so its stored features [N, W] serve; class texts are encoded once a step."""
-    prompt, steps = Prompt(model, data.class_names, config), config.prompt_steps
-    labels, rows = torch.from_numpy(data.labels), data.where("train")
+    prompt = Prompt(model, data.class_names, config)
+    steps = config.prompt_steps
+    labels = torch.from_numpy(data.labels)
+    rows = data.where("train")
     rows = rows[~np.isnan(data.labels[rows]).all(1)]
 
     def compute(step: int, batch: np.ndarray) -> Tensor:

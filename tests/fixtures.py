@@ -1,10 +1,7 @@
 """What the tests share: one random encoder, one CSV set, one finished run, and helpers to run and read programs.
 
-`test_retune.py` and `tests/conftest.py` name this file as a plugin. One thread for torch here and in the processes
-that tests start, since bits depend on the number of threads.
+One thread for torch here and in the processes that tests start, since bits depend on the number of threads.
 """
-
-from __future__ import annotations
 
 import csv
 import json
@@ -13,7 +10,6 @@ import multiprocessing.forkserver
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -28,9 +24,6 @@ import retune
 torch.set_num_threads(1)
 
 ROOT = Path(retune.__file__).resolve().parent
-with warnings.catch_warnings():  # a file that runs without tests/conftest.py meets the mark before its name
-    warnings.simplefilter("ignore")
-    slow = pytest.mark.slow
 
 
 def pytest_configure(config):
@@ -55,16 +48,13 @@ def save_random_encoder(folder: Path, seed: int) -> Path:
     gpt2 = {"model_type": "gpt2", "vocab_size": len(vocabulary), "n_embd": 16, "n_layer": 1, "n_head": 2}
     ends = {"bos_token_id": None, "eos_token_id": None, "n_positions": 64}
     head = [["Linear", {"in_features": 16, "out_features": 16}]]
-    transform = {"resize": 32, "crop": 32, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.25] * 3}
     config = {
-        "name": folder.name,
-        "dim": 16,
+        "name": folder.name, "dim": 16,
         "image": {"model": resnet | {"layer_type": "basic"}, "pool": "mean", "head": head},
         "text": {"model": gpt2 | ends, "pool": "last", "head": head, "context_length": 64},
-        "transform": transform,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        "transform": {"resize": 32, "crop": 32, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.25] * 3},
+    }  # fmt: skip
+    with retune.seeded(seed):
         retune.DualEncoder(config, tokenizer).save(folder)
     return folder
 
@@ -124,6 +114,27 @@ def csv_set(tmp_path, encoder_folder):
     return root, rows, [str(argument) for argument in arguments]
 
 
+def write_dicom(path: Path, pixels: np.ndarray, **changes) -> Path:
+    """A DICOM file of 12-bit pixels [H, W], with other elements as given."""
+    pydicom = pytest.importorskip("pydicom")
+    image = pydicom.Dataset()
+    image.file_meta = pydicom.dataset.FileMetaDataset()
+    image.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    image.file_meta.MediaStorageSOPClassUID = image.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
+    image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID = "1.2.3"
+    elements = {
+        "BitsAllocated": 16,
+        "BitsStored": 12,
+        "HighBit": 11,
+        "PixelData": pixels.astype("<u2").tobytes(),
+    }
+    elements |= {"Rows": len(pixels), "Columns": len(pixels[0]), "PhotometricInterpretation": "MONOCHROME2"}
+    for name, value in ({"SamplesPerPixel": 1, "PixelRepresentation": 0} | elements | changes).items():
+        setattr(image, name, value)
+    image.save_as(path, enforce_file_format=True)
+    return path
+
+
 def load_csv(root: Path, **options) -> retune.Radiographs:
     return retune.load_radiographs(retune.Config(data="csv", data_dir=str(root), **options))
 
@@ -174,8 +185,9 @@ def model_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
-def partial_files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if "partial" in path.name]
+def assert_same_run(folder: Path, other: Path) -> None:
+    assert metrics_of(folder) == metrics_of(other)
+    assert model_bytes(folder) == model_bytes(other)
 
 
 def read_failure(capsys, arguments, main=retune.main) -> str:
@@ -198,18 +210,14 @@ def run_python(folder: Path, *arguments, **environment) -> subprocess.CompletedP
 
 @pytest.fixture(scope="session")
 def fork():
-    """Starts `function(*arguments)` in a process that has imported retune but run nothing."""
+    """Starts `function(*arguments)` in a process that has imported our programs but run nothing."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("needs POSIX processes")
     context = multiprocessing.get_context("forkserver")
     models = [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "resnet")]
-    heavy = [
-        "test_retune",
-        "torchvision.transforms.v2",
-        "matplotlib.backends.backend_agg",
-        "PIL.PngImagePlugin",
-    ]
-    context.set_forkserver_preload([*heavy, "safetensors.torch", *models])
+    heavy = ["pandas", "sklearn.metrics", "torchvision.transforms.v2", "matplotlib.backends.backend_agg"]
+    ours = ["tests.test_trust", "adaptor.__main__", "cleft.__main__"]
+    context.set_forkserver_preload([*ours, *heavy, *models, "safetensors.torch", "PIL.PngImagePlugin"])
     here = os.getcwd()
     os.chdir(ROOT)
     multiprocessing.forkserver.ensure_running()

@@ -1,69 +1,84 @@
-"""The README is true: its programs take its options, the cheap commands run, its example prints what it shows."""
-
-from __future__ import annotations
+"""README and docs are true: programs take the options they show, the cheap commands run, the example prints its output."""
 
 import argparse
-import importlib
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
 import retune
-from tests.fixtures import ROOT, read_metrics, run_python, slow
+from tests.fixtures import ROOT, read_metrics, run_python
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, *DOCS = (page.read_text(encoding="utf-8") for page in PAGES)
+PROGRAM = r"(?:^|\s)(?:\S*\b(retune)\.py|-m ((?:adaptor|cleft|demo|experiments)[.\w]*))(?=\s|$)"
 
 
-def commands() -> list[list[str]]:
-    """The calls in the README's bash blocks as lists of words; comments and line ends inside a call removed."""
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [shlex.split(call, comments=True) for line in lines for call in line.split("&&")]
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def python_calls() -> list[tuple[str, list[str]]]:
-    """(module, arguments) of every call of a program of ours."""
-    calls = []
-    for words in commands():
-        for k, word in enumerate(words):
-            name = word.removesuffix(".py")
-            if name == "retune" or name.split(".")[0] in ("adaptor", "cleft", "experiments"):
-                calls.append((name, words[k + 1 :]))
-                break
-    return calls
+def commands(text: str) -> list[str]:
+    """The calls in a page's bash blocks, indented lines and inline code, with its shell variables filled in."""
+    text = text.replace("\\\n", " ")
+    lines = "\n".join(blocks("bash", text)).splitlines()
+    lines += re.findall(r"^    (python .+)$", text, re.MULTILINE) + re.findall(r"`([^`\n]+)`", text)
+    variables = re.findall(r'\b(\w+)="([^"\n]+)"', text) + re.findall(r"for (\w+) in (\S+)", text)
+    for name, value in variables:
+        lines = [re.sub(rf"\${name}\b", value, line) for line in lines]
+    return [call for line in lines for call in re.split("&&|;", line)]
+
+
+def program_calls(*texts: str) -> list[tuple[str, list[str]]]:
+    """(module, arguments) of every call of a program of ours; "..." stays as an option's value alone."""
+    calls = {}
+    for call in (call for text in texts for call in commands(text)):
+        call = re.sub(r"--method (NAME|\w+:\w+)", "--method lwf", call)  # a method of the reader's own
+        if match := re.search(PROGRAM, call):
+            words = shlex.split(call[match.end() :], comments=True)
+            pairs = zip(words, ["", *words])
+            words = [word for word, before in pairs if word != "..." or before.startswith("--")]
+            calls[" ".join([match[1] or match[2], *words])] = (match[1] or match[2], words)
+    return [(name, words) for name, words in calls.values() if words]  # without: the text names a program
 
 
 class Parsed(Exception):
     """The arguments were understood."""
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # runpy's, of modules that are imported already
 @pytest.mark.parametrize(
-    "program, arguments", python_calls(), ids=lambda value: " ".join(value)[:60] if value else ""
+    "program, arguments", program_calls(README, *DOCS), ids=lambda value: str(value)[:60]
 )
-def test_programs_take_the_readmes_options(program, arguments, monkeypatch):
-    parse = argparse.ArgumentParser.parse_args
+def test_programs_take_the_options_that_are_shown(program, arguments, monkeypatch):
+    parse, check = argparse.ArgumentParser.parse_args, argparse.ArgumentParser._check_value
 
     def stop(self, *positional, **options):
         parse(self, *positional, **options)
         raise Parsed
 
+    def check_unless_left_open(self, action, value):
+        if value != "...":
+            check(self, action, value)
+
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
-    name = f"{program}.__main__" if (ROOT / program.replace(".", "/")).is_dir() else program
-    with pytest.raises(Parsed):
-        importlib.import_module(name).main(arguments)
+    monkeypatch.setattr(argparse.ArgumentParser, "_check_value", check_unless_left_open)
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    with pytest.raises((Parsed, SystemExit)) as stopped:
+        runpy.run_module(program, run_name="__main__")
+    assert stopped.type is Parsed or "--help" in arguments and not stopped.value.code
 
 
-@slow
+@pytest.mark.slow
 def test_the_demo_command_gives_the_number_to_expect(tmp_path, monkeypatch):
     """The calls of retune.py on the demo as they stand; what the text after one says it gives, if it does."""
     monkeypatch.chdir(tmp_path)
     needs = {"--data", "--predict", "--convert", "--encoder"}
-    cheap = [words for program, words in python_calls() if program == "retune" and not needs & set(words)]
+    calls = program_calls("\n".join(f"```bash\n{block}```" for block in blocks("bash")))
+    cheap = [words for program, words in calls if program == "retune" and not needs & set(words)]
     assert cheap
     for words in cheap:
         assert retune.main([*words, "--output", "run"]) == 0
@@ -77,18 +92,17 @@ def test_the_demo_command_gives_the_number_to_expect(tmp_path, monkeypatch):
         Path("run").rename("done")
 
 
-def test_shell_commands_name_files_that_are_there():
-    for words in commands():
-        for word in words:
-            if word.endswith((".sh", ".txt")) and "/" not in word:
-                assert (ROOT / word).is_file(), words
+def test_programs_compile_and_commands_and_links_name_files_that_are_there():
+    for page, text in zip(PAGES, (README, *DOCS)):
+        for program in blocks("python", text):
+            compile(program, page, "exec")
+        for name in re.findall(r"(?<![\w/.-])(\w+\.(?:sh|txt))\b", "\n".join(blocks("bash", text))):
+            assert (ROOT / name).is_file(), (page, name)
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (page.parent / target).exists(), (page, target)
 
 
-def test_links_lead_to_files():
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", README):
-        assert (ROOT / target).exists(), target
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("k", range(len(blocks("python"))))
 def test_the_python_example_prints_what_the_readme_shows(k, tmp_path):
     """What it prints stands behind `#` in its last lines, or in the block after it."""

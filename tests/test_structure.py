@@ -141,3 +141,13 @@ def test_no_function_is_long():
     longest = max(lengths, key=lengths.get)
     print(f"longest function: {longest}, {lengths[longest]} lines")
     assert lengths[longest] <= LONGEST_FUNCTION, longest
+
+
+def test_no_assignment_packs_several_values():
+    packed = []
+    for path in CODE:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            is_pair = isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
+            if is_pair and isinstance(node.targets[0], ast.Tuple):
+                packed.append(f"{path.relative_to(ROOT)} line {node.lineno}")
+    assert not packed

@@ -1,7 +1,5 @@
 """What a user relies on whatever happens: kills, full disks, damaged files, several processes, odd numbers, privacy."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import io
@@ -25,15 +23,12 @@ from PIL import Image
 
 import retune
 from tests.fixtures import (
+    assert_same_run,
     csv_rows,
     exit_code,
-    metrics_of,
-    model_bytes,
     noise_images,
-    partial_files,
     read_failure,
     read_metrics,
-    slow,
     write_rows,
 )
 
@@ -43,27 +38,19 @@ pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="needs POSIX"),
 ]
 
-SMALL_ADAPTOR = (
-    "--epochs 2 --batch-size 32 --width 16 --heads 2 --feedforward 32 --head-epochs 1 --workers 0 --device cpu"
-    " --repeats 1 --stages retrieval classification --cache-dir cache --output run"
-)
-SMALL_CLEFT = (
-    "all --dim 8 --batch-size 12 --steps 4 --prompt-steps 4 --save-every 2 --output run --cache-dir cache"
-    " --device cpu --truncate --balanced 0"
-)
+SMALL_RUNS = {
+    "retune": "--epochs 2 --workers 0 --demo-images 240 --scenario label --parts 3 --encoder {encoder}",
+    "adaptor": "--epochs 2 --batch-size 32 --width 16 --heads 2 --feedforward 32 --head-epochs 1 --workers 0 --repeats 1"
+    " --demo-images 150 --stages retrieval classification --image-encoder {encoder} --text-encoder {encoder}",
+    "cleft": "all --dim 8 --batch-size 12 --steps 4 --prompt-steps 4 --save-every 2 --truncate --balanced 0 --augment on"
+    " --demo-images 300 --image {encoder} --text {encoder}",
+}  # fmt: skip
 
 
 def program_arguments(program: str, encoder: Path) -> list[str]:
     """A small run of one of the three programs on the demo."""
-    if program == "adaptor":
-        towers = ["--image-encoder", encoder, "--text-encoder", encoder, "--demo-images", "150"]
-        return [*SMALL_ADAPTOR.split(), *map(str, towers)]
-    if program == "cleft":
-        return [*SMALL_CLEFT.split(), "--image", str(encoder), "--text", str(encoder), "--demo-images", "300"]
-    options = (
-        "--epochs 2 --workers 0 --cache-dir cache --output run --demo-images 240 --scenario label --parts 3"
-    )
-    return [*options.split(), "--encoder", str(encoder)]
+    shared = ["--device", "cpu", "--cache-dir", "cache", "--output", "run"]
+    return [*SMALL_RUNS[program].format(encoder=encoder).split(), *shared]
 
 
 def call_program(program: str, arguments: list[str]) -> int:
@@ -73,7 +60,17 @@ def call_program(program: str, arguments: list[str]) -> int:
     return module.main(arguments)
 
 
-# ------------------------------------------------------------------------------------------ kills and full disks
+def run_and_exit(arguments: list[str], environment: dict | None = None, limit: int = 0, said="") -> None:
+    """retune.py in a process of its own: with the environment of a rank, or where no file may exceed `limit`
+    bytes, so that writes fail halfway as on a full disk, with standard error in the file `said`."""
+    import resource
+
+    os.environ.update(environment or {})
+    if limit:
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.exit(call_program("retune", arguments))
 
 
 def run_until_change(program: str, arguments: list[str], folder: Path, last: float) -> None:
@@ -112,7 +109,7 @@ def contents(folder: Path) -> dict:
     return {str(p.relative_to(folder)): p.is_dir() or read(p) for p in sorted(folder.rglob("*"))}
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["retune", "adaptor", "cleft"])
 def test_a_killed_program_ends_like_an_uninterrupted_one(program, fork, encoder_folder, tmp_path):
     """Each process dies a few changes of files later than the one before: nothing is lost, nothing left over."""
@@ -129,34 +126,16 @@ def test_a_killed_program_ends_like_an_uninterrupted_one(program, fork, encoder_
     assert {name for name in expected | found if expected.get(name) != found.get(name)} == set()
 
 
-def run_on_small_disk(arguments, limit, report):
-    """Run the command line where no file may exceed `limit` bytes: writes fail halfway, as on a full disk."""
-    import resource
-
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    with open(report, "w") as sys.stderr:
-        code = call_program("retune", arguments)
-    sys.exit(code)
-
-
-def run_and_exit(arguments):
-    sys.exit(call_program("retune", arguments))
-
-
 @pytest.mark.parametrize("limit", [500, 5000, 20000])
 def test_a_full_disk_leaves_whole_files_and_the_run_goes_on(demo_arguments, finished, fork, tmp_path, limit):
     run, report = tmp_path / "run", tmp_path / "report.txt"
     arguments = [*demo_arguments, "--cache-dir", str(tmp_path / "cache"), "--output", str(run)]
-    code, said = exit_code(fork(run_on_small_disk, arguments, limit, report)), report.read_text()
+    code, said = exit_code(fork(run_and_exit, arguments, None, limit, report)), report.read_text()
     assert code == 2 and "error: " in said and "Traceback" not in said, (code, said)
-    assert not partial_files(tmp_path)
+    assert not list(tmp_path.rglob("*partial*"))
     assert all(path.read_bytes() == (finished / path.name).read_bytes() for path in run.glob("task*"))
     assert exit_code(fork(run_and_exit, arguments)) == 0
-    assert metrics_of(run) == metrics_of(finished) and model_bytes(run) == model_bytes(finished)
-
-
-# --------------------------------------------------------------------------------------------- several processes
+    assert_same_run(run, finished)
 
 
 def test_processes_share_one_cache_and_one_wins_the_output_folder(demo_arguments, finished, fork, tmp_path):
@@ -165,15 +144,9 @@ def test_processes_share_one_cache_and_one_wins_the_output_folder(demo_arguments
     alone = fork(run_and_exit, [*arguments, str(tmp_path / "b")])
     assert sorted(map(exit_code, shared)) in ([0, 0], [0, 2]) and exit_code(alone) == 0
     for name in "ab":
-        assert metrics_of(tmp_path / name) == metrics_of(finished)
-        assert model_bytes(tmp_path / name) == model_bytes(finished)
-    assert len(list((tmp_path / "cache").rglob("embeddings.npy"))) == 1 and not partial_files(tmp_path)
-
-
-def run_on_one_rank(environment, arguments):
-    """What torchrun starts, with its environment, in small chunks."""
-    os.environ.update(environment)
-    sys.exit(call_program("retune", arguments))
+        assert_same_run(tmp_path / name, finished)
+    assert len(list((tmp_path / "cache").rglob("embeddings.npy"))) == 1
+    assert not list(tmp_path.rglob("*partial*"))
 
 
 def test_two_ranks_give_the_run_of_one_process(demo_arguments, fork, finished, tmp_path):
@@ -182,44 +155,38 @@ def test_two_ranks_give_the_run_of_one_process(demo_arguments, fork, finished, t
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    environments = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    cache = Path(demo_arguments[demo_arguments.index("--cache-dir") + 1])
-    arguments = [*demo_arguments, "--cache-dir", str(tmp_path / "cache"), "--output", str(tmp_path / "two")]
-    processes = [fork(run_on_one_rank, environment, arguments) for environment in environments]
+    two, cache = tmp_path / "two", Path(demo_arguments[demo_arguments.index("--cache-dir") + 1])
+    arguments = [*demo_arguments, "--cache-dir", str(tmp_path / "cache"), "--output", str(two)]
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    processes = [fork(run_and_exit, arguments, common | rank) for rank in ranks]
     assert [exit_code(process) for process in processes] == [0, 0]
-    two, one = (np.load(next(folder.rglob("embeddings.npy"))) for folder in (tmp_path / "cache", cache))
-    np.testing.assert_allclose(two, one, atol=1e-6)
-    for k in (1, 2, 3):
-        two, one = (retune.load_tensors(f / f"task_{k}.safetensors")[0] for f in (tmp_path / "two", finished))
-        for name, value in one.items():
-            torch.testing.assert_close(value, two[name], atol=1e-5, rtol=0, msg=name)
-    two, one = (
-        read_metrics(f)["after_task"][-1]["test"]["auroc_macro"] for f in (tmp_path / "two", finished)
-    )
-    assert two == pytest.approx(one, abs=1e-3)
+    found, wanted = (np.load(next(folder.rglob("embeddings.npy"))) for folder in (tmp_path / "cache", cache))
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    for name in ("task_1", "task_2", "task_3"):
+        found, wanted = (retune.load_tensors(f / f"{name}.safetensors")[0] for f in (two, finished))
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    found, wanted = (read_metrics(f)["after_task"][-1]["test"]["auroc_macro"] for f in (two, finished))
+    assert found == pytest.approx(wanted, abs=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------ damaged files
+NUMBERS = (b"9" * 20, b"-1", b"1e999", b"NaN", b"0", b"", b"2147483648", b"[]", b'"', b"null")
 
 
 def damage(generator: np.random.Generator, content: bytes) -> bytes:
-    """Flip bits, cut, insert, double, delete or replace spans, write other numbers; half of it hits the head."""
-    data = bytearray(content)
-    near = len(data) if generator.random() < 0.5 else min(len(data), 400)
-    i, n = int(generator.integers(0, near + 1)), int(2 ** generator.uniform(0, 9))
-    kind = generator.integers(7)
-    if kind == 0:
-        for k in generator.integers(0, len(data), 4):
-            data[k] ^= 1 << generator.integers(8)
-    elif kind == 6 and (numbers := list(re.finditer(rb"\d+", data[: i + 4096]))):
-        number = numbers[generator.integers(len(numbers))]
-        other = (b"9" * 20, b"-1", b"1e999", b"NaN", b"0", b"", b"2147483648", b"[]", b'"', b"null")
-        data[number.start() : number.end()] = other[generator.integers(len(other))]
-    else:
-        replaced = {1: len(data), 4: n, 5: n}.get(kind, 0)
-        new = {2: generator.bytes(n), 3: data[i : i + n] * 2, 5: generator.bytes(n)}
-        data[i : i + replaced] = new.get(kind, b"")
-    return bytes(data)
+    """Flip bits, cut, insert, double, delete or replace a span, or change a number; half of it hits the head."""
+    near = len(content) if generator.random() < 0.5 else min(len(content), 400)
+    start = int(generator.integers(0, near + 1))
+    length = int(2 ** generator.uniform(0, 9))
+    head, span, tail = content[:start], content[start : start + length], content[start + length :]
+    noise = generator.bytes(length)
+    flipped = bytes(byte ^ (1 << generator.integers(8)) for byte in span)
+    damaged = [head, head + flipped + tail, head + noise + span + tail, head + span * 2 + tail, head + tail]
+    damaged.append(head + noise + tail)
+    if found := list(re.finditer(rb"\d+", content[: start + 4096])):
+        number = found[generator.integers(len(found))]
+        other = NUMBERS[generator.integers(len(NUMBERS))]
+        damaged.append(content[: number.start()] + other + content[number.end() :])
+    return damaged[generator.integers(len(damaged))]
 
 
 def load(folder: Path, name: str, **options) -> retune.Radiographs:
@@ -242,9 +209,9 @@ def make_npz(folder, encoder):
 
 def make_images(folder, encoder):
     color = np.random.default_rng(0).integers(0, 256, (40, 36, 3), np.uint8)
-    grey = color[..., 0]
-    Image.fromarray(grey).save(folder / "grey.png")
-    Image.fromarray(grey.astype(np.uint16) * 99).save(folder / "deep.tiff")
+    grey = Image.fromarray(color[..., 0])
+    grey.save(folder / "grey.png")
+    grey.convert("I;16").save(folder / "deep.tiff")
     Image.fromarray(color).convert("P").save(folder / "palette.png")
     Image.fromarray(color).save(folder / "color.jpg", progressive=True)
     files = sorted(folder.iterdir())
@@ -252,9 +219,9 @@ def make_images(folder, encoder):
 
 
 def make_adaptors(folder, encoder):
-    options = ["--demo-images", "60", "--scenario", "joint", "--epochs", "1", "--no-figures", "--output"]
-    options += [str(folder / "run"), "--cache-dir", str(folder / "cache"), "--workers", "0"]
-    assert retune.main([*options, "--encoder", encoder.source]) == 0
+    options = "--demo-images 60 --scenario joint --epochs 1 --no-figures --workers 0 --encoder"
+    places = ["--output", str(folder / "run"), "--cache-dir", str(folder / "cache")]
+    assert retune.main([*options.split(), encoder.source, *places]) == 0
     Image.new("L", (20, 20)).save(folder / "a.png")
     config = retune.Config(encoder=encoder.source, device="cpu")
     file = folder / "run/adaptors.safetensors"
@@ -306,10 +273,7 @@ def read_damaged(folder: Path, encoder_folder: str, name: str, report: Path) -> 
         except retune.InputError as error:
             refused += bool(str(error)) and "\n" not in str(error)
         except Exception as error:
-            place = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == retune.__file__]
-            bugs[f"{type(error).__name__} line {place[-1].lineno if place else '?'}"] = (
-                f"{i}, {victim.name}: {error!r}"
-            )
+            bugs[f"{i}, {victim.name}"] = "".join(traceback.format_exception(error)[-3:])
     report.write_text(json.dumps([refused, bugs]))
 
 
@@ -358,34 +322,6 @@ def test_no_file_runs_code(name, encoder, encoder_folder, tmp_path):
     assert evil.folder.exists()
 
 
-def test_pillows_guard_against_huge_images_is_on(tmp_path, monkeypatch):
-    Image.new("L", (100, 100)).save(tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(retune.InputError, match=r"a\.png.*10000 pixels"):
-        retune.read_image(tmp_path / "a.png")
-
-
-# ------------------------------------------------------------------------------------------- degenerate numbers
-
-
-def learn(embeddings: np.ndarray, labels: np.ndarray, adaptor="mlp", pool="mean", scenario="class") -> dict:
-    """Train on all rows and measure on the same; weights must be finite and scores in [0, 1]."""
-    (n, dim), classes = embeddings.shape, labels.shape[1]
-    names, patients = [f"c{c}" for c in range(classes)], [f"p{i}" for i in range(n)]
-    with retune.seeded(0):
-        model = retune.RETune(dim, adaptor=adaptor, pool=pool, logit_scale=10)
-        bank = retune.PromptBank(torch.randn(2 * classes, dim), torch.arange(2 * classes))
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for task in retune.make_tasks(scenario, labels, names, None, 0, patients):
-        options = {"epochs": 1, "batch_size": 4, "generator": torch.Generator().manual_seed(0)}
-        retune.fit(model, bank, embeddings, torch.from_numpy(labels), task, optimizer, **options)
-        assert all(p.isfinite().all() for p in model.parameters())
-    scores, decisions = retune.score_rows(model, bank, embeddings, np.arange(n), "diff")
-    assert np.isfinite(scores).all() and (scores >= -1e-6).all() and (scores <= 1 + 1e-6).all()
-    measured = retune.evaluate(scores, decisions, labels, names)
-    return measured | {"ci": retune.bootstrap_ci(scores, labels, patients, 50)}
-
-
 NORMAL = np.random.default_rng(0).normal(size=(12, 6))
 EMBEDDINGS = {
     "constant": np.ones((12, 6)), "zeros": np.zeros((12, 6)), "one zero": np.eye(12, 6), "1e15": NORMAL * 1e15,
@@ -398,17 +334,26 @@ EMBEDDINGS = {
 def test_any_embeddings_give_finite_metrics_or_an_input_error(values, adaptor, pool):
     embeddings = EMBEDDINGS[values].astype(np.float32)
     labels = np.resize(np.float32([[0, 1], [1, 0], [1, 1]]), (12, 2))
+    patients = [f"p{i}" for i in range(12)]
+    with retune.seeded(0):
+        model = retune.RETune(6, adaptor=adaptor, pool=pool, logit_scale=10)
+        bank = retune.PromptBank(torch.randn(4, 6), torch.arange(4))
+    options = {"epochs": 1, "batch_size": 4, "generator": torch.Generator().manual_seed(0)}
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     try:
-        measured = learn(embeddings, labels, adaptor, pool)
+        for task in retune.make_tasks("class", labels, "ab", None, 0, patients):
+            retune.fit(model, bank, embeddings, torch.from_numpy(labels), task, optimizer, **options)
     except retune.InputError as error:
         assert values in ("1e30", "float32 max"), error
         return
+    assert all(p.isfinite().all() for p in model.parameters())
+    scores, decisions = retune.score_rows(model, bank, embeddings, np.arange(12), "diff")
+    assert (scores >= -1e-6).all() and (scores <= 1 + 1e-6).all()
+    measured = retune.evaluate(scores, decisions, labels, "ab")
     assert all(math.isfinite(measured[key]) for key in ("auroc_macro", "ap_macro", "f1_macro", "accuracy"))
+    assert np.isfinite(retune.bootstrap_ci(scores, labels, patients, 50)).all()
     if len(np.unique(embeddings, axis=0)) == 1:
         assert measured["auroc_macro"] == 0.5, "equal images cannot be told apart"
-
-
-# -------------------------------------------------------------------------------------------------------- privacy
 
 
 @pytest.fixture(scope="module")
@@ -420,39 +365,32 @@ def everything(encoder_folder, tmp_path_factory) -> tuple[Path, Path]:
         row |= {"report": f"report of ärztin number {i}", "Mass": str((i * i // 3 + i // 8) % 2)}
     write_rows(root / "Daten 胸部" / "labels.csv", rows)
     (root / "Ergebnisse").mkdir()
-    here = os.getcwd()
-    os.chdir(root / "Ergebnisse")
     data = ["--data", "csv", "--data-dir", str(root / "Daten 胸部")]
-    both = [str(encoder_folder), str(encoder_folder)]
-    for method in ("retune", "linear", "mlp", "ewc", "lwf", "replay", "analytic"):
-        arguments = [*program_arguments("retune", encoder_folder), *data, "--parts", "2", "--method", method]
-        assert retune.main([*arguments, "--output", method]) == 0
-    fit, left = retune.fit, [1]
+    options = [*program_arguments("retune", encoder_folder), *data, "--parts", "2", "--output"]
+    fit, trained = retune.fit, []
 
     def interrupted(*positional, **options):
-        left[0] -= 1
-        if left[0] < 0:
+        if trained:
             raise KeyboardInterrupt
-        return fit(*positional, **options)
+        trained.append(fit(*positional, **options))
 
-    retune.fit = interrupted
-    arguments = [*program_arguments("retune", encoder_folder), *data, "--parts", "2"]
-    assert retune.main([*arguments, "--output", "interrupted"]) != 0
-    retune.fit = fit
-    arguments = [*SMALL_ADAPTOR.split(), *data, "--image-encoder", both[0], "--text-encoder", both[1]]
-    assert call_program("adaptor", [*arguments, "--output", "adaptor", "--export", "pair"]) == 0
-    arguments = [*SMALL_CLEFT.split(), *data, "--image", both[0], "--text", both[1], "--output", "cleft"]
-    assert call_program("cleft", arguments) == 0
-    os.chdir(here)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root / "Ergebnisse")
+        for method in ("retune", "linear", "mlp", "ewc", "lwf", "replay", "analytic"):
+            assert retune.main([*options, method, "--method", method]) == 0
+        for program, more in {"adaptor": ["--export", "pair"], "cleft": []}.items():
+            arguments = [*program_arguments(program, encoder_folder), *data, "--output", program, *more]
+            assert call_program(program, arguments) == 0
+        patch.setattr(retune, "fit", interrupted)
+        assert retune.main([*options, "interrupted"]) == 130
     return root / "Daten 胸部", root / "Ergebnisse"
 
 
 def secrets(data: Path, results: Path) -> set[bytes]:
     """What no model may hold: texts of patients, rows of pixels, labels, 3 neighbouring numbers of an embedding."""
     table = retune.read_table(data / "labels.csv")
-    found = {
-        text.encode() for text in [*table["patient"], *table["path"], *table["report"], "Kowalski", "ärztin"]
-    }
+    texts = [*table["patient"], *table["path"], *table["report"], "Kowalski", "ärztin"]
+    found = {text.encode() for text in texts}
     for name in table["path"]:
         pixels = np.asarray(Image.open(data / name))
         found |= {pixels[k, :12].tobytes() for k in range(0, 40, 4)}
@@ -468,14 +406,13 @@ def secrets(data: Path, results: Path) -> set[bytes]:
     return {secret for secret in found if any(secret)}
 
 
-@slow
+@pytest.mark.slow
 def test_no_model_of_any_program_holds_anything_of_a_patient(everything):
     data, results = everything
     kinds = (".safetensors", ".pt")
     models = [p for p in results.rglob("*") if p.is_file() and (p.suffix in kinds or p.parent.name == "pair")]
-    assert {"retune", "replay", "interrupted", "adaptor", "pair", "cleft"} <= {
-        p.relative_to(results).parts[0] for p in models
-    }
+    folders = {p.relative_to(results).parts[0] for p in models}
+    assert {"retune", "replay", "interrupted", "adaptor", "pair", "cleft"} <= folders
     hidden = secrets(data, results)
     assert len(hidden) > 3000
     allowed = "statistics.safetensors"  # what a method says it stores of patients, beside the model
@@ -497,15 +434,14 @@ def test_scoring_switches_dropout_off():
     class Noisy(retune.Method):
         def __init__(self):
             super().__init__()
-            self.network = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+            self.dropout = torch.nn.Dropout(0.5)
 
         def logits(self, images, bank):
-            return self.network(images)
+            return self.dropout(images[:, :1])
 
     bank = retune.PromptBank(torch.zeros(2, 8), torch.arange(2))
-    model, x = Noisy(), np.ones((4, 8), np.float32)
-    first, second = (retune.score_rows(model, bank, x, np.arange(4), "diff")[0] for _ in range(2))
-    assert (first == second).all()
+    scores, _ = retune.score_rows(Noisy(), bank, np.ones((99, 8), np.float32), np.arange(99), "diff")
+    assert len(np.unique(scores)) == 1
 
 
 def test_heatmaps_and_json_belong_to_predictions(capsys):
@@ -515,21 +451,12 @@ def test_heatmaps_and_json_belong_to_predictions(capsys):
         assert "go with --predict" in capsys.readouterr().err
 
 
-def test_an_image_that_is_not_all_numbers_is_refused(tmp_path):
-    pixels = np.zeros((8, 8), np.float32)
-    pixels[3, 4] = np.nan
-    Image.fromarray(pixels).save(tmp_path / "a.tiff")
-    with pytest.raises(retune.InputError, match="not all numbers"):
-        retune.read_image(tmp_path / "a.tiff")
-
-
 def test_a_task_without_labels_is_named(csv_set, capsys):
     root, rows, arguments = csv_set
-    finding = next(name for name in rows[0] if name not in ("path", "patient", "split", "report"))
     for row in rows:
-        row[finding] = "" if row["split"] == "train" else row[finding]
+        row["Edema"] = "" if row["split"] == "train" else row["Edema"]
     write_rows(root / "labels.csv", rows)
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         assert retune.main(arguments) == 0
-    assert f"{finding} has no known label" in capsys.readouterr().err
+    assert "Edema has no known label" in capsys.readouterr().err
