@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 import retune
 from experiments import baselines, folds, runs
 from experiments.tables import render
-from tests.fixtures import ROOT, slow
+from tests.fixtures import ROOT
 
 NIH = os.environ.get("RETUNE_NIH_DIR")
 needs_xrays = pytest.mark.skipif(not NIH, reason="RETUNE_NIH_DIR is not set")
@@ -43,7 +43,7 @@ def test_folds_share_rows_and_test_every_image_once(tables):
 
 
 @needs_xrays
-@slow
+@pytest.mark.slow
 def test_small_run_gives_the_tables(tmp_path, encoder_folder, tables):
     arguments = ["--data-dir", NIH, "--folds", tmp_path / "private", "--results", tmp_path / "tables"]
     arguments += ["--scenarios", "class", "--grids", "method=retune", "method=lwf whiten=no,yes"]
