@@ -15,7 +15,7 @@ from scipy.integrate import quad
 from torch.nn.utils import parameters_to_vector
 
 import retune
-from experiments import METHODS
+from experiments import METHODS, baselines
 from experiments.analytic import LAMBDAS, Analytic, solve
 from experiments.baselines import EWC, MLP, Distil, LwF, Replay, fisher_diagonal
 from experiments.common import Grams, zero_shot_logits
@@ -174,6 +174,19 @@ def test_replay_memory_is_one_sample_for_any_number_of_tasks():
     assert torch.equal(stepwise.rows[:, 0], at_once.rows[:, 0])
     with pytest.raises(InputError, match="memory=0"):
         make(Replay, memory=0)
+
+
+def test_bound_stops_without_a_positive(monkeypatch):
+    """The loss of a held-out tenth whose labels are all 0 falls for ever."""
+    fits = []
+    monkeypatch.setattr(baselines, "fit", lambda *_, **__: fits.append(len(fits)))
+    monkeypatch.setattr(baselines, "prompt_contrastive_loss", lambda *_: torch.tensor(1 / (1 + len(fits))))
+    model = baselines.Joint(4, 1, seed=0)
+    model.settings = {"lr": 1e-3, "batch_size": 8}
+    task = Task("all", np.arange(40), (0,))
+    bank = type("Bank", (), {"embeddings": torch.zeros(1, 4)})()
+    model.after_task(np.zeros((40, 4), np.float32), torch.zeros(40, 1), task, bank)
+    assert len(fits) == 2 * baselines.Joint.MOST_EPOCHS
 
 
 def test_distil_holds_untrained_findings_to_the_old_model():

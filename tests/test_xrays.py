@@ -7,11 +7,10 @@ import os
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from sklearn.metrics import roc_auc_score
 
 import retune
-from experiments import baselines, folds, runs
+from experiments import folds, runs
 from experiments.tables import render
 from tests.fixtures import ROOT
 
@@ -73,16 +72,3 @@ def test_committed_tables_are_those_of_the_committed_runs(name):
     for table in ("intervals", "methods", "rivals", "differences"):
         text = render(table, runs.read_runs(folder))[".md"]
         assert (folder / f"{table}.md").read_text() == text
-
-
-def test_bound_stops_without_a_positive(monkeypatch):
-    """The loss of a held-out tenth whose labels are all 0 falls for ever."""
-    fits = []
-    monkeypatch.setattr(baselines, "fit", lambda *_, **__: fits.append(len(fits)))
-    monkeypatch.setattr(baselines, "prompt_contrastive_loss", lambda *_: torch.tensor(1 / (1 + len(fits))))
-    model = baselines.Joint(4, 1, seed=0)
-    model.settings = {"lr": 1e-3, "batch_size": 8}
-    task = retune.Task("all", np.arange(40), (0,))
-    bank = type("Bank", (), {"embeddings": torch.zeros(1, 4)})()
-    model.after_task(np.zeros((40, 4), np.float32), torch.zeros(40, 1), task, bank)
-    assert len(fits) == 2 * baselines.Joint.MOST_EPOCHS
