@@ -1,7 +1,7 @@
 """Every method on a small set of real X-rays: five folds by patient, and two checks of confounding (ours).
 
-    python -m experiments.folds --data-dir NIH --folds /tmp/folds --results experiments/results/nih-tiny
-    python -m experiments.folds --data-dir NIH --folds /tmp/pair --results /tmp/pair/tables \
+    python -m experiments.folds --data-dir NIH --folds private --results experiments/results/nih-tiny
+    python -m experiments.folds --data-dir NIH --folds private-pair --results tables \
         --scenarios class joint --grids "method=retune,lwf whiten=no,yes" -- --encoder pair
 
 NIH is a folder in the layout of ChestX-ray14. Every image is tested once, by a model that saw no image of
