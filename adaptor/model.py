@@ -87,7 +87,7 @@ class Adaptor(nn.Module):
 
 
 def contrastive_loss(image, text, log_scale: torch.Tensor, text_to_image: float = 0.75) -> torch.Tensor:
-    """Contrastive loss of pairs [B, P], normalised here; `text_to_image` weighs the choice of images by texts."""
+    """Contrastive loss of pairs [B, P], normalised here; `text_to_image` weighs the texts' choice."""
     logits = log_scale.exp() * F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).T  # [B texts, B images]
     pair = torch.arange(len(logits), device=logits.device)
     texts_choose = F.cross_entropy(logits, pair)

@@ -1,4 +1,4 @@
-"""Image-report pairs, pre-training on them in epochs that resume, and retrieval to measure what was learned."""
+"""Image-report pairs, pre-training on them in resumable epochs, and retrieval to measure what was learned."""
 
 import math
 import re

@@ -100,8 +100,8 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer, state: dict, loss: 
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """What `save_checkpoint` wrote; step 0 without a file. With an optimiser, to resume from it; else the best
-    weights. InputError for a damaged file or another model's."""
+    """What `save_checkpoint` wrote, or step 0 without a file; into the model go the last weights, to resume
+    with `optimizer`, else the best ones. InputError for a damaged file or another model's."""
     if not path.exists():
         return {"step": 0, "lowest": math.inf}
     with retune.input_errors(path, "damaged or of another configuration; delete it"):

@@ -14,12 +14,12 @@ import torch
 import retune
 from tests.fixtures import ROOT, run_python
 
-PASTED = (  # DESIGN's list
-    "Adaptor", "RETune", "PromptBank", "prompt_contrastive_loss", "make_tasks", "evaluate", "continual_metrics",
-)  # fmt: skip
+PASTED = (  # what users copy
+    "Adaptor", "RETune", "PromptBank", "prompt_contrastive_loss", "make_tasks", "evaluate",
+    "continual_metrics")  # fmt: skip
 PLUMBING = {  # what none of them may need
-    "Config", "Radiographs", "DualEncoder", "Tower", "embed", "fit", "run", "predict", "atomic", "log", "ranks",
-}  # fmt: skip
+    "Config", "Radiographs", "DualEncoder", "Tower", "embed", "fit", "run", "predict", "atomic", "log",
+    "ranks"}  # fmt: skip
 
 
 @pytest.mark.slow

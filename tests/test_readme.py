@@ -1,4 +1,4 @@
-"""README and docs are true: programs take the options they show, the cheap commands run, the example prints its output."""
+"""README and docs: programs take the options shown, cheap commands run, the example prints its output."""
 
 import argparse
 import re
@@ -22,7 +22,7 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-    """The calls in a page's bash blocks, indented lines and inline code, with its shell variables filled in."""
+    """The calls in a page's bash blocks, indented lines and inline code, with shell variables filled in."""
     text = text.replace("\\\n", " ")
     lines = "\n".join(blocks("bash", text)).splitlines()
     lines += re.findall(r"^    (python .+)$", text, re.MULTILINE) + re.findall(r"`([^`\n]+)`", text)
