@@ -77,10 +77,9 @@ def run_row(path: Path, folder: Path) -> dict:
         "val_n": metrics["zero_shot"]["val"]["n"], "test_n": metrics["zero_shot"]["test"]["n"],
     }  # fmt: skip
     scores = score_facts(path.parent)
-    zero, last = metrics["zero_shot"], metrics["after_task"][-1]
-    measured = {
-        stage: {key: m["test"][key] for key in QUALITY} for stage, m in (("zero", zero), ("last", last))
-    }
+    last = metrics["after_task"][-1]
+    stages = {"zero": metrics["zero_shot"]["test"], "last": last["test"]}
+    measured = {stage: {key: found[key] for key in QUALITY} for stage, found in stages.items()}
     measured["last"]["val_auroc_macro"] = last["val"]["auroc_macro"]
     measured |= {kind: metrics[kind] for kind in ("continual", "cost")} | scores["calibration"]
     row |= {f"{kind}.{key}": value for kind, found in measured.items() for key, value in found.items()}

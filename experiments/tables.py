@@ -158,7 +158,8 @@ def adaptors_table(runs: pd.DataFrame) -> Table:
 
 def prompts_table(runs: pd.DataFrame) -> Table:
     """How the prompts are used, test split."""
-    joint, classes = SCENARIOS["joint"], SCENARIOS["class-incremental"]
+    joint = SCENARIOS["joint"]
+    classes = SCENARIOS["class-incremental"]
     columns = [
         Column("zero-shot AUROC", "zero.auroc_macro", joint),
         Column("zero-shot F1", "zero.f1_macro", joint),
