@@ -43,7 +43,7 @@ def test_folds_share_rows_and_test_every_image_once(tables):
 
 
 @needs_xrays
-@slow
+@pytest.mark.slow
 def test_small_run_gives_the_tables(tmp_path, encoder_folder, tables):
     arguments = ["--data-dir", NIH, "--folds", tmp_path / "private", "--results", tmp_path / "tables"]
     arguments += ["--scenarios", "class", "--grids", "method=retune", "method=lwf whiten=no,yes"]
