@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 import retune
 from experiments import baselines, folds, runs
 from experiments.tables import render
-from tests.fixtures import ROOT, slow
+from tests.fixtures import ROOT
 
 NIH = os.environ.get("RETUNE_NIH_DIR")
 needs_xrays = pytest.mark.skipif(not NIH, reason="RETUNE_NIH_DIR is not set")
