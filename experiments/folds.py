@@ -82,21 +82,22 @@ def tested_auroc(scores: np.ndarray, data: retune.Radiographs, view: str = "all"
     return np.array([point, *resampled_auroc(scores[:, columns], labels, data.patients)])
 
 
-def run_auroc(run: Path, view: str = "all", zero_shot: bool = False) -> np.ndarray:
-    """`tested_auroc` of a run's model, or of the zero-shot model in its place."""
+def run_auroc(run: Path, zero_shot: bool = False) -> dict[str, np.ndarray]:
+    """`tested_auroc` in all images and within each view, of a run's model or of the zero-shot model."""
     settings, data, embeddings, bank, model = load_run(run)
     model = retune.RETune(embeddings.shape[1], adapt="none") if zero_shot else model
     scores, _ = retune.score_rows(model, bank, embeddings, np.arange(len(data.labels)), settings["score"])
-    return tested_auroc(scores, data, view)
+    return {view: tested_auroc(scores, data, view) for view in ("all", "AP", "PA")}
 
 
 def collect_folds(folder: Path) -> pd.DataFrame:
-    """`runs.run_row` of every run below a folder, with the resamples that all folds share; fold by fold."""
+    """`runs.run_row` of every run below a folder, with what `run_auroc` gives, whose resamples all share."""
     rows = []
-    paths = sorted(folder.rglob("metrics.json"), key=lambda path: (path.parent.name[-2:], path))
+    paths = sorted(folder.rglob("metrics.json"), key=lambda path: (path.parent.name[-2:], path))  # by fold
     for path in retune.progress(paths, desc="runs"):
-        resampled = np.round(run_auroc(path.parent)[1:] / STEP).astype(np.uint16)
-        rows.append(run_row(path, folder) | {"resampled": resampled})
+        auroc = run_auroc(path.parent)
+        resampled = np.round(auroc["all"][1:] / STEP).astype(np.uint16)
+        rows.append(run_row(path, folder) | {"resampled": resampled, "auroc": auroc})
     return pd.DataFrame(rows)
 
 
@@ -127,15 +128,17 @@ def view_table(folds: Sequence[retune.Radiographs]) -> pd.DataFrame:
 def within_view_table(runs: pd.DataFrame, folder: Path) -> pd.DataFrame:
     """AUROC in all test images, in those of view AP and of view PA, of zero-shot and the main methods."""
     found = scenarios(runs)
-    models = [("zero-shot", next(iter(found)), RETUNE)]
-    models += [(full_name(v), name, v) for v in (RETUNE, *OPPONENTS, *CLOSED_FORM) for name in found]
+    first = pick(runs, **next(iter(found.values())))["run"]
+    parts = {("zero-shot", "-"): [run_auroc(folder / run, zero_shot=True) for run in first]}
+    for variant in (RETUNE, *OPPONENTS, *CLOSED_FORM):
+        parts |= {
+            (full_name(variant), name): pick(runs, **variant | where)["auroc"]
+            for name, where in found.items()
+        }
     rows = []
-    for name, scenario, variant in models:
-        zero = name == "zero-shot"
-        chosen = [folder / run for run in pick(runs, **variant | found[scenario])["run"]]
-        auroc = {view: [run_auroc(run, view, zero) for run in chosen] for view in ("all", "AP", "PA")}
-        cells = {view: cell(values) for view, values in auroc.items() if values}
-        rows.append({"method": name, "scenario": "-" if zero else scenario} | cells)
+    for (method, scenario), part in parts.items():
+        cells = {view: cell([auroc[view] for auroc in part]) for view in ("all", "AP", "PA") if len(part)}
+        rows.append({"method": method, "scenario": scenario} | cells)
     return pd.DataFrame(rows).dropna()
 
 
@@ -163,7 +166,7 @@ def folds(argv: Sequence[str]) -> None:
                 sweep(["--grid", *ARRIVALS[name].split(), *items, "--", *options])
     runs = collect_folds(folder).assign(data=f"five folds of {Path(arguments.data_dir).name}")
     arguments.results.mkdir(parents=True, exist_ok=True)
-    write_runs(runs, arguments.results)
+    write_runs(runs.drop(columns="auroc"), arguments.results)
     make_tables([str(arguments.results), "--only", "intervals", "methods", "rivals", "differences"])
     settings = {"data": "csv", "data_dir": arguments.data_dir}
     data = [retune.load_radiographs(retune.Config(labels_csv=str(path), **settings)) for path in paths]
