@@ -1003,8 +1003,9 @@ def read_batch(rows: Sequence[int], images: Sequence, transform: Callable) -> li
     batch = []
     for row in rows:
         try:
-            is_file = isinstance(images[row], (str, Path))
-            pixels = read_image(images[row]) if is_file else torch.from_numpy(np.array(images[row]))[None]
+            image = images[row]  # asked for once: the demo draws it
+            is_file = isinstance(image, (str, Path))
+            pixels = read_image(image) if is_file else torch.from_numpy(np.array(image))[None]
             batch.append((row, transform(pixels), ""))
         except InputError as error:
             batch.append((row, None, str(error)))

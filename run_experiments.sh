@@ -17,7 +17,7 @@ SEEDS=${SEEDS:-27 28 29}
 ORDERS=${ORDERS:-1 2 3 4 5}     # seeds of the random class orders
 OUT=${OUT:-experiments/results} # results go to $OUT/$DATA-$ENCODER, embeddings to $OUT/cache
 OPTIONS=${OPTIONS:-}            # more options of retune.py, such as "--view frontal --contiguous"
-ONLY=${ONLY:-summary main forgetting adaptors prompts cost calibration methods differences orders figures adaptor cleft}
+ONLY=${ONLY:-summary main forgetting adaptors prompts cost calibration methods intervals differences rivals orders figures adaptor cleft}
 
 [[ $DATA == demo ]] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # its matrices are too small to divide
 RESULTS=$OUT/$DATA-$(basename "$ENCODER")
@@ -70,7 +70,9 @@ methods()     { compare "{method}-{whiten}" method=linear,mlp,ewc,lwf,replay,joi
                 compare "{method}-{whiten}" method=ranpac whiten=no,yes
                 compare "{method}-{whiten}-zero" method=ranpac "set=zero_shot=1" whiten=no,yes; }
 summary()     { methods; }
+intervals()   { methods; }
 differences() { methods; }
+rivals()      { methods; }
 figures()     { methods; }
 orders()      { local order=("scenario=class" "class-order=random" "seed=${ORDERS// /,}")
                 run "order-{method}-{whiten}" "${order[@]}" method=retune,distil,analytic

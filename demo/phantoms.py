@@ -179,7 +179,8 @@ def make_phantoms(n_images, seed, size=64, domain="demo"):
     latent = np.sqrt(0.6) * patient_part[owner] + np.sqrt(0.4) * image_part  # disease persists between visits
     labels = latent > np.quantile(latent, 1 - np.array(domain.prevalence), axis=0).diagonal()
     severity = np.where(labels, generator.uniform(*domain.severity, latent.shape), 0.0)
-    anatomy, films = _anatomy(generator, n_patients), _films(generator, n_images, domain)
+    anatomy = _anatomy(generator, n_patients)
+    films = _films(generator, n_images, domain)
     return Phantoms(
         seed=seed,
         size=size,
@@ -198,7 +199,8 @@ def make_phantoms(n_images, seed, size=64, domain="demo"):
 
 def _anatomy(generator, n):
     """Per-patient shape parameters, arrays [n] or [n, 2] (right, left lung)."""
-    normal, uniform = generator.normal, generator.uniform
+    normal = generator.normal
+    uniform = generator.uniform
     return {
         "width": normal(0.78, 0.03, n),  # half-width of the rib cage
         "apex": normal(-0.80, 0.025, n),
@@ -216,7 +218,8 @@ def _anatomy(generator, n):
 
 def _films(generator, n, domain):
     """Per-image parameters, arrays [n] or [n, 2]: positioning, exposure, where the findings are."""
-    normal, uniform = generator.normal, generator.uniform
+    normal = generator.normal
+    uniform = generator.uniform
     sides = generator.choice(
         3, (n, 3), p=[0.4, 0.35, 0.25]
     )  # right, left, both; the last not for consolidation
@@ -293,7 +296,8 @@ def _chest(p, severity, size, generator):
     """Density of the projected chest, float32 [H, W] (0 is air, 1 the spine), and the masks [5, H, W]."""
     atelectasis, cardiomegaly, consolidation, edema, effusion = severity.astype(np.float32)
     axis = ((np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1) / np.float32(p["magnification"])
-    x, y = axis[None, :] - np.float32(p["shift"][0]), axis[:, None] - np.float32(p["shift"][1])
+    x = axis[None, :] - np.float32(p["shift"][0])
+    y = axis[:, None] - np.float32(p["shift"][1])
     collapsed = np.array([p["atelectasis_side"] in (0, 2), p["atelectasis_side"] in (1, 2)])
     wet = (p["effusion_side"] in (0, 2), p["effusion_side"] in (1, 2))
     # Volume loss draws the heart towards the collapsed side.
@@ -377,7 +381,8 @@ def _soft_tissue_and_bones(x, y, p, air, middle, cardiomegaly, texture):
     density += body * (0.15 * abdomen + 0.015 * texture)
     density += 0.09 * np.exp(-central / 0.006) * (0.8 + 0.2 * np.cos(y * 48)) * body  # spine with its discs
     density -= 0.13 * np.exp(-central / 0.0016) * _step(-0.28 - y, 0.03) * body  # trachea
-    spacing, phase = np.float32(p["rib_spacing"]), np.float32(p["rib_phase"])
+    spacing = np.float32(p["rib_spacing"])
+    phase = np.float32(p["rib_phase"])
     cage = _step(p["width"] + 0.03 - side + 0.28 * np.minimum(y + 0.15, 0), 0.02) * _step(y + 0.82, 0.03)
     posterior = np.cos(2 * np.pi * ((y - np.float32(p["rib_slope"]) * np.square(side)) / spacing + phase))
     anterior = np.cos(2 * np.pi * ((y + 0.55 * side) / (1.25 * spacing) + phase)) * _step(side - 0.35, 0.05)

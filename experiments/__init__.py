@@ -11,6 +11,6 @@ METHODS = {
     "slda": "experiments.streaming:SLDA",
     "ranpac": "experiments.streaming:RanPAC",
     "l3a": "experiments.streaming:L3A",
-    "distil": "experiments.distil:Distil",
+    "distil": "experiments.baselines:Distil",
     "analytic": "experiments.analytic:Analytic",
 }

@@ -8,29 +8,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.common import Grams, read_task, with_seed, zero_shot_weights
-from retune import Method, PromptBank, Task
+from experiments.common import LeastSquares, read_task, zero_shot_weights
+from retune import PromptBank, Task
 
 LAMBDAS = torch.logspace(-5, 1, 25, dtype=torch.float64)
 
 
-class Analytic(Method):
+class Analytic(LeastSquares):
     """Closed-form RE-tune (ours): one pass over a part, then weights from sums over all rows seen so far.
 
-    Features of a whitened image x: z = x / sqrt(D), [sqrt(2 / M) relu(z R + beta), z, 1] with R ~ N(0, 1) and
-    beta ~ N(0, 0.3^2). Every finding regresses its labels, y = 1 or -1, on them. The prior of its weights is a
-    Gaussian around `a` times the zero-shot logit, written in z, with precision n lambda / sigma^2; sigma, a >= 0
-    and lambda have the maximum of the evidence. A finding whose labels are unknown or all alike keeps the
-    zero-shot logit.
+    Every finding regresses its labels, 1 or -1, on [sqrt(2 / M) relu(z R + beta), z, 1] of z = x / sqrt(D); the prior
+    of its weights is a Gaussian around a multiple of the zero-shot logit (docs/methods.md).
 
     features: M; 0 is linear in z, 1000 did best on the demo. shared: 1, lambda maximises the sum of the evidences
     of all findings learned so far; 0, each finding has its own, and then forgetting is exactly 0. related: 1, the
     prior's centre also has a multiple of the mean weights of the other findings, which helps with few images. seed:
     of R and beta; below 0 the run's.
-
-    The sums, in float64, are only needed to learn on and are kept apart from the classifier
-    (statistics.safetensors): 8 (M + D + 1)^2 bytes for each set of findings labelled on the same images. They
-    are no privacy guarantee: with fewer images than features a Gram matrix determines the images up to a rotation.
     """
 
     whitens = True
@@ -38,20 +31,14 @@ class Analytic(Method):
     def __init__(
         self, dim: int, n_classes: int, features: int = 300, shared: int = 1, related: int = 0, seed: int = -1
     ):
-        super().__init__()
+        super().__init__(features + dim + 1, n_classes)
         generator = torch.Generator().manual_seed(max(0, seed))
         self.dim = dim
         self.shared = shared
         self.related = related
         self.register_buffer("projection", torch.randn(dim, features, generator=generator))  # [D, M]
         self.register_buffer("offset", 0.3 * torch.randn(features, generator=generator))  # [M]
-        self.register_buffer("weights", torch.zeros(n_classes, features + dim + 1))  # [C, P]
-        self.grams = Grams(features + dim + 1, n_classes)
         self.solved: dict[int, tuple[Tensor, Tensor]] = {}  # what `solve` gave for each finding
-
-    @classmethod
-    def build(cls, config, dim: int, n_classes: int, **options) -> Analytic:
-        return cls(dim, n_classes, **with_seed(config, options))
 
     def features(self, images: Tensor) -> Tensor:
         """[B, P] of whitened images [B, D], in their dtype."""
@@ -107,12 +94,6 @@ class Analytic(Method):
         weights, constant = zero_shot_weights(self.whitening, bank)
         hidden = torch.zeros(len(weights), self.weights.shape[1] - self.dim - 1, dtype=torch.float64)
         return torch.cat([hidden, math.sqrt(self.dim) * weights, constant[:, None]], 1)
-
-    def memory(self) -> dict[str, Tensor]:
-        return self.grams.tensors()
-
-    def load_memory(self, tensors: dict[str, Tensor]) -> None:
-        self.grams.load(tensors)
 
 
 def solve(

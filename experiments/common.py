@@ -1,21 +1,38 @@
-"""What the methods share: a task's data in pieces, the zero-shot logit, sums for least squares."""
+"""What the methods share: their memory, a task's pieces, the zero-shot logit, sums for least squares; and figures."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retune import Config, Method, PromptBank, Task, Whitening, gather
+from retune import Config, Method, PromptBank, Task, Whitening, atomic, gather
 
 
-def with_seed(config: Config, options: dict) -> dict:
-    """The options of a method; a `seed` below 0 becomes the run's."""
-    return options | {"seed": config.seed if options.get("seed", -1) < 0 else options["seed"]}
+class Remembering(Method):
+    """A method whose memory is its attributes `remembered`; a `seed` below 0 becomes the run's."""
+
+    remembered: tuple[str, ...] = ()
+
+    @classmethod
+    def build(cls, config: Config, dim: int, n_classes: int, **options) -> Remembering:
+        if options.get("seed", 0) < 0:
+            options["seed"] = config.seed
+        return cls(dim, n_classes, **options)
+
+    def memory(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.remembered}
+
+    def load_memory(self, tensors: dict[str, Tensor]) -> None:
+        for name in self.remembered:
+            setattr(self, name, tensors[name].to(getattr(self, name).device))
 
 
 def read_task(
@@ -44,7 +61,7 @@ def zero_shot_logits(model: Method, images: Tensor, bank: PromptBank) -> Tensor:
 
 def zero_shot_weights(whitening: Whitening, bank: PromptBank) -> tuple[Tensor, Tensor]:
     """Weights [C, D] and constants [C] that give the zero-shot logits of whitened images; float64 on the CPU."""
-    directions = prompt_directions(bank).cpu().double()  # [C, D]
+    directions = prompt_directions(bank).cpu().double()
     weights = torch.linalg.solve(whitening.matrix.cpu().double(), directions.T).T
     return weights, directions @ whitening.mean.cpu().double()
 
@@ -55,29 +72,33 @@ def prompt_directions(bank: PromptBank) -> Tensor:
     return means[0::2] - means[1::2]
 
 
+@dataclass
 class Grams:
     """Sums over the rows that label a finding: features' products, features times label, rows; float64.
 
-    Findings whose labels always came on the same rows share a matrix, so there is one for each pattern of known
-    labels and at most one a finding. One matrix for all would count an unknown label as a negative.
+    gram [K, P, P], moment [C, P], count [C], and group [C]: which matrix is a finding's. Findings whose labels always
+    came on the same rows share one, so there is one for each pattern of known labels and at most one a finding. One
+    matrix for all would count an unknown label as a negative.
     """
 
-    def __init__(self, size: int, n_classes: int):
-        self.gram = torch.zeros(1, size, size, dtype=torch.float64)  # [K, P, P]
-        self.moment = torch.zeros(n_classes, size, dtype=torch.float64)  # [C, P]
-        self.count = torch.zeros(n_classes, dtype=torch.float64)  # [C]
-        self.group = torch.zeros(n_classes, dtype=torch.int64)  # [C], the matrix of each finding
+    gram: Tensor
+    moment: Tensor
+    count: Tensor
+    group: Tensor
+
+    @classmethod
+    def zeros(cls, size: int, n_classes: int) -> Grams:
+        shapes = ((1, size, size), (n_classes, size), (n_classes,))
+        sums = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+        return cls(*sums, torch.zeros(n_classes, dtype=torch.int64))
 
     def add(self, features: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
         """Add rows with features [n, P], labels [n, C], nan where unknown, and weights [n]."""
         known = ~labels.isnan()
         weighted = features if weights is None else features * weights[:, None]
-        new = copy.copy(self)
-        patterns, new.group = known.unique(dim=1, return_inverse=True)  # [n, U], [C]
-        new.gram = torch.stack([weighted[rows].T @ features[rows] for rows in patterns.T])
-        new.moment = labels.nan_to_num().T @ weighted
-        new.count = known.sum(0)
-        self.merge(new)
+        patterns, group = known.unique(dim=1, return_inverse=True)  # [n, U], [C]
+        gram = torch.stack([weighted[rows].T @ features[rows] for rows in patterns.T])
+        self.merge(Grams(gram, labels.nan_to_num().T @ weighted, known.sum(0), group))
 
     def merge(self, other: Grams) -> None:
         """Add the sums over other rows."""
@@ -86,15 +107,34 @@ class Grams:
         self.moment = self.moment + other.moment
         self.count = self.count + other.count
 
-    def of(self, finding: int) -> Tensor:
-        """The matrix [P, P] of a finding."""
-        return self.gram[self.group[finding]]
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"gram": self.gram, "moment": self.moment, "count": self.count, "group": self.group}
+class LeastSquares(Remembering):
+    """Scores are linear in `features` [B, P] of images; what is learned are sums of their products."""
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        self.gram = tensors["gram"]
-        self.moment = tensors["moment"]
-        self.count = tensors["count"]
-        self.group = tensors["group"]
+    def __init__(self, size: int, n_classes: int):
+        super().__init__()
+        self.register_buffer("weights", torch.zeros(n_classes, size))  # [C, P]
+        self.grams = Grams.zeros(size, n_classes)
+
+    def memory(self) -> dict[str, Tensor]:
+        return vars(self.grams) | super().memory()
+
+    def load_memory(self, tensors: dict[str, Tensor]) -> None:
+        super().load_memory(tensors)
+        self.grams = Grams(*(tensors[name] for name in vars(self.grams)))
+
+
+@contextlib.contextmanager
+def new_figure(
+    path: Path, columns: int, rows: int, width: float, height: float, **options
+) -> Iterator[tuple]:
+    """Yields (figure, axes [rows * columns]), each width x height inches, and saves the figure as PNG.
+
+    Without pyplot, which would keep every figure in memory.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    yield figure, figure.subplots(rows, columns, squeeze=False, **options).ravel()
+    with atomic(path) as partial:
+        figure.savefig(partial, dpi=130, format="png", metadata={"Software": None})

@@ -7,10 +7,10 @@ the finding is called present from the threshold on. The paper's rule (cos+ > co
 from __future__ import annotations
 
 import numpy as np
-import torch
+from sklearn.metrics import roc_curve
 
 import retune
-from experiments.scores import fit_temperature
+from experiments.scores import fit_temperature, logits_of, resampled_rate
 
 
 def measure(config, folder, data, tasks, embeddings, bank, model) -> dict:
@@ -20,24 +20,14 @@ def measure(config, folder, data, tasks, embeddings, bank, model) -> dict:
     """
     rows = {split: data.where(split) for split in ("val", "test")}
     logits = {split: logits_of(model, bank, embeddings, rows[split]) for split in rows}
-    block = {"rule": config.threshold, "temperature": {}, "threshold": {}, "val": {}, "test": {}}
-    for c, name in enumerate(data.class_names):
-        labels = data.labels[rows["val"], c]
-        temperature, threshold = fit_decision(logits["val"][:, c], labels, config.threshold)
-        block["temperature"][name] = temperature
-        block["threshold"][name] = threshold
-        for split in rows if threshold is not None else ():
-            present = sigmoid(logits[split][:, c] / temperature) >= threshold
-            block[split][name] = rates(present, data.labels[rows[split], c], data.patients[rows[split]])
+    block = {"rule": config.threshold, "temperature": {}, "threshold": {}}
+    for name, logit, label in zip(data.class_names, logits["val"].T, data.labels[rows["val"]].T):
+        block["temperature"][name], block["threshold"][name] = fit_decision(logit, label, config.threshold)
+    for split, chosen in rows.items():
+        measured = rates(decide(logits[split], block), data.labels[chosen], data.patients[chosen])
+        pairs = zip(block["threshold"].items(), measured)
+        block[split] = {name: found for (name, threshold), found in pairs if threshold is not None}
     return block
-
-
-@torch.inference_mode()
-def logits_of(model, bank, embeddings: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Logits [n, C], float64, of rows [n] of the embeddings [N, D]."""
-    pieces = torch.from_numpy(rows).split(8192)
-    images = (model.whitening(retune.gather(embeddings, piece, bank.embeddings)) for piece in pieces)
-    return np.concatenate([retune.to_numpy(model.logits(x, bank)) for x in images]).astype(np.float64)
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -59,43 +49,34 @@ def choose_threshold(probabilities: np.ndarray, labels: np.ndarray, rule: str) -
 
     youden: largest sensitivity + specificity - 1. f1: largest F1. sensitivity=S: the highest that reaches S.
     """
-    values, place = np.unique(-probabilities, return_inverse=True)  # probabilities from the highest down
-    positives = np.cumsum(np.bincount(place, labels))  # true positives of a cut below the k-th value
-    negatives = np.cumsum(np.bincount(place, 1 - labels))
-    sensitivity = positives / positives[-1]
+    false, sensitivity, cuts = roc_curve(labels, probabilities, drop_intermediate=False)
+    positives = np.rint(sensitivity * labels.sum())
+    negatives = np.rint(false * (1 - labels).sum())
     if rule == "youden":
-        best = np.argmax(sensitivity - negatives / negatives[-1])
+        best = np.argmax(sensitivity[1:] - false[1:])
     elif rule == "f1":
-        best = np.argmax(positives / (positives + negatives + positives[-1]))
+        best = np.argmax(positives[1:] / (positives + negatives + labels.sum())[1:])
     else:
-        best = np.argmax(sensitivity >= float(rule.removeprefix("sensitivity=")) - 1e-12)
-    below = -values[best + 1] if best + 1 < len(values) else 0.0
-    return float((below - values[best]) / 2)
+        best = np.argmax(sensitivity[1:] >= float(rule.removeprefix("sensitivity=")) - 1e-12)
+    return float(np.append(cuts[1:], 0.0)[best : best + 2].mean())
 
 
-def rates(present: np.ndarray, labels: np.ndarray, patients: np.ndarray) -> dict:
-    """Sensitivity and specificity of decisions [n] with 95% intervals over patients; None without such images."""
-    result = {}
+def decide(logits: np.ndarray, block: dict) -> np.ndarray:
+    """Decisions [n, C], bool, of logits [n, C]; where nothing was fitted, a probability of one half decides."""
+    defaults = {"temperature": 1.0, "threshold": 0.5}
+    fitted = {key: [value or default for value in block[key].values()] for key, default in defaults.items()}
+    return sigmoid(logits / fitted["temperature"]) >= fitted["threshold"]
+
+
+def rates(present: np.ndarray, labels: np.ndarray, patients: np.ndarray) -> list[dict]:
+    """Sensitivity and specificity of decisions [n, C] with 95% intervals over patients; None without such images."""
+    results = [{} for _ in labels.T]
     for name, value in (("sensitivity", 1), ("specificity", 0)):
-        share = resampled_rate(present == value, labels == value, patients)
-        unknown = np.isnan(share[0])
-        result[name] = None if unknown else share[0]
-        result[f"{name}_ci"] = None if unknown else np.nanpercentile(share[1:], [2.5, 97.5]).tolist()
-    return result
-
-
-def resampled_rate(
-    hit: np.ndarray, of: np.ndarray, patients: np.ndarray, resamples: int = 1000
-) -> np.ndarray:
-    """The share of the images `of` [N] that are `hit` [N], first as it is, then on each resample of the patients.
-
-    [1 + R]; nan where a resample has no such image. The resamples are those of `scores.resampled_auroc`.
-    """
-    ids, patient = np.unique(patients, return_inverse=True)
-    drawn = np.random.default_rng(0).multinomial(len(ids), np.full(len(ids), 1 / len(ids)), resamples)
-    weight = np.vstack([np.ones(len(ids)), drawn])
-    hits, total = (weight @ np.bincount(patient, mask, len(ids)) for mask in (hit & of, of))
-    return np.where(total > 0, hits / np.maximum(total, 1), np.nan)
+        for result, share in zip(results, resampled_rate(present == value, labels == value, patients).T):
+            unknown = np.isnan(share[0])
+            result[name] = None if unknown else share[0]
+            result[f"{name}_ci"] = None if unknown else np.nanpercentile(share[1:], [2.5, 97.5]).tolist()
+    return results
 
 
 def summary(block: dict) -> str:

@@ -59,11 +59,10 @@ def export(path: Path, run: Path, config) -> None:
         import onnxscript  # noqa: F401, the exporter's
     encoder, model, bank, known = retune.load_predictor(run, config)
     facts = {"findings": known["classes"]}
-    for key, default in (("temperature", 1.0), ("threshold", 0.5)):  # where none was fitted: the paper's rule
-        facts[key] = [
-            known.get("decisions", {}).get(key, {}).get(name) or default for name in known["classes"]
-        ]
     facts |= {key: encoder.config["transform"][key] for key in ("resize", "crop", "interpolation")}
+    for key, default in (("temperature", 1.0), ("threshold", 0.5)):  # where none was fitted: the paper's rule
+        fitted = known.get("decisions", {}).get(key, {})
+        facts[key] = [fitted.get(name) or default for name in known["classes"]]
     height, width = encoder.transform(torch.zeros(1, 300, 300, dtype=torch.uint8)).shape[1:]
     module = Deployed(encoder, model, bank, facts).eval().requires_grad_(False)
     example = torch.zeros(2, height, width, 3, dtype=torch.uint8)
@@ -71,9 +70,7 @@ def export(path: Path, run: Path, config) -> None:
     shapes = ({0: torch.export.Dim("batch")},)
     graph = torch.onnx.export(module, (example,), dynamo=True, dynamic_shapes=shapes, **options).model_proto
     if not graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
-        raise retune.InputError(
-            f"--export: {type(model).__name__} on this encoder works on a fixed batch alone"
-        )
+        raise retune.InputError(f"--export: {type(model).__name__} works on a fixed batch alone here")
     for node in graph.graph.node:  # notes of the exporter on the source files
         del node.metadata_props[:]
     onnx.helper.set_model_props(graph, {"retune": json.dumps(facts)})
@@ -97,13 +94,9 @@ def write_card(run: Path) -> None:
 
 def write_scores(path: Path, predictions: list[dict]) -> None:
     """Predictions as CSV, a row per image; per finding score, present (the paper's), probability and decision."""
-    rows = []
-    for p in predictions:
-        found = {
-            f"{name} {key}": value for name, f in p.get("findings", {}).items() for key, value in f.items()
-        }
-        rows.append({"image": p["image"], **found, "error": p.get("error", "")})
-    table = pd.DataFrame(rows)
+    rows = [{"image": p["image"], **p.get("findings", {}), "error": p.get("error", "")} for p in predictions]
+    table = pd.json_normalize(rows, sep=" ")
+    table["error"] = table.pop("error")  # last
     flags = table.filter(regex=" (present|decision)$").columns
     table[flags] = table[flags].astype("Int64")  # 1 and 0; blank where the image was unreadable
     retune.write_text(path, table.to_csv(index=False))

@@ -18,13 +18,9 @@ import retune
 
 CONFIG = "open_clip_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "spiece.model", "vocab.json", "sentencepiece.bpe.model")
-NORMALISE = {
-    "mean": [0.48145466, 0.4578275, 0.40821073],
-    "std": [0.26862954, 0.26130258, 0.27577711],
-}  # OpenAI's
+OPENAI = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
 CHEXZERO = "ViT-B-32-quickgelu"  # open_clip's name of OpenAI's ViT-B/32
-# of grey values 0..255, in CheXzero's zero_shot.py
-CHEXZERO_NORMALISE = {"mean": [101.48761 / 255] * 3, "std": [83.43944 / 255] * 3}
+CHEXZERO_GREY = {"mean": [101.48761 / 255] * 3, "std": [83.43944 / 255] * 3}  # in CheXzero's zero_shot.py
 BIOVIL_T_IMAGE = "biovil_t_image_model_proj_size_128.pt"
 
 
@@ -83,18 +79,11 @@ def read(folder: Path) -> OpenClipEncoder | tuple:
     if (folder / CONFIG).is_file():
         return read_open_clip(open_clip, folder)
     if len(files := list(folder.glob("*.pt"))) == 1 and not (folder / "config.json").is_file():
-        return read_chexzero(open_clip, files[0])
-    raise retune.InputError(
-        f"no config.json of a CLIP or SigLIP, no {CONFIG}, no .pt file of BioViL or CheXzero"
-    )
-
-
-def read_chexzero(open_clip, file: Path) -> OpenClipEncoder:
-    """OpenAI's ViT-B/32 with the weights of a `.pt` that holds its state dict, as CheXzero's do."""
-    config = open_clip.get_model_config(CHEXZERO)
-    model = open_clip.create_model(CHEXZERO, pretrained=str(file))
-    transform = read_transform(config["vision_cfg"], CHEXZERO_NORMALISE)
-    return OpenClipEncoder(file.parent.name, model, config, transform, open_clip.get_tokenizer(CHEXZERO))
+        config = open_clip.get_model_config(CHEXZERO)  # a state dict of OpenAI's ViT-B/32
+        model = open_clip.create_model(CHEXZERO, pretrained=str(files[0]))
+        transform = read_transform(config["vision_cfg"], CHEXZERO_GREY)
+        return OpenClipEncoder(folder.name, model, config, transform, open_clip.get_tokenizer(CHEXZERO))
+    raise retune.InputError(f"no config.json of a CLIP or SigLIP, no {CONFIG}, no .pt of BioViL or CheXzero")
 
 
 def read_open_clip(open_clip, folder: Path) -> OpenClipEncoder:
@@ -110,16 +99,15 @@ def read_open_clip(open_clip, folder: Path) -> OpenClipEncoder:
 
 def read_text_config(folder: Path, text: dict) -> dict:
     """Keywords for open_clip that keep it from looking its text tower up; InputError for a file to fetch."""
+    source = "https://huggingface.co"
     wanted = text.get("hf_tokenizer_name")
     if wanted and not any((folder / file).is_file() for file in TOKENIZER_FILES):
         files = " or ".join(TOKENIZER_FILES[:2])
-        raise retune.InputError(
-            f"no tokenizer: download {files} from https://huggingface.co/{wanted} into it"
-        )
+        raise retune.InputError(f"no tokenizer: download {files} from {source}/{wanted} into it")
     if not (wanted := text.get("hf_model_name")):
         return {}
     if not (folder / "config.json").is_file():
-        raise retune.InputError(f"no config.json: download it from https://huggingface.co/{wanted} into it")
+        raise retune.InputError(f"no config.json: download it from {source}/{wanted} into it")
     return {"text_cfg": text | {"hf_model_name": str(folder), "hf_model_pretrained": False}}
 
 
@@ -130,13 +118,9 @@ def read_transform(vision: dict, preprocess: dict) -> dict:
     mode = preprocess.get("resize_mode") or "shortest"
     if mode not in ("shortest", "squash") or (mode == "shortest" and height != width):
         raise retune.InputError(f"resize_mode {mode!r} to {height} x {width} is not read")
-    shape = (
-        {"resize": height, "crop": height}
-        if mode == "shortest"
-        else {"resize": [height, width], "crop": None}
-    )
-    shape["interpolation"] = preprocess.get("interpolation") or "bicubic"
-    return shape | {key: preprocess.get(key) or default for key, default in NORMALISE.items()}
+    resize, crop = (height, height) if mode == "shortest" else ([height, width], None)
+    shape = {"resize": resize, "crop": crop, "interpolation": preprocess.get("interpolation") or "bicubic"}
+    return shape | {key: preprocess.get(key) or default for key, default in OPENAI.items()}
 
 
 def read_biovil_t(folder: Path) -> tuple[dict, dict[str, torch.Tensor], object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,70 +10,55 @@ import torch
 import torch.nn.functional as F
 
 import retune
+from experiments.common import new_figure
 from experiments.runs import BASIC, SCENARIOS, labels_of, pick, variants
 from experiments.scores import load_run
 
 
-def new_figure(columns: int, rows: int, width: float, height: float):
-    """(figure, list of axes) without pyplot, which would keep every figure in memory."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    return figure, list(np.atleast_1d(figure.subplots(rows, columns)).flat)
-
-
-def save_figure(path: Path, figure) -> None:
-    with retune.atomic(path) as partial:
-        figure.savefig(partial, dpi=130, format="png", metadata={"Software": None})
-
-
-def read_metrics(runs: pd.DataFrame, folder: Path) -> list[dict]:
-    return [retune.read_json(folder / "runs" / run / "metrics.json") for run in runs["run"]]
+def measured_over_tasks(runs: pd.DataFrame, folder: Path, key: str) -> list[list]:
+    """A test measure at every stage of each run: zero-shot, then after every task."""
+    found = (retune.read_json(folder / "runs" / run / "metrics.json") for run in runs["run"])
+    return [[measured[key] for _, measured in retune.stages(metrics)] for metrics in found]
 
 
 def task_heatmaps(runs: pd.DataFrame, folder: Path) -> None:
     """Task x class AUROC and F1 of RE-tune, mean over seeds, for each scenario with several tasks."""
-    for scenario in BASIC[1:]:
-        found = read_metrics(pick(runs, **SCENARIOS[scenario]), folder)
-        name = f"{SCENARIOS[scenario]['scenario']}.png"
+    for chosen in (pick(runs, **SCENARIOS[scenario]) for scenario in BASIC[1:]):
+        metrics = retune.read_json(folder / "runs" / chosen["run"].iloc[0] / "metrics.json")
         for key, title, low in (("auroc", "test AUROC", 0.5), ("f1", "test F1", 0.0)):
-            stages = zip(*([m["zero_shot"], *m["after_task"]] for m in found))
-            frames = [pd.DataFrame([run["test"][key] for run in stage], dtype=float) for stage in stages]
-            zero, *after = [{"test": {key: frame.mean().to_dict()}} for frame in frames]
-            means = found[0] | {"zero_shot": zero, "after_task": after}
-            retune.heatmap(folder / f"{key}-{name}", means, key, f"{title}, mean of {len(found)} seeds", low)
+            values = [pd.DataFrame(run, dtype=float) for run in measured_over_tasks(chosen, folder, key)]
+            mean = sum(values) / len(values)  # [T + 1, C]
+            zero, *after = [{"test": {key: row.to_dict()}} for _, row in mean.iterrows()]
+            shown = metrics | {"zero_shot": zero, "after_task": after}
+            path = folder / f"{key}-{metrics['config']['scenario']}.png"
+            retune.heatmap(path, shown, key, f"{title}, mean of {len(values)} seeds", low)
 
 
 def auroc_over_tasks(runs: pd.DataFrame, folder: Path) -> None:
     """Macro AUROC after every task, a line per method: as published above, with whitened embeddings below."""
-    figure, axes = new_figure(3, 2, 4.6, 3.9)
-    methods = sorted({(v["method"], v["set"]) for v in variants(runs)})
-    for ax, (whitened, scenario) in zip(axes, [(w, s) for w in ("no", "yes") for s in BASIC[1:]]):
-        for v in variants(runs):
-            if labels_of(v)[1] not in (whitened, "built in"):
-                continue
-            found = read_metrics(pick(runs, **SCENARIOS[scenario], **v), folder)
-            stages = [[m["zero_shot"], *m["after_task"]] for m in found]
-            auroc = np.array([[s["test"]["auroc_macro"] for s in run] for run in stages], float).mean(0)
-            style = line_style(methods.index((v["method"], v["set"])), v["method"] == "retune")
-            ax.plot(np.arange(1, len(auroc)), auroc[1:], label=labels_of(v)[0], **style)
-        ax.axhline(auroc[0], color="0.6", linewidth=1, zorder=0)
-        ax.text(len(auroc) - 1, auroc[0], "zero-shot", color="0.4", fontsize=8, ha="right", va="top")
-        ax.set_title(f"{scenario}{', whitened' if whitened == 'yes' else ''}")
-        ax.set_xticks(range(1, len(auroc)))
-        ax.grid(color="0.9")
-    low, high = zip(*(ax.get_ylim() for ax in axes))
-    for ax in axes:
-        ax.set_ylim(max(0.4, min(low)), max(high))
-    for ax in axes[::3]:
-        ax.set_ylabel("macro AUROC, test")
-    for ax in axes[3:]:
-        ax.set_xlabel("tasks trained")
-    handles = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels())}
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=4, handlelength=5, fontsize=9
-    )
-    save_figure(folder / "auroc-over-tasks.png", figure)
+    methods = sorted({labels_of(v)[0] for v in variants(runs)})
+    with new_figure(folder / "auroc-over-tasks.png", 3, 2, 4.6, 3.9, sharey=True) as (figure, axes):
+        for ax, (whitened, scenario) in zip(axes, [(w, s) for w in ("no", "yes") for s in BASIC[1:]]):
+            for v in variants(runs):
+                name, kind = labels_of(v)
+                if kind in (whitened, "built in"):
+                    found = measured_over_tasks(pick(runs, **SCENARIOS[scenario], **v), folder, "auroc_macro")
+                    zero, *auroc = np.array(found, float).mean(0)
+                    style = line_style(methods.index(name), v["method"] == "retune")
+                    ax.plot(np.arange(1, len(auroc) + 1), auroc, label=name, **style)
+            ax.axhline(zero, color="0.6", linewidth=1, zorder=0)
+            ax.text(len(auroc), zero, "zero-shot", color="0.4", fontsize=8, ha="right", va="top")
+            ax.set_title(f"{scenario}{', whitened' if whitened == 'yes' else ''}")
+            ax.set_xticks(range(1, len(auroc) + 1))
+            ax.grid(color="0.9")
+        axes[0].set_ylim(bottom=max(0.4, axes[0].get_ylim()[0]))
+        for ax in axes[::3]:
+            ax.set_ylabel("macro AUROC, test")
+        for ax in axes[3:]:
+            ax.set_xlabel("tasks trained")
+        handles = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels())}
+        place = {"loc": "outside lower center", "ncols": 4, "handlelength": 5, "fontsize": 9}
+        figure.legend(handles.values(), handles.keys(), **place)
 
 
 def line_style(index: int, heavy: bool) -> dict:
@@ -86,71 +70,70 @@ def line_style(index: int, heavy: bool) -> dict:
     }  # fmt: skip
 
 
+def load_first_joint(runs: pd.DataFrame, folder: Path) -> tuple:
+    """What `load_run` gives of RE-tune trained on everything at once, with the first seed."""
+    return load_run(folder / "runs" / pick(runs, **SCENARIOS["joint"])["run"].iloc[0])
+
+
 @torch.inference_mode()
 def tsne(runs: pd.DataFrame, folder: Path, images: int = 600) -> None:
-    """t-SNE of test images with at most one finding, before and after the image adaptor (joint, first seed)."""
+    """t-SNE of test images with at most one finding, before and after the image adaptor."""
     from sklearn.manifold import TSNE
 
-    run = pick(runs, **SCENARIOS["joint"])["run"].iloc[0]
-    _, data, embeddings, bank, model = load_run(folder / "runs" / run)
+    _, data, embeddings, bank, model = load_first_joint(runs, folder)
     rows = data.where("test")
     rows = rows[np.nansum(data.labels[rows], axis=1) <= 1]
     rows = np.sort(np.random.default_rng(0).permutation(rows)[:images])
+    labels = np.nan_to_num(data.labels[rows])
     before = retune.gather(embeddings, torch.from_numpy(rows), bank.embeddings)
-    after = model.image_adaptor(model.whitening(before))
-    figure, axes = new_figure(2, 1, 5.2, 5.0)
-    for ax, title, x in zip(axes, ("before: frozen encoder", "after: image adaptor"), (before, after)):
-        perplexity = min(30, (len(rows) - 1) / 3)
-        chart = TSNE(2, perplexity=perplexity, init="pca", random_state=0, metric="cosine")
-        scatter_classes(ax, chart.fit_transform(x.numpy()), data.labels[rows], data.class_names)
-        ax.set(title=title, xticks=[], yticks=[])
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(6, len(handles)), fontsize=8)
-    save_figure(folder / "tsne.png", figure)
-
-
-def scatter_classes(ax, points: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> None:
-    """One marker and grey per finding; images without a finding as small light dots behind."""
-    none = np.nansum(labels, axis=1) == 0
-    ax.scatter(*points[none].T, s=8, color="0.8", label="no finding", zorder=1)
-    for c, name in enumerate(class_names):
-        chosen = labels[:, c] == 1
-        style = {"marker": "osD^vP*Xp<>hd8"[c % 14], "s": 26, "linewidths": 0.7, "edgecolors": "black"}
-        ax.scatter(*points[chosen].T, color=str(round(0.9 * (c % 5) / 4, 2)), label=name, zorder=2, **style)
+    stages = {
+        "before: frozen encoder": before,
+        "after: image adaptor": model.image_adaptor(model.whitening(before)),
+    }
+    with new_figure(folder / "tsne.png", 2, 1, 5.2, 5.0) as (figure, axes):
+        for ax, (title, x) in zip(axes, stages.items()):
+            perplexity = min(30, (len(rows) - 1) / 3)
+            chart = TSNE(2, perplexity=perplexity, init="pca", random_state=0, metric="cosine")
+            points = chart.fit_transform(x.numpy())
+            ax.scatter(*points[labels.sum(1) == 0].T, s=8, color="0.8", label="no finding", zorder=1)
+            for c, name in enumerate(data.class_names):
+                style = {
+                    "marker": "osD^vP*Xp<>hd8"[c % 14],
+                    "color": str(round(0.9 * (c % 5) / 4, 2)),
+                    "s": 26,
+                }
+                style |= {"linewidths": 0.7, "edgecolors": "black", "label": name, "zorder": 2}
+                ax.scatter(*points[labels[:, c] == 1].T, **style)
+            ax.set(title=title, xticks=[], yticks=[])
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=min(6, len(handles)), fontsize=8)
 
 
 @torch.inference_mode()
 def prompt_cosines(runs: pd.DataFrame, folder: Path) -> None:
-    """Cosine of every prompt with every other before and after the text adaptor (joint, first seed)."""
-    run = pick(runs, **SCENARIOS["joint"])["run"].iloc[0]
-    _, data, _, bank, model = load_run(folder / "runs" / run)
+    """Cosine of every prompt with every other before and after the text adaptor."""
+    _, data, _, bank, model = load_first_joint(runs, folder)
     size = min(7.5, max(4.5, 0.13 * len(bank.group) + 1.5))
-    figure, axes = new_figure(2, 1, size, 0.85 * size)
     finding = bank.group.numpy() // 2
-    edges = np.flatnonzero(np.diff(finding)) + 0.5
     middles = [float(np.flatnonzero(finding == c).mean()) for c in range(len(data.class_names))]
-    stages = {
-        "before: frozen encoder": bank.embeddings,
-        "after: text adaptor": model.text_adaptor(bank.embeddings),
-    }
-    for ax, (title, t) in zip(axes, stages.items()):
-        t = F.normalize(t, dim=-1)
-        picture = ax.imshow((t @ t.T).numpy(), cmap="Greys", vmin=-1, vmax=1)
-        for edge in edges:
-            ax.axhline(edge, color="white", linewidth=1.5)
-            ax.axvline(edge, color="white", linewidth=1.5)
-        ax.set(title=title, xticks=[])
-        ax.set_yticks(middles, data.class_names if ax is axes[0] else [""] * len(middles))
-    axes[0].set_xlabel("within each class: positive prompts, then negative ones")
-    figure.colorbar(picture, ax=axes, label="cosine similarity")
-    save_figure(folder / "prompts.png", figure)
+    after = model.text_adaptor(bank.embeddings)
+    stages = {"before: frozen encoder": bank.embeddings, "after: text adaptor": after}
+    with new_figure(folder / "prompts.png", 2, 1, size, 0.85 * size) as (figure, axes):
+        for ax, (title, t) in zip(axes, stages.items()):
+            t = F.normalize(t, dim=-1)
+            picture = ax.imshow((t @ t.T).numpy(), cmap="Greys", vmin=-1, vmax=1)
+            for edge in np.flatnonzero(np.diff(finding)) + 0.5:
+                ax.axhline(edge, color="white", linewidth=1.5)
+                ax.axvline(edge, color="white", linewidth=1.5)
+            ax.set(title=title, xticks=[])
+            ax.set_yticks(middles, data.class_names if ax is axes[0] else [""] * len(middles))
+        axes[0].set_xlabel("within each class: positive prompts, then negative ones")
+        figure.colorbar(picture, ax=axes, label="cosine similarity")
 
 
 def draw_figures(runs: pd.DataFrame, folder: Path) -> None:
     """Draw every figure from the runs in `folder`/runs; InputError when that folder is not there."""
     if not (folder / "runs").is_dir():
-        raise retune.InputError(
-            f"{folder / 'runs'}: figures need the runs themselves; run_experiments.sh makes them"
-        )
+        raise retune.InputError(f"{folder / 'runs'}: figures need the runs; run_experiments.sh makes them")
     for draw in (task_heatmaps, auroc_over_tasks, tsne, prompt_cosines):
         draw(runs, folder)

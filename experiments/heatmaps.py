@@ -1,4 +1,4 @@
-"""Where the encoder looks (ours): `retune.py --predict IMAGE --run FOLDER --heatmap DIR`.
+"""Where the encoder looks (ours): `retune.py --predict IMAGE --run FOLDER --heatmap DIR` (docs/deploy.md).
 
 The similarity of each patch, or position of the last map, with a finding's positive prompts minus that with its
 negative ones, before and after the adaptors, over the image that the encoder saw. It needs a tower whose positions
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import retune
+from experiments.common import new_figure
 
 
 @torch.inference_mode()
@@ -37,48 +38,40 @@ def embed_positions(encoder, pixels: torch.Tensor) -> tuple[torch.Tensor, tuple[
 
 
 @torch.inference_mode()
-def similarity_maps(encoder, model, bank, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def similarity_maps(encoder, model, bank, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     """cos+ - cos- of pixels [3,H,W] at each position, before and after the adaptors: [C,h,w] each."""
-    if not isinstance(model, retune.RETune):
-        raise retune.InputError(f"--heatmap: {type(model).__name__} compares no image with prompts")
     positions, size = embed_positions(encoder, pixels[None])
     x = positions[0, -size[0] * size[1] :]  # [h*w,D]
     before = retune.RETune(encoder.dim, adapt="none", pool=model.pool).logits(x, bank)
     after = model.logits(model.whitening(x), bank) / model.logit_scale
-    return before.T.unflatten(1, size), after.T.unflatten(1, size)
+    maps = {"before: frozen encoder": before, "after: adaptors": after}
+    return {title: values.T.unflatten(1, size) for title, values in maps.items()}
 
 
 def draw(images: Sequence[str], run: Path, folder: Path, config) -> None:
-    """A PNG per image in `folder`: the image, and the maps of every finding before and after the adaptors."""
+    """A PNG per image in `folder`: the image, and the maps of every finding before and after the adaptors.
+
+    A column per finding; red is for the finding, blue against it; each row has one scale, since the stages differ.
+    """
     encoder, model, bank, known = retune.load_predictor(run, config)
+    if not isinstance(model, retune.RETune):
+        raise retune.InputError(f"--heatmap: {type(model).__name__} compares no image with prompts")
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(retune.progress(images, desc="drawing", unit="image")):
         pixels = encoder.transform(retune.read_image(image))
         maps = similarity_maps(encoder, model, bank, pixels)
-        draw_image(folder / f"{i:04d}-{Path(image).stem}.png", pixels, maps, known["classes"])
+        grey = pixels.mean(0).numpy()
+        path = folder / f"{i:04d}-{Path(image).stem}.png"
+        with new_figure(path, len(known["classes"]) + 1, 2, 1.9, 2.2) as (figure, axes):
+            for row, (title, values) in zip(axes.reshape(2, -1), maps.items()):
+                limit = values.abs().max().item()
+                for axis, name, overlay in zip(row, [title, *known["classes"]], [None, *values.numpy()]):
+                    axis.imshow(grey, cmap="gray")
+                    axis.set_axis_off()
+                    axis.set_title(name, fontsize=9)
+                    if overlay is not None:
+                        style = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "alpha": 0.55}
+                        extent = (-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5)
+                        picture = axis.imshow(overlay, extent=extent, interpolation="bilinear", **style)
+                figure.colorbar(picture, ax=row, label="cos+ - cos-")
     print(f"written to {folder}: {len(images)} figures")
-
-
-def draw_image(path: Path, pixels: torch.Tensor, maps: tuple, classes: Sequence[str]) -> None:
-    """One image's figure: a column per finding; red is for the finding, blue against it."""
-    from matplotlib.figure import Figure
-
-    grey = pixels.mean(0).numpy()
-    titles = ("before: frozen encoder", "after: adaptors")
-    figure = Figure(figsize=(1.9 * (len(classes) + 1), 4.4), layout="constrained")
-    grid = figure.subplots(2, len(classes) + 1)
-    for row, (title, values) in enumerate(zip(titles, maps)):
-        limit = values.abs().max().item()  # one scale for a row: the stages differ
-        for column, axes in enumerate(grid[row]):
-            axes.imshow(grey, cmap="gray")
-            axes.set_axis_off()
-            if column:
-                extent = (-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5)
-                style = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "alpha": 0.55, "extent": extent}
-                picture = axes.imshow(values[column - 1].numpy(), interpolation="bilinear", **style)
-                axes.set_title(classes[column - 1], fontsize=9)
-            else:
-                axes.set_title(title, fontsize=9)
-        figure.colorbar(picture, ax=list(grid[row]), label="cos+ - cos-")
-    with retune.atomic(path) as partial:
-        figure.savefig(partial, dpi=110, format="png", metadata={"Software": None})

@@ -6,8 +6,6 @@ A part is a hospital, a scanner, a year. `python -m demo.hospitals FOLDER` draws
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 import retune
@@ -16,9 +14,7 @@ import retune
 def column_tasks(config, data) -> list[retune.Task]:
     """A data-incremental task per part, in the order of the training rows or of --part-order."""
     if config.scenario != "data" or config.contiguous or data.part is None:
-        raise retune.InputError(
-            "--parts column needs --scenario data and a column `part`, without --contiguous"
-        )
+        raise retune.InputError("--parts column needs --scenario data and a column `part`, no --contiguous")
     part = np.asarray(data.part, str)
     _, first, patient = np.unique(data.patients, return_index=True, return_inverse=True)
     for i in np.flatnonzero((part != part[first[patient]]) | (part == ""))[:1]:
@@ -46,18 +42,15 @@ def measure(config, folder, data, tasks, embeddings, bank, model) -> dict:
     """
     test = data.where("test")
     part = np.asarray(data.part, str)[test]
-    names = [task.name for task in tasks]
-    names += [name for name in dict.fromkeys(part.tolist()) if name not in names]
+    names = list(dict.fromkeys([*(task.name for task in tasks), *part.tolist()]))
     stages = [retune.RETune(embeddings.shape[1], adapt="none", pool=config.pool, negatives=config.negatives)]
-    for k in range(1, len(tasks) + 1):
-        stages.append(retune.load_model(folder / f"task_{k}.safetensors", config)[0])
-    auroc = np.full((len(stages), len(names)), math.nan)
-    intervals = np.full((len(stages), len(names), 2), math.nan)
+    paths = [folder / f"task_{k}.safetensors" for k in range(1, len(tasks) + 1)]
+    stages += [retune.load_model(path, config)[0].to(bank.embeddings.device) for path in paths]
+    auroc = np.full((len(stages), len(names)), np.nan)
+    intervals = np.full((len(stages), len(names), 2), np.nan)
     for t, stage in enumerate(stages):
-        for u, name in enumerate(names):
-            rows = test[part == name]
+        for u, rows in enumerate(test[part == name] for name in names):
             if len(rows):
-                stage.to(bank.embeddings.device)
                 scores, decisions = retune.score_rows(stage, bank, embeddings, rows, config.score)
                 found = retune.evaluate(scores, decisions, data.labels[rows], data.class_names)
                 auroc[t, u] = found["auroc_macro"]
@@ -65,19 +58,12 @@ def measure(config, folder, data, tasks, embeddings, bank, model) -> dict:
     last = len(tasks)
     drops = [auroc[u + 1 : last, u].max() - auroc[last, u] for u in range(last - 1)]
     drops += [None] * (len(names) - len(drops))
-    block = {"parts": names, "auroc": auroc.tolist(), "auroc_ci": intervals.tolist(), "forgetting": drops}
-    if config.figures:
-        draw(folder, config, block, tasks)
-    return block
-
-
-def draw(folder, config, block: dict, tasks) -> None:
-    """The matrix in the form of the run's other figures."""
-    stages = [{"test": {"by_part": dict(zip(block["parts"], row))}} for row in block["auroc"]]
-    settings = {key: getattr(config, key) for key in ("adaptor", "data", "encoder", "scenario")}
-    shown = {"config": settings, "classes": block["parts"], "tasks": [{"name": task.name} for task in tasks],
-             "zero_shot": stages[0], "after_task": stages[1:]}  # fmt: skip
-    retune.heatmap(folder / "parts.png", shown, "by_part", "test macro AUROC by part", 0.5)
+    if config.figures:  # in the form of the run's other figures
+        shown = [{"test": {"auroc": dict(zip(names, row))}} for row in auroc.tolist()]
+        shown = {"config": vars(config), "classes": names, "tasks": [{"name": task.name} for task in tasks],
+                 "zero_shot": shown[0], "after_task": shown[1:]}  # fmt: skip
+        retune.heatmap(folder / "parts.png", shown, "auroc", "test macro AUROC by part", 0.5)
+    return {"parts": names, "auroc": auroc.tolist(), "auroc_ci": intervals.tolist(), "forgetting": drops}
 
 
 def summary(block: dict) -> str:

@@ -31,28 +31,22 @@ NAMES = {  # of a method with what --set gave it
     "analytic features=1000": "closed-form RE-tune (ours), M = 1,000",
     "analytic features=1000 shared=0": "closed-form RE-tune (ours), M = 1,000, lambda per finding",
     "analytic features=0": "closed-form RE-tune (ours), linear",
-    "linear": "linear head",
-    "mlp": "MLP head",
-    "ewc": "MLP head, EWC",
-    "lwf": "MLP head, LwF",
-    "replay": "MLP head, replay of 500 images",
-    "joint": "MLP head, all data",
-    "ncm": "NCM",
-    "slda": "SLDA",
-    "ranpac": "RanPAC",
+    "analytic related=1": "closed-form RE-tune (ours), M = 300, related findings",
+    "linear": "linear head", "mlp": "MLP head", "ewc": "MLP head, EWC", "lwf": "MLP head, LwF",
+    "replay": "MLP head, replay of 500 images", "joint": "MLP head, all data", "ncm": "NCM", "slda": "SLDA",
+    "l3a": "L3A", "l3a features=1000": "L3A, M = 1,000", "ranpac": "RanPAC",
     "ranpac zero_shot=1": "RanPAC, zero-shot for unseen",
-    "l3a": "L3A",
-}
-OURS = ("retune", "distil", "analytic")
+    "ranpac features=1000 zero_shot=1": "RanPAC, M = 1,000, zero-shot for unseen",
+}  # fmt: skip
 BOUND = "joint"  # keeps the data of every patient
-WHITENED = ("distil", "analytic")  # with or without --whiten
+OPPONENTS = [{"method": method, "set": "", "whiten": True} for method in ("lwf", "ewc")]  # chosen beforehand
+METHOD = ("method", "set", "whiten")  # the settings that make a method
 QUALITY = {
     "auroc_macro": "AUROC macro", "auroc_weighted": "AUROC weighted", "f1_macro": "F1 macro",
     "f1_weighted": "F1 weighted", "precision_weighted": "precision", "recall_weighted": "recall",
     "accuracy": "exact match", "ap_macro": "average precision",
 }  # fmt: skip
 LAST = "last.auroc_macro"
-VALIDATION = "last.val_auroc_macro"
 
 
 def collect(folder: Path) -> pd.DataFrame:
@@ -75,22 +69,20 @@ def run_row(path: Path, folder: Path) -> dict:
     metrics = read_json(path)
     config = metrics["config"]
     settings = (*REFERENCE, "scenario", "seed", "lr", "data", "data_fingerprint", "encoder_fingerprint")
-    row = {"run": path.parent.relative_to(folder).as_posix()}
-    row |= {key: config.get(key) for key in settings} | {
+    row = {"run": path.parent.relative_to(folder).as_posix()} | {key: config.get(key) for key in settings}
+    row |= {
         "set": " ".join(config["set"] or ()), "order": " > ".join(config["class_order"] or ()),
         "parts": len(metrics["tasks"]), "encoder": Path(config["encoder"]).name,
         "classes": ", ".join(metrics["classes"]), "train_n": sum(task["n_train"] for task in metrics["tasks"]),
         "val_n": metrics["zero_shot"]["val"]["n"], "test_n": metrics["zero_shot"]["test"]["n"],
     }  # fmt: skip
-    last = metrics["after_task"][-1]
-    for stage, measured in (("zero", metrics["zero_shot"]), ("last", last)):
-        row |= {f"{stage}.{key}": measured["test"][key] for key in QUALITY}
-    row[VALIDATION] = last["val"]["auroc_macro"]
     scores = score_facts(path.parent)
-    for kind in ("continual", "cost"):
-        row |= {f"{kind}.{key}": value for key, value in metrics[kind].items()}
-    for kind, found in scores["calibration"].items():
-        row |= {f"{kind}.{key}": value for key, value in found.items()}
+    last = metrics["after_task"][-1]
+    stages = {"zero": metrics["zero_shot"]["test"], "last": last["test"]}
+    measured = {stage: {key: found[key] for key in QUALITY} for stage, found in stages.items()}
+    measured["last"]["val_auroc_macro"] = last["val"]["auroc_macro"]
+    measured |= {kind: metrics[kind] for kind in ("continual", "cost")} | scores["calibration"]
+    row |= {f"{kind}.{key}": value for kind, found in measured.items() for key, value in found.items()}
     row["cost.share_of_encoder"] = row["cost.trainable_parameters"] / row["cost.encoder_parameters"]
     row["cost.stored_a_patient"] = row["cost.stored_bytes"] / row["cost.train_patients"]
     return row | {"resampled": np.array(scores["resampled"], np.uint16)}
@@ -110,6 +102,13 @@ def read_runs(folder: Path) -> pd.DataFrame:
     return runs.assign(**runs[["set", "order"]].fillna(""), resampled=list(resampled))
 
 
+def load(folder: Path) -> pd.DataFrame:
+    """The runs of `folder`/runs, which the two files then hold too; without it, those of the two files."""
+    if (folder / "runs").is_dir():
+        write_runs(collect(folder / "runs"), folder)
+    return read_runs(folder)
+
+
 def pick(runs: pd.DataFrame, **wanted) -> pd.DataFrame:
     """The runs with the wanted settings, REFERENCE where nothing is said; `order=None` is any random order."""
     mask = pd.Series(True, index=runs.index)
@@ -118,27 +117,34 @@ def pick(runs: pd.DataFrame, **wanted) -> pd.DataFrame:
     return runs[mask]
 
 
-def lead(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float, float]:
-    """(difference, low, high) of the mean macro AUROC of two sets of runs: 95%, resampled in pairs."""
-    resampled = [np.stack(runs["resampled"]).mean(0) * STEP for runs in (first, second)]
-    low, high = np.percentile(resampled[0] - resampled[1], [2.5, 97.5])
-    return first[LAST].mean() - second[LAST].mean(), low, high
+def scenarios(runs: pd.DataFrame) -> dict[str, dict]:
+    """Those of SCENARIOS that RE-tune was run in."""
+    return {name: where for name, where in SCENARIOS.items() if len(pick(runs, **where))}
+
+
+def lead(first: pd.DataFrame, second: pd.DataFrame | None = None) -> tuple[float, float, float]:
+    """(difference, low, high) of the mean macro AUROC of two sets of runs, or of one alone: 95%, resampled in pairs."""
+    value = first[LAST].mean()
+    resampled = np.stack(first["resampled"]).mean(0) * STEP
+    if second is not None:
+        value -= second[LAST].mean()
+        resampled = resampled - np.stack(second["resampled"]).mean(0) * STEP
+    return value, *np.percentile(resampled, [2.5, 97.5])
 
 
 def variants(runs: pd.DataFrame) -> list[dict]:
     """Every method with its options, whitened and not, by class-incremental AUROC; the bound last."""
-    keys = ["method", "set", "whiten"]
-    rest = {key: value for key, value in REFERENCE.items() if key not in keys} | {"scenario": "class"}
+    rest = {key: value for key, value in REFERENCE.items() if key not in METHOD} | {"scenario": "class"}
     chosen = runs[(runs[list(rest)] == pd.Series(rest)).all(axis=1)]
-    means = chosen.groupby(keys)[LAST].mean().sort_values(ascending=False)
-    return sorted((dict(zip(keys, key)) for key in means.index), key=lambda v: v["method"] == BOUND)
+    means = chosen.groupby(list(METHOD))[LAST].mean().sort_values(ascending=False)
+    return sorted((dict(zip(METHOD, key)) for key in means.index), key=lambda v: v["method"] == BOUND)
 
 
 def labels_of(variant: dict) -> tuple[str, str]:
     """(name, whitened?) of a method, as tables call it."""
     key = f"{variant['method']} {variant['set']}".strip()
-    whitened = "built in" if variant["method"] in WHITENED else "yes" if variant["whiten"] else "no"
-    return NAMES.get(key, key), whitened
+    built_in = variant["method"] in ("distil", "analytic")
+    return NAMES.get(key, key), "built in" if built_in else "yes" if variant["whiten"] else "no"
 
 
 def full_name(variant: dict) -> str:

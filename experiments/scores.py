@@ -61,13 +61,18 @@ def score_facts(folder: Path) -> dict:
     test = data.where("test")
     scores, _ = retune.score_rows(model, bank, embeddings, test, settings["score"])
     auroc = resampled_auroc(scores, data.labels[test], data.patients[test])
-    options = {key: settings[key] for key in ("pool", "negatives")}
-    zero = retune.RETune(embeddings.shape[1], adapt="none", **options)
-    models = {"model": model, "zero_shot": zero}
+    plain = {"adapt": "none", "pool": settings["pool"], "negatives": settings["negatives"]}
+    models = {"model": model, "zero_shot": retune.RETune(embeddings.shape[1], **plain)}
     measured = {name: calibration(scorer, data, embeddings, bank) for name, scorer in models.items()}
     facts = {"resampled": np.round(auroc / STEP).astype(int).tolist(), "calibration": measured}
     retune.write_json(path, facts)
     return facts
+
+
+@functools.lru_cache(maxsize=2)
+def draw_patients(count: int, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """How often each patient is drawn, [resamples, count], whole numbers; the same for every measure."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
 
 
 def resampled_auroc(scores, labels, patients, resamples: int = 1000, seed: int = 0) -> np.ndarray:
@@ -77,8 +82,7 @@ def resampled_auroc(scores, labels, patients, resamples: int = 1000, seed: int =
     a negative in a resample is left out of its mean.
     """
     ids, patient = np.unique(patients, return_inverse=True)
-    drawn = np.random.default_rng(seed).multinomial(len(ids), np.full(len(ids), 1 / len(ids)), resamples)
-    drawn = drawn.astype(np.float32)  # [R, patients]
+    drawn = draw_patients(len(ids), resamples, seed).astype(np.float32)
     auroc = []
     for score, label in zip(scores.T, labels.T):
         order = np.argsort(score[label == 0])
@@ -93,20 +97,36 @@ def resampled_auroc(scores, labels, patients, resamples: int = 1000, seed: int =
     return np.nanmean(auroc, axis=0)
 
 
+def resampled_rate(hit: np.ndarray, of: np.ndarray, patients: np.ndarray) -> np.ndarray:
+    """The share of the images `of` [N, C] that are `hit` [N, C]: [1 + R, C], as it is and on each resample.
+
+    nan where there is no such image.
+    """
+    ids, patient = np.unique(patients, return_inverse=True)
+    counts = np.zeros((2, len(ids), hit.shape[1]))
+    np.add.at(counts, (slice(None), patient), np.stack([hit & of, of]))
+    weight = np.vstack([np.ones(len(ids)), draw_patients(len(ids))])
+    hits, total = weight @ counts
+    return np.where(total > 0, hits / np.maximum(total, 1), np.nan)
+
+
 @torch.inference_mode()
+def logits_of(model, bank, embeddings: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Logits [n, C], float64, of rows [n] of the embeddings [N, D]."""
+    pieces = torch.from_numpy(rows).split(8192)
+    images = (model.whitening(retune.gather(embeddings, piece, bank.embeddings)) for piece in pieces)
+    return np.concatenate([retune.to_numpy(model.logits(x, bank)) for x in images]).astype(np.float64)
+
+
 def calibration(model: torch.nn.Module, data, embeddings: np.ndarray, bank) -> dict[str, float]:
     """Temperature fitted on validation; ECE and Brier score on test before and after it."""
-    logits, labels = {}, {}
-    for split in ("val", "test"):
-        rows = data.where(split)
-        images = model.whitening(retune.gather(embeddings, torch.from_numpy(rows), bank.embeddings))
-        logits[split] = model.logits(images, bank).double().numpy()
-        labels[split] = data.labels[rows].astype(np.float64)
-    temperature = fit_temperature(logits["val"], labels["val"])
-    before = reliability(logits["test"], labels["test"], 1.0)
-    after = reliability(logits["test"], labels["test"], temperature)
-    named = {f"{key}_before": value for key, value in before.items()}
-    return {"temperature": temperature} | named | {f"{key}_after": value for key, value in after.items()}
+    rows = {split: data.where(split) for split in ("val", "test")}
+    logits = {split: logits_of(model, bank, embeddings, chosen) for split, chosen in rows.items()}
+    facts = {"temperature": fit_temperature(logits["val"], data.labels[rows["val"]])}
+    for when, temperature in (("before", 1.0), ("after", facts["temperature"])):
+        found = reliability(logits["test"], data.labels[rows["test"]], temperature)
+        facts |= {f"{name}_{when}": value for name, value in found.items()}
+    return facts
 
 
 def reliability(
@@ -118,17 +138,15 @@ def reliability(
     of positives| (Guo et al. 2017, for the finding's probability). nan labels are left out; so is a class
     without a known label.
     """
-    ece, brier = [], []
-    for logit, label in zip(logits.T, labels.T):
+    measured = []
+    for logit, label in zip(logits.T, labels.T.astype(np.float64)):
         y = label[~np.isnan(label)]
         p = 1 / (1 + np.exp(-logit[~np.isnan(label)] / temperature))
-        if not len(y):
-            continue
-        index = np.minimum((p * bins).astype(int), bins - 1)
-        gaps = np.bincount(index, p, bins) - np.bincount(index, y, bins)
-        ece.append(np.abs(gaps).sum() / len(y))
-        brier.append(np.mean((p - y) ** 2))
-    return {"ece": float(np.mean(ece)), "brier": float(np.mean(brier))}
+        if len(y):
+            index = np.minimum((p * bins).astype(int), bins - 1)
+            gaps = np.bincount(index, p - y, bins)
+            measured.append([np.abs(gaps).sum() / len(y), np.mean((p - y) ** 2)])
+    return dict(zip(("ece", "brier"), np.mean(measured, axis=0).tolist()))
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -15,15 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.common import Grams, read_task, with_seed, zero_shot_logits
-from retune import Method, PromptBank, Task
+from experiments.common import Grams, LeastSquares, Remembering, read_task, zero_shot_logits
+from retune import PromptBank, Task
 
 
-class NCM(Method):
+class NCM(Remembering):
     """Nearest class mean: cos(x, mean of the finding's positives) - cos(x, mean of its negatives).
 
     The visual twin of positive and negative prompts. A mean of nothing counts as a cosine of 0.
     """
+
+    remembered = ("sums", "count")
 
     def __init__(self, dim: int, n_classes: int):
         super().__init__()
@@ -43,22 +45,16 @@ class NCM(Method):
             self.count += member.sum(1)[..., None]
         self.means.copy_(self.sums / self.count.clamp_min(1))
 
-    def memory(self) -> dict[str, Tensor]:
-        return {"sums": self.sums, "count": self.count}
 
-    def load_memory(self, tensors: dict[str, Tensor]) -> None:
-        self.sums = tensors["sums"]
-        self.count = tensors["count"]
-
-
-class SLDA(Method):
+class SLDA(Remembering):
     """Deep streaming linear discriminant analysis: a Gaussian for each label, one covariance a finding.
 
     Image by image, in file order: S <- (n S + n / (n + 1) d d') / (n + 1) with d = x - mean of its label so far,
-    which is 0 for the first. The score is the log odds, with the precision pinv((1 - shrinkage) S + shrinkage I).
-    shrinkage: 1e-4 in the authors' code; 1e-5 suits embeddings whose variance is small in most directions.
-    A finding with labels of one kind has log odds 0.
+    which is 0 for the first. The score is the log odds, with the precision pinv((1 - shrinkage) S + shrinkage I); 0
+    for labels of one kind. shrinkage: 1e-4 in the authors' code; 1e-5 suits variances that are mostly small.
     """
+
+    remembered = ("sums", "count", "scatter")
 
     def __init__(self, dim: int, n_classes: int, shrinkage: float = 1e-5):
         super().__init__()
@@ -78,9 +74,15 @@ class SLDA(Method):
             for c in task.classes:
                 row = ~known[:, c].isnan()
                 self.update(c, images[row], known[row, c].long())
-        for c in task.classes:
-            if self.count[c].min() > 0:
-                self.solve(c)
+        for c in (c for c in task.classes if self.count[c].min() > 0):
+            covariance = self.scatter[c] / self.count[c].sum()
+            eye = torch.eye(len(covariance), dtype=covariance.dtype)
+            softened = (1 - self.shrinkage) * covariance + self.shrinkage * eye
+            means = self.sums[c] / self.count[c][:, None]
+            weights = means @ torch.linalg.pinv(softened, hermitian=True)  # [2, D]
+            constant = self.count[c].log() - (weights * means).sum(1) / 2
+            self.weights[c] = weights[1] - weights[0]
+            self.bias[c] = constant[1] - constant[0]
 
     def update(self, c: int, images: Tensor, y: Tensor) -> None:
         """All rows [n, D] with labels [n] at once, equal to one after the other."""
@@ -96,49 +98,23 @@ class SLDA(Method):
         self.sums[c] += member.T @ images
         self.count[c] += member.sum(0)
 
-    def solve(self, c: int) -> None:
-        """Weights and bias of a finding from its sums."""
-        covariance = self.scatter[c] / self.count[c].sum()
-        eye = torch.eye(len(covariance), dtype=covariance.dtype)
-        precision = torch.linalg.pinv(
-            (1 - self.shrinkage) * covariance + self.shrinkage * eye, hermitian=True
-        )
-        means = self.sums[c] / self.count[c][:, None]
-        weights = means @ precision  # [2, D]
-        constant = self.count[c].log() - (weights * means).sum(1) / 2
-        self.weights[c] = weights[1] - weights[0]
-        self.bias[c] = constant[1] - constant[0]
 
-    def memory(self) -> dict[str, Tensor]:
-        return {"sums": self.sums, "count": self.count, "scatter": self.scatter}
-
-    def load_memory(self, tensors: dict[str, Tensor]) -> None:
-        self.sums = tensors["sums"]
-        self.count = tensors["count"]
-        self.scatter = tensors["scatter"]
-
-
-class RandomFeatures(Method):
+class RandomFeatures(LeastSquares):
     """Regression of labels, 1 or 0, on [relu(x W), 1] for a random W; a Gram matrix for each pattern of labels.
 
     ridge: 0, each finding's own, 1e-8 to 1e8, with the lowest squared error on a fifth of the images of the last task
     that labels it, after learning all others seen so far; then the fifth is learned too.
     """
 
+    remembered = ("ridges",)
+
     def __init__(self, projection: Tensor, n_classes: int, ridge: float, seed: int):
-        super().__init__()
-        size = projection.shape[1] + 1
+        super().__init__(projection.shape[1] + 1, n_classes)
         self.register_buffer("projection", projection)  # [D, M]
-        self.register_buffer("weights", torch.zeros(n_classes, size))  # [C, M + 1]
         self.register_buffer("learned", torch.zeros(n_classes, dtype=torch.bool))
         self.ridge = ridge
         self.seed = max(0, seed)
         self.ridges = torch.full((n_classes,), self.ridge or 1.0, dtype=torch.float64)
-        self.grams = Grams(size, n_classes)
-
-    @classmethod
-    def build(cls, config, dim: int, n_classes: int, **options) -> RandomFeatures:
-        return cls(dim, n_classes, **with_seed(config, options))
 
     def features(self, images: Tensor) -> Tensor:
         """[B, M + 1] of images [B, D], in their dtype."""
@@ -148,36 +124,26 @@ class RandomFeatures(Method):
         """4 (u - 1/2) [B, C] of the regression u, for its sigmoid is near u; 0 for a finding without labels."""
         return 4 * (self.features(images) @ self.weights.to(images).T - 0.5) * self.learned
 
-    def complete(self, features: Tensor, known: Tensor) -> tuple[Tensor, Tensor | None]:
+    def complete(self, features: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """Labels to learn [n, C], from those that a task brings, and weights of its images [n]."""
-        return known, None
+        return known, known.new_ones(len(known))
 
     def after_task(self, embeddings: np.ndarray, labels: Tensor, task: Task, bank: PromptBank) -> None:
-        held_out = Grams(self.weights.shape[1], len(self.weights))
+        held_out = Grams.zeros(self.weights.shape[1], len(self.weights))
         fold = torch.from_numpy(np.random.default_rng(self.seed).random(len(labels)) < 0.2)
         for rows, images, known in read_task(self, embeddings, labels, task):
             features = self.features(images)
             known, weights = self.complete(features, known)
             for part, chosen in ((self.grams, ~fold[rows]), (held_out, fold[rows])):
-                part.add(features[chosen], known[chosen], weights if weights is None else weights[chosen])
+                part.add(features[chosen], known[chosen], weights[chosen])
         brought = [c for c in task.classes if held_out.count[c]]
         self.ridges[brought] = self.ridge or choose_ridges(self.grams, held_out, brought)
         self.grams.merge(held_out)
         self.learned.copy_(self.grams.count > 0)
+        eye = torch.eye(self.weights.shape[1], dtype=torch.float64)
         for c in self.learned.nonzero()[:, 0].tolist():
-            self.weights[c] = solve_ridge(self.grams.of(c), self.grams.moment[c], self.ridges[c])
-
-    def memory(self) -> dict[str, Tensor]:
-        return self.grams.tensors() | {"ridges": self.ridges}
-
-    def load_memory(self, tensors: dict[str, Tensor]) -> None:
-        self.grams.load(tensors)
-        self.ridges = tensors["ridges"]
-
-
-def solve_ridge(gram: Tensor, moment: Tensor, ridge: Tensor | float) -> Tensor:
-    """(gram + ridge I)^-1 moment, [P]."""
-    return torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), moment)
+            gram = self.grams.gram[self.grams.group[c]]
+            self.weights[c] = torch.linalg.solve(gram + self.ridges[c] * eye, self.grams.moment[c])
 
 
 def choose_ridges(training: Grams, held_out: Grams, findings: list[int]) -> Tensor:
@@ -189,7 +155,8 @@ def choose_ridges(training: Grams, held_out: Grams, findings: list[int]) -> Tens
         for c in (c for c in findings if training.group[c] == group):
             scaled = (training.moment[c] @ vectors) / (values.clamp_min(0) + ridges[:, None])
             weights = scaled @ vectors.T  # [L, P]
-            error = ((weights @ held_out.of(c)) * weights).sum(1) - 2 * weights @ held_out.moment[c]
+            gram = held_out.gram[held_out.group[c]]
+            error = ((weights @ gram) * weights).sum(1) - 2 * weights @ held_out.moment[c]
             chosen[c] = ridges[error.argmin()]
     return chosen[findings]
 
@@ -197,10 +164,9 @@ def choose_ridges(training: Grams, held_out: Grams, findings: list[int]) -> Tens
 class RanPAC(RandomFeatures):
     """Ridge regression on random features, W ~ N(0, 1), without the authors' fine-tuning of the encoder.
 
-    features: 10,000 in the paper. ridge: 0, by the squared error on a fifth of the task's images. The authors learn
-    the task's other images alone for that; with fewer of them than features, this chooses ridges too small for all
-    images seen (data-incremental 0.871 instead of 0.913 on the demo, seed 27), so here they come on top of what
-    earlier tasks brought. zero_shot: 1, a finding without labels keeps the zero-shot logit (ours).
+    features: 10,000 in the paper. ridge: 0, by the squared error on a fifth of the task's images. For that the authors
+    learn the task's other images alone, which gives ridges too small for all images seen (data-incremental 0.871
+    instead of 0.913 on the demo, seed 27). zero_shot: 1, a finding without labels keeps the zero-shot logit (ours).
     """
 
     def __init__(
@@ -222,13 +188,14 @@ class RanPAC(RandomFeatures):
 class L3A(RandomFeatures):
     """Label-augmented analytic adaptation: pseudo-labels for earlier findings, images weighted by rarity.
 
-    The labels of earlier findings that a task does not bring are 1 where the sigmoid of the model's regression is
-    above `threshold`, else 0. An image weighs the mean, over its positive findings, of 1 / sqrt(positives seen so
-    far), scaled to a mean of 1 over the findings, and 1 without a positive (undefined in the paper). Findings not
-    seen yet stay unknown; the authors' one Gram matrix counts them as negatives.
-    features: 4,096 in the paper, W uniform in +-1 / sqrt(D). ridge: the authors' code has 1,000 for COCO; 0, by the
-    squared error on a fifth of the task's images.
+    Labels of earlier findings that a task does not bring are 1 where the sigmoid of the regression is above
+    `threshold`, else 0. An image weighs the mean, over its positive findings, of 1 / sqrt(positives seen so far),
+    scaled to a mean of 1 over the findings, and 1 without a positive (undefined in the paper). Findings not seen yet
+    stay unknown; the authors count them as negatives. features: 4,096 in the paper, W uniform in +-1 / sqrt(D).
+    ridge: the authors' code has 1,000 for COCO; 0, by the squared error on a fifth of the task's images.
     """
+
+    remembered = ("ridges", "positives")
 
     def __init__(
         self, dim: int, n_classes: int, features: int = 2000, ridge: float = 0.0, threshold: float = 0.7,
@@ -254,10 +221,3 @@ class L3A(RandomFeatures):
         positive = (known == 1).double()
         number = positive.sum(1)
         return known, torch.where(number > 0, positive @ self.rarity / number.clamp_min(1), 1)
-
-    def memory(self) -> dict[str, Tensor]:
-        return super().memory() | {"positives": self.positives}
-
-    def load_memory(self, tensors: dict[str, Tensor]) -> None:
-        super().load_memory(tensors)
-        self.positives = tensors["positives"]

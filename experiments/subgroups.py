@@ -8,8 +8,8 @@ validation. All groups share 1,000 resamples of the patients, so that the interv
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 
 import retune
-from experiments.decisions import logits_of, resampled_rate, sigmoid
-from experiments.scores import load_run, resampled_auroc
+from experiments.common import new_figure
+from experiments.decisions import decide
+from experiments.scores import load_run, logits_of, resampled_auroc, resampled_rate
 
 MEASURES = ("AUROC", "sensitivity", "specificity")
 
@@ -33,69 +34,60 @@ def group_names(values: Sequence[str], column: str) -> pd.Series:
     return pd.cut(years, [-1, 39, 59, 79, 999], labels=bands).cat.add_categories("").fillna("")
 
 
-def measure_group(
-    labels: np.ndarray, scores: np.ndarray, present: np.ndarray, patients: np.ndarray
-) -> np.ndarray:
-    """[3, C, 1 + R]: MEASURES of each finding, first as they are, then on each resample; nan where there are none.
+def measure_group(labels: np.ndarray, scores: np.ndarray, present: np.ndarray, patients) -> np.ndarray:
+    """[1 + R, C, 3]: MEASURES of each finding, first as they are, then on each resample; nan where there are none.
 
     Labels [N, C] are nan outside the group, so that its patients are drawn with those of all groups.
     """
-    points = np.full((3, labels.shape[1], 1001), np.nan)
-    for c, auroc in enumerate(retune.evaluate(scores, present, labels)["auroc"].values()):
-        if not np.isnan(auroc):
-            points[0, c] = [auroc, *resampled_auroc(scores[:, [c]], labels[:, [c]], patients)]
-        for m, value in ((1, 1), (2, 0)):
-            points[m, c] = resampled_rate(present[:, c] == value, labels[:, c] == value, patients)
-    return points
+    auroc = np.full((1001, labels.shape[1]), np.nan)
+    for c, value in enumerate(retune.evaluate(scores, present, labels)["auroc"].values()):
+        if not np.isnan(value):
+            auroc[:, c] = [value, *resampled_auroc(scores[:, [c]], labels[:, [c]], patients)]
+    shares = [resampled_rate(present == value, labels == value, patients) for value in (1, 0)]
+    return np.stack([auroc, *shares], axis=-1)
 
 
-def compare_groups(group: pd.Series, findings, labels, scores, present, patients) -> list[list]:
+def compare_groups(group: pd.Series, findings, labels, scores, present, patients) -> pd.DataFrame:
     """Rows (group, images, finding, measure, value, low, high); the gap is the best group minus the worst.
 
     The mean is over the findings that every group can be scored on.
     """
-    names = group.cat.categories if hasattr(group, "cat") else sorted(set(group))
-    images = {name: int((group == name).sum()) for name in names if name and (group == name).any()}
-    masks = [(group == name).to_numpy()[:, None] for name in images]
+    images = group.value_counts().drop("", errors="ignore").sort_index()
+    images = images[images > 0]
+    masks = [(group == name).to_numpy()[:, None] for name in images.index]
     points = [measure_group(np.where(mask, labels, np.nan), scores, present, patients) for mask in masks]
-    points = np.ma.masked_invalid(points)  # [G, 3, C, 1 + R]
-    everywhere = points[:, :, :, 0].mask.any(0)[None, :, :, None] | points.mask
-    mean = np.ma.array(points, mask=everywhere).mean(2, keepdims=True)
-    points = np.ma.concatenate([points, mean], axis=2).filled(np.nan)
+    points = np.stack(points)  # [G, 1 + R, C, 3]
+    shared = ~np.isnan(points[:, 0]).any(0)  # [C, 3]
+    mean = np.ma.masked_invalid(np.where(shared, points, np.nan)).mean(axis=2, keepdims=True)
+    points = np.concatenate([points, mean.filled(np.nan)], axis=2)
     rows = []
     for m, measure in enumerate(MEASURES):
         for c, finding in enumerate([*findings, "mean"]):
-            values = dict(zip(images, points[:, m, c]))
-            order = sorted((v[0], name) for name, v in values.items() if not np.isnan(v[0]))
-            if len(order) > 1:
-                values["gap"] = values[order[-1][1]] - values[order[0][1]]
+            values = {name: point[:, c, m] for name, point in zip(images.index, points)}
+            scored = sorted((v[0], name) for name, v in values.items() if not np.isnan(v[0]))
+            if len(scored) > 1:
+                values["gap"] = values[scored[-1][1]] - values[scored[0][1]]
             for name, v in values.items():
                 low, high = (np.nan, np.nan) if np.isnan(v[0]) else np.nanpercentile(v[1:], [2.5, 97.5])
                 rows.append([name, images.get(name, len(group)), finding, measure, v[0], low, high])
-    return rows
+    return pd.DataFrame(rows, columns=["group", "images", "finding", "measure", "value", "low", "high"])
 
 
 def compare(run: Path) -> pd.DataFrame:
     """The groups of all columns that the data of a run have."""
     _, data, embeddings, bank, model = load_run(run)
-    chosen = retune.read_json(run / "metrics.json")["decisions"]
     rows = data.where("test")
     scores = logits_of(model, bank, embeddings, rows)
-    temperature = np.array([chosen["temperature"][name] or 1.0 for name in data.class_names])
-    threshold = np.array([chosen["threshold"][name] or 0.5 for name in data.class_names])
-    present = sigmoid(scores / temperature) >= threshold
+    present = decide(scores, retune.read_json(run / "metrics.json")["decisions"])
     tables = []
     for column in (name for name in retune.GROUPS if getattr(data, name) is not None):
         group = group_names(np.asarray(getattr(data, column))[rows], column)
-        found = compare_groups(
-            group, data.class_names, data.labels[rows], scores, present, data.patients[rows]
-        )
-        tables += [[column, *row] for row in found]
+        measured = (data.class_names, data.labels[rows], scores, present, data.patients[rows])
+        tables.append(compare_groups(group, *measured).assign(by=column))
     if not tables:
         raise retune.InputError(f"{run}: its data have no column {', '.join(retune.GROUPS)}")
-    return pd.DataFrame(
-        tables, columns=["by", "group", "images", "finding", "measure", "value", "low", "high"]
-    )
+    table = pd.concat(tables, ignore_index=True)
+    return table[["by", *table.columns[:-1]]]
 
 
 def to_markdown(table: pd.DataFrame) -> str:
@@ -109,27 +101,21 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 def draw(path: Path, table: pd.DataFrame) -> None:
     """A panel per measure, a line per group: the mean over findings and its interval."""
-    from matplotlib.figure import Figure
-
     table = table[table["group"] != "gap"]
-    figure = Figure(figsize=(11, 1.2 + 0.12 * len(table)), layout="constrained")
-    for axes, measure in zip(figure.subplots(1, 3, sharey=True), MEASURES):
-        part = table[table["measure"] == measure]
-        names = part["by"] + ": " + part["group"]
-        axes.hlines(names, part["low"], part["high"], color="0.5", linewidth=2)
-        axes.plot(part["value"], names, "o", color="black")
-        axes.set_title(f"test {measure}, mean over findings", fontsize=10)
-        axes.grid(axis="x", color="0.9")
-    axes.invert_yaxis()
-    with retune.atomic(path) as partial:
-        figure.savefig(partial, dpi=150, format="png", metadata={"Software": None})
+    with new_figure(path, 3, 1, 3.7, 1.2 + 0.12 * len(table), sharey=True) as (_, axes):
+        for axis, measure in zip(axes, MEASURES):
+            part = table[table["measure"] == measure]
+            names = part["by"] + ": " + part["group"]
+            axis.hlines(names, part["low"], part["high"], color="0.5", linewidth=2)
+            axis.plot(part["value"], names, "o", color="black")
+            axis.set_title(f"test {measure}, mean over findings", fontsize=10)
+            axis.grid(axis="x", color="0.9")
+        axes[0].invert_yaxis()
 
 
 def execute(argv: Sequence[str]) -> None:
     """Compare the groups of a run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     run = parser.parse_args(argv).run
     table = compare(run)

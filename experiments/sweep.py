@@ -10,10 +10,10 @@ is; braces in --output name settings, which the runs must differ in. Finished ru
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -49,8 +49,7 @@ def make_configs(grid: Sequence[str], shared: Sequence[str]) -> list[Config]:
 
 def sweep(argv: Sequence[str]) -> None:
     """Run what a command line says."""
-    describe = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(**describe)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--grid", nargs="+", required=True, metavar="OPTION=VALUE,VALUE")
     parser.add_argument("shared", nargs="*", help="options of retune.py for all runs, after --")
     arguments = parser.parse_args(argv)

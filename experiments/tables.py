@@ -4,18 +4,19 @@
     python -m experiments.tables experiments/results/demo-tiny --only main cost    # some of them
 
 The runs are read from `<results>/runs`, and kept as `runs.csv` (settings and metrics) and `bootstrap.npz` (their
-AUROC on resampled patients); without that folder, from those two files. A table is a list of rows and columns,
-each of which names the runs and the metric that it wants.
+AUROC on resampled patients); without that folder, from those two files. A table has rows {labels: settings of the
+runs it wants} and columns, each a metric and more such settings. Its function's docstring is its caption, with the
+zero-shot AUROC for {zero}.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,325 +26,319 @@ from experiments.runs import (
     BASIC,
     BOUND,
     LAST,
-    NAMES,
-    OURS,
+    OPPONENTS,
     QUALITY,
     SCENARIOS,
-    VALIDATION,
-    collect,
     full_name,
     labels_of,
     lead,
+    load,
     pick,
-    read_runs,
+    scenarios,
     variants,
-    write_runs,
-)  # fmt: skip
+)
 from retune import InputError, main, markdown_table, write_text
 
 # --------------------------------------------------------------------------------------------------- 1. Cells
 
 
-@dataclass(frozen=True)
-class Column:
-    """A metric, its format, which runs it wants; `contest`: the leader is bold if its lead excludes zero."""
+OURS = ("retune", "distil", "analytic")
+
+
+class Column(NamedTuple):
+    """A metric, which runs it wants beside the row's, its format."""
 
     name: str
     metric: str
+    where: dict | None = None
     digits: str = ".3f"
-    where: dict = field(default_factory=dict)
-    contest: bool = False
 
 
-@dataclass(frozen=True)
-class Row:
-    """Labels, which runs it wants, whom it competes with (None: nobody). `zero`: the zero-shot values."""
+class Table(NamedTuple):
+    """The cells as text, the seeds, and what is said below."""
 
-    labels: Sequence[str]
-    where: dict
-    group: str | None = ""
-    zero: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title, the cells as text, the seeds, and what is said below."""
-
-    title: str
     text: pd.DataFrame
     seeds: Sequence[int]
     notes: Sequence[str] = ()
 
 
+Rows = dict[tuple, dict]
+
+
 def fill(
-    title: str, labels: Sequence[str], rows: Sequence[Row], columns: Sequence[Column], runs: pd.DataFrame,
-    notes: Sequence[str] = (),
+    runs: pd.DataFrame, rows: Rows, columns: Sequence[Column], labels: Sequence[str] = ("method", "whitened"),
+    bold: bool = True, notes: Sequence[str] = (),
 ) -> Table:  # fmt: skip
     """Mean and standard deviation (n - 1) over seeds in every cell; InputError when a run is missing."""
-    text = pd.DataFrame([row.labels for row in rows], columns=labels)
+    text = pd.DataFrame(list(rows), columns=labels)
     for column in columns:
-        chosen = [pick(runs, **row.where | column.where) for row in rows]
-        seeds = sorted(chosen[0]["seed"])
-        for row, found in zip(rows, chosen):
-            if found.empty or sorted(found["seed"]) != seeds or found["seed"].duplicated().any():
-                wanted = ", ".join(f"{key} {value}" for key, value in (row.where | column.where).items())
-                have = f"runs of seeds {sorted(found['seed'])}, in the first row {seeds}"
-                raise InputError(f"{wanted}: {have}; run_experiments.sh makes what is missing")
+        wanted = [where | (column.where or {}) for where in rows.values()]
+        found = [pick(runs, **where) for where in wanted]
+        seeds = sorted(set(found[0]["seed"]))
+        for where, chosen in zip(wanted, found):
+            if not seeds or sorted(chosen["seed"]) != seeds:
+                settings = ", ".join(f"{key} {value}" for key, value in where.items())
+                have = f"runs of seeds {sorted(chosen['seed'])}, in the first row {seeds}"
+                raise InputError(f"{settings}: {have}; run_experiments.sh makes what is missing")
         zero = column.metric.replace("last", "zero").replace("model", "zero_shot")
-        values = [
-            found[zero if row.zero else column.metric].astype(float) for row, found in zip(rows, chosen)
-        ]
-        winners = leaders(chosen, rows) if column.contest else ()
-        cells = [cell_text(value, column.digits) for value in values]
-        text[column.name] = [f"**{cell}**" if i in winners else cell for i, cell in enumerate(cells)]
-    return Table(title, text, seeds, notes)
+        metrics = [zero if name[0] == "zero-shot" else column.metric for name in rows]
+        cells = [cell_text(chosen[metric], column.digits) for metric, chosen in zip(metrics, found)]
+        for i in leaders(found, wanted) if bold and column.metric == LAST else ():
+            cells[i] = f"**{cells[i]}**"
+        text[column.name] = cells
+    return Table(text, seeds, notes)
 
 
 def cell_text(values: pd.Series, digits: str) -> str:
     """Mean ± standard deviation, or the value alone where all runs agree; a dash where there is none."""
+    values = values.astype(float)
     if values.isna().all():
         return "-"
-    mean = format(values.mean(), digits)
-    return f"{mean} ± {format(values.std(), digits)}" if values.nunique() > 1 else mean
+    deviation = f" ± {values.std():{digits}}" if values.nunique() > 1 else ""
+    return f"{values.mean():{digits}}{deviation}"
 
 
-def leaders(chosen: Sequence[pd.DataFrame], rows: Sequence[Row]) -> set[int]:
-    """In every group the row with the highest AUROC, if the interval of its lead over the next excludes zero."""
-    winners = set()
-    for group in {row.group for row in rows} - {None}:
-        members = [i for i, row in enumerate(rows) if row.group == group]
-        first, *others = sorted(members, key=lambda i: -chosen[i][LAST].mean())
-        if others and lead(chosen[first], chosen[others[0]])[1] > 0:
-            winners.add(first)
-    return winners
+def leaders(found: Sequence[pd.DataFrame], wanted: Sequence[dict]) -> set[int]:
+    """In every scenario the row of the highest AUROC, if the interval of its lead over the next excludes zero."""
+    running = [i for i, where in enumerate(wanted) if where.get("method") != BOUND]
+    ranked = sorted(running, key=lambda i: -found[i][LAST].mean())
+    groups = pd.Series(ranked, dtype=int).groupby([str(wanted[i].get("scenario")) for i in ranked])
+    pairs = [group.tolist()[:2] for _, group in groups if len(group) > 1]
+    return {first for first, second in pairs if lead(found[first], found[second])[1] > 0}
 
 
 # -------------------------------------------------------------------------------------------------- 2. Tables
 
-CONTINUAL = [
-    Column("AUROC", LAST, contest=True), Column("forgetting", "continual.forgetting"),
-    Column("backward transfer", "continual.backward_transfer"),
-    Column("forward transfer", "continual.forward_transfer"),
-]  # fmt: skip
+CONTINUAL = {
+    "AUROC": LAST, "forgetting": "continual.forgetting", "backward transfer": "continual.backward_transfer",
+    "forward transfer": "continual.forward_transfer",
+}  # fmt: skip
+
+
+def per_scenario(measure: str, scenarios: Sequence[str]) -> list[Column]:
+    return [Column(f"{measure} {name}", CONTINUAL[measure], SCENARIOS[name]) for name in scenarios]
+
+
+def published(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of RE-tune as the paper has it, in the first scenario that was run."""
+    return pick(runs, **next(iter(scenarios(runs).values())))
+
+
+def method_rows(runs: pd.DataFrame, **where) -> Rows:
+    """A row for every method that was run there."""
+    return {labels_of(v): where | v for v in variants(runs) if len(pick(runs, **where, **v))}
 
 
 def main_table(runs: pd.DataFrame) -> Table:
-    rows = [Row(["zero-shot"], SCENARIOS["joint"], zero=True)]
-    rows += [Row([name], where) for name, where in SCENARIOS.items()]
+    """RE-tune after the last task, test split; precision and recall are weighted by positives."""
+    rows = {("zero-shot",): SCENARIOS["joint"]} | {(name,): where for name, where in SCENARIOS.items()}
     columns = [Column(name, f"last.{metric}") for metric, name in QUALITY.items()]
-    title = "RE-tune after the last task, test split; precision and recall are weighted by positives."
-    return fill(title, ["scenario"], rows, columns, runs)
+    return fill(runs, rows, columns, ["scenario"], bold=False)
 
 
 def forgetting_table(runs: pd.DataFrame) -> Table:
-    rows = [
-        Row([scenario, NAMES[m]], SCENARIOS[scenario] | {"method": m}, None if m == BOUND else scenario)
-        for scenario in BASIC[1:]
-        for m in ("retune", "linear", "mlp", "ewc", "lwf", "replay", BOUND)
-    ]
-    title = (
-        "What is left of earlier tasks after the last one, test split. Forward transfer is a finding's AUROC "
-        "before its own part, against zero-shot. Keeping all data is a bound and not in the running."
-    )
-    return fill(title, ["scenario", "method"], rows, CONTINUAL, runs)
+    """What is left of earlier tasks after the last one, test split. Forward transfer is a finding's AUROC before
+    its own part, against zero-shot. Keeping all data is a bound and not in the running."""
+    methods = ("retune", "linear", "mlp", "ewc", "lwf", "replay", BOUND)
+    named = {method: labels_of({"method": method, "set": "", "whiten": False})[0] for method in methods}
+    rows = {(s, named[m]): SCENARIOS[s] | {"method": m} for s in BASIC[1:] for m in methods}
+    return fill(runs, rows, [Column(*item) for item in CONTINUAL.items()], ["scenario", "method"])
 
 
 def adaptors_table(runs: pd.DataFrame) -> Table:
-    columns = [Column(f"AUROC {s}", LAST, where=SCENARIOS[s], contest=True) for s in BASIC]
-    columns += [Column(f"forgetting {s}", "continual.forgetting", where=SCENARIOS[s]) for s in BASIC[1:]]
-    kinds = [
-        (adaptor, towers) for adaptor in ("mlp", "linear") for towers in ("both", "shared", "image", "text")
-    ]
-    rows = [Row(kind, dict(zip(("adaptor", "adapt"), kind))) for kind in kinds]
+    """Which adaptor, on which tower; macro AUROC after the last task, and forgetting; test split."""
+    kinds = [(kind, towers) for kind in ("mlp", "linear") for towers in ("both", "shared", "image", "text")]
+    rows = {kind: dict(zip(("adaptor", "adapt"), kind)) for kind in kinds}
     for scale, lr in ((1, 1e-3), (1, 1e-4), (10, 1e-3), (10, 1e-4)):
         name = f"residual (ours), logit scale {scale}, lr {lr:g}"
-        rows.append(Row([name, "both"], {"adaptor": "residual", "logit_scale": scale, "lr": lr}))
-    title = "Which adaptor, on which tower; macro AUROC after the last task, and forgetting; test split."
-    return fill(title, ["adaptor", "towers"], rows, columns, runs)
+        rows[name, "both"] = {"adaptor": "residual", "logit_scale": scale, "lr": lr}
+    columns = per_scenario("AUROC", BASIC) + per_scenario("forgetting", BASIC[1:])
+    return fill(runs, rows, columns, ["adaptor", "towers"])
 
 
 def prompts_table(runs: pd.DataFrame) -> Table:
+    """How the prompts are used, test split."""
+    joint = SCENARIOS["joint"]
+    classes = SCENARIOS["class-incremental"]
     columns = [
-        Column("zero-shot AUROC", "zero.auroc_macro", where=SCENARIOS["joint"]),
-        Column("zero-shot F1", "zero.f1_macro", where=SCENARIOS["joint"]),
-        Column("joint AUROC", LAST, where=SCENARIOS["joint"], contest=True),
-        Column("joint F1", "last.f1_macro", where=SCENARIOS["joint"]),
-        Column("class-incremental AUROC", LAST, where=SCENARIOS["class-incremental"], contest=True),
-        Column("class-incremental forgetting", "continual.forgetting", where=SCENARIOS["class-incremental"]),
+        Column("zero-shot AUROC", "zero.auroc_macro", joint),
+        Column("zero-shot F1", "zero.f1_macro", joint),
+        Column("joint AUROC", LAST, joint),
+        Column("joint F1", "last.f1_macro", joint),
+        Column("class-incremental AUROC", LAST, classes),
+        Column("class-incremental forgetting", "continual.forgetting", classes),
     ]
-    changes = {
-        "reference: mean of the prompts, both polarities, finding-specific, score diff": {},
-        "one prompt a polarity": {"pool": "single"},
-        "highest cosine over the prompts": {"pool": "max"},
-        "positive prompts alone": {"negatives": False},
-        "generic wording": {"wording": "generic"},
-        "score pos: the positive cosine alone, training as in the reference": {"score": "pos"},
+    rows = {
+        ("reference: mean of the prompts, both polarities, finding-specific, score diff",): {},
+        ("one prompt a polarity",): {"pool": "single"},
+        ("highest cosine over the prompts",): {"pool": "max"},
+        ("positive prompts alone",): {"negatives": False},
+        ("generic wording",): {"wording": "generic"},
+        ("score pos: the positive cosine alone, training as in the reference",): {"score": "pos"},
     }
-    rows = [Row([name], change) for name, change in changes.items()]
-    return fill("How the prompts are used, test split.", ["prompts"], rows, columns, runs)
+    return fill(runs, rows, columns, ["prompts"])
 
 
 def cost_table(runs: pd.DataFrame) -> Table:
+    """What a method costs, class-incremental, all tasks together. Embedding is done once for all. Stored: what must
+    be kept beside the model for the next task, in all and per training patient."""
     columns = [
-        Column("trainable parameters", "cost.trainable_parameters", ",.0f"),
-        Column("of the encoder's", "cost.share_of_encoder", ".2%"),
-        Column("training, s", "cost.train_seconds", ".2f"),
-        Column("embedding, s", "cost.embed_seconds", ".1f"),
-        Column("stored bytes", "cost.stored_bytes", ",.0f"),
-        Column("stored bytes a patient", "cost.stored_a_patient", ",.0f"),
+        Column("trainable parameters", "cost.trainable_parameters", digits=",.0f"),
+        Column("of the encoder's", "cost.share_of_encoder", digits=".2%"),
+        Column("training, s", "cost.train_seconds", digits=".2f"),
+        Column("embedding, s", "cost.embed_seconds", digits=".1f"),
+        Column("stored bytes", "cost.stored_bytes", digits=",.0f"),
+        Column("stored bytes a patient", "cost.stored_a_patient", digits=",.0f"),
     ]
-    title = (
-        "What a method costs, class-incremental, all tasks together. Embedding is done once for all. Stored: "
-        "what must be kept beside the model for the next task, in all and per training patient."
-    )
-    rows = [row for row in method_rows(runs, scenario="class") if not row.where["whiten"]]
-    return fill(title, ["method", "whitened"], rows, columns, runs)
+    found = method_rows(runs, scenario="class").items()
+    return fill(runs, {labels: where for labels, where in found if not where["whiten"]}, columns)
 
 
 def calibration_table(runs: pd.DataFrame) -> Table:
-    columns = [
-        Column("ECE", "model.ece_before"),
-        Column("ECE, with temperature", "model.ece_after"),
-        Column("Brier", "model.brier_before"),
-        Column("Brier, with temperature", "model.brier_after"),
-        Column("temperature", "model.temperature"),
-    ]
-    rows = [Row(["zero-shot"], SCENARIOS["joint"], zero=True)]
-    rows += [Row([f"RE-tune, {name}"], SCENARIOS[name]) for name in BASIC]
-    rows.append(Row(["MLP head, class-incremental"], SCENARIOS["class-incremental"] | {"method": "mlp"}))
-    title = (
-        "Calibration (ours) of sigmoid(logit / temperature), test split, mean over classes: expected calibration "
-        "error (15 bins of equal width) and Brier score, before and after one temperature fitted on validation."
-    )
-    return fill(title, ["method"], rows, columns, runs)
-
-
-def method_rows(runs: pd.DataFrame, **where) -> list[Row]:
-    """A row for every method that was run there; the bound competes with nobody."""
-    found = [v for v in variants(runs) if len(pick(runs, **where, **v))]
-    return [Row(labels_of(v), where | v, None if v["method"] == BOUND else "all") for v in found]
+    """Calibration (ours) of sigmoid(logit / temperature), test split, mean over classes: expected calibration error
+    (15 bins of equal width) and Brier score, before and after one temperature fitted on validation."""
+    names = {"ece_before": "ECE", "ece_after": "ECE, with temperature", "brier_before": "Brier",
+             "brier_after": "Brier, with temperature", "temperature": "temperature"}  # fmt: skip
+    rows = {("zero-shot",): SCENARIOS["joint"]} | {(f"RE-tune, {name}",): SCENARIOS[name] for name in BASIC}
+    rows["MLP head, class-incremental",] = SCENARIOS["class-incremental"] | {"method": "mlp"}
+    return fill(runs, rows, [Column(name, f"model.{key}") for key, name in names.items()], ["method"])
 
 
 def summary_table(runs: pd.DataFrame) -> Table:
-    columns = [Column(s, LAST, where=SCENARIOS[s], contest=True) for s in (*BASIC[1:], "joint")]
-    columns.append(Column("forgetting", "continual.forgetting", where=SCENARIOS["class-incremental"]))
-    found = [
-        (pick(runs, **SCENARIOS["class-incremental"], **v)[VALIDATION].mean(), v) for v in variants(runs)
-    ]
-    best = {v["method"]: v for _, v in sorted(found, key=lambda pair: pair[0])}  # the last one stays
+    """Macro AUROC on test after the last task: RE-tune as published, and every method with the options and the
+    whitening that are best on validation, class-incremental; forgetting is of that scenario. Zero-shot: {zero:.3f}.
+    Keeping all data is a bound and not in the running."""
+    classes = SCENARIOS["class-incremental"]
+    columns = [Column(s, LAST, SCENARIOS[s]) for s in (*BASIC[1:], "joint")]
+    columns.append(Column("forgetting", CONTINUAL["forgetting"], classes))
+    ranked = sorted(variants(runs), key=lambda v: pick(runs, **classes, **v)["last.val_auroc_macro"].mean())
+    best = {v["method"]: v for v in ranked}  # the last one stays
     plain = {"method": "retune", "set": "", "whiten": False}
-    rows = [row for row in method_rows(runs) if row.where in (best[row.where["method"]], plain)]
-    zero = pick(runs, **SCENARIOS["joint"])["zero.auroc_macro"].mean()
-    title = (
-        "Macro AUROC on test after the last task: RE-tune as published, and every method with the options and the "
-        "whitening that are best on validation, class-incremental; forgetting is of that scenario. Zero-shot: "
-        f"{zero:.3f}. Keeping all data is a bound and not in the running."
-    )
-    return fill(title, ["method", "whitened"], rows, columns, runs)
+    kept = {labels: v for labels, v in method_rows(runs).items() if v in (best[v["method"]], plain)}
+    return fill(runs, kept, columns)
 
 
 def methods_table(runs: pd.DataFrame) -> Table:
-    steps = list(SCENARIOS)[:5]
-    columns = [Column(f"AUROC {s}", LAST, where=where, contest=True) for s, where in SCENARIOS.items()]
-    columns += [Column(f"forgetting {s}", "continual.forgetting", where=SCENARIOS[s]) for s in steps]
-    columns += [
-        Column(f"forward transfer {s}", "continual.forward_transfer", where=SCENARIOS[s]) for s in steps[:2]
-    ]
-    columns.append(Column("training, s", "cost.train_seconds", ".2f", SCENARIOS["class-incremental"]))
-    columns.append(Column("stored bytes", "cost.stored_bytes", ",.0f", SCENARIOS["class-incremental"]))
-    title = (
-        "Every method after the last task, test split, by class-incremental AUROC. Seconds and stored bytes are of "
-        "that scenario, all tasks. Keeping all data is a bound and not in the running."
-    )
-    return fill(title, ["method", "whitened"], method_rows(runs), columns, runs)
+    """Every method after the last task, test split, by class-incremental AUROC. Seconds and stored bytes are of that
+    scenario, all tasks. Keeping all data is a bound and not in the running."""
+    found = list(scenarios(runs))
+    steps = [name for name in found if name != "joint"]
+    columns = per_scenario("AUROC", found) + per_scenario("forgetting", steps)
+    columns += per_scenario("forward transfer", [name for name in steps if not name.startswith("data")])
+    columns.append(Column("training, s", "cost.train_seconds", SCENARIOS["class-incremental"], ".2f"))
+    columns.append(Column("stored bytes", "cost.stored_bytes", SCENARIOS["class-incremental"], ",.0f"))
+    return fill(runs, method_rows(runs), columns)
+
+
+def intervals_table(runs: pd.DataFrame) -> Table:
+    """Macro AUROC on test after the last task, mean over seeds, with 95% intervals over 1,000 resamples of the
+    patients. Zero-shot: {zero:.3f}."""
+    rows = method_rows(runs)
+    text = pd.DataFrame(list(rows), columns=["method", "whitened"])
+    for scenario, where in scenarios(runs).items():
+        found = [pick(runs, **row | where) for row in rows.values()]
+        text[scenario] = ["{:.3f} [{:.3f}, {:.3f}]".format(*lead(one)) for one in found]
+    return Table(text, sorted(published(runs)["seed"]))
 
 
 def orders_table(runs: pd.DataFrame) -> Table:
+    """Class-incremental in random class orders; the order's seed draws parts and weights too. Test split."""
     rows = method_rows(runs, scenario="class", order=None)
-    listed = pick(runs, **rows[0].where).sort_values("seed")
-    columns = [Column(f"AUROC, order {seed}", LAST, where={"seed": seed}) for seed in listed["seed"]]
-    title = (
-        "Class-incremental in random class orders; the order's seed draws parts and weights too. Test split."
-    )
+    listed = pick(runs, **next(iter(rows.values()))).sort_values("seed")
+    columns = [Column(f"AUROC, order {seed}", LAST, {"seed": seed}) for seed in listed["seed"]]
+    columns += [Column(*item) for item in CONTINUAL.items()]
     notes = ["Orders: " + "; ".join(listed["seed"].astype(str) + ": " + listed["order"]) + "."]
-    return fill(title, ["method", "whitened"], rows, [*columns, *CONTINUAL], runs, notes)
+    return fill(runs, rows, columns, notes=notes)
 
 
 def differences_table(runs: pd.DataFrame) -> Table:
-    """RE-tune and ours against the best rival of each scenario; choosing it on test is in the rival's favour."""
-    ours = [v for v in variants(runs) if v["method"] in OURS]
+    """Macro AUROC minus that of the best rival in the same scenario (neither RE-tune nor ours, nor the bound), mean
+    over seeds, test split, with 95% intervals over 1,000 resamples of the patients, the same for both."""
     rivals = [v for v in variants(runs) if v["method"] not in (*OURS, BOUND)]
-    text = pd.DataFrame([("best rival", ""), *map(labels_of, ours)], columns=["method", "whitened"])
-    outcomes: list[dict] = [{"ahead of": [], "level with": [], "behind": []} for _ in ours]
-    for scenario, where in SCENARIOS.items():
+    text, notes = compare_with(runs, rivals, "the best rival")
+    return Table(text, sorted(published(runs)["seed"]), notes + whitening_notes(runs))
+
+
+def rivals_table(runs: pd.DataFrame) -> Table:
+    """Macro AUROC minus that of whitened LwF and of whitened EWC, mean over seeds, test split, with 95% intervals
+    over 1,000 resamples of the patients, the same for both."""
+    found = [compare_with(runs, [rival], full_name(rival)) for rival in OPPONENTS if rival in variants(runs)]
+    text = pd.concat([text for text, _ in found], ignore_index=True)
+    return Table(text, sorted(published(runs)["seed"]), [note for _, notes in found for note in notes])
+
+
+def compare_with(runs: pd.DataFrame, rivals: Sequence[dict], against: str) -> tuple[pd.DataFrame, list[str]]:
+    """RE-tune and ours against the best of some rivals in each scenario, and what the intervals say.
+
+    Choosing the best on test is in the rival's favour.
+    """
+    ours = [v for v in variants(runs) if v["method"] in OURS]
+    labels = [(against.removeprefix("the "), ""), *map(labels_of, ours)]
+    text = pd.DataFrame(labels, columns=["method", "whitened"])
+    places = pd.DataFrame(index=map(full_name, ours))
+    for scenario, where in scenarios(runs).items():
         rival = max(rivals, key=lambda v: pick(runs, **where, **v)[LAST].mean())
         other = pick(runs, **where, **rival)
-        text[scenario] = f"{full_name(rival)}, {other[LAST].mean():.3f}"
-        for i, (variant, outcome) in enumerate(zip(ours, outcomes), 1):
-            difference, low, high = lead(pick(runs, **where, **variant), other)
-            cell = f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
-            text.loc[i, scenario] = f"**{cell}**" if low > 0 or high < 0 else cell
-            outcome["ahead of" if low > 0 else "behind" if high < 0 else "level with"].append(scenario)
-    title = (
-        "Macro AUROC minus that of the best rival in the same scenario (neither RE-tune nor ours, nor the bound), "
-        "mean over seeds, test split, with 95% intervals over 1,000 resamples of the patients, the same for both."
-    )
+        leads = [lead(pick(runs, **where, **v), other) for v in ours]
+        cells = [f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]" for difference, low, high in leads]
+        signs = [int(low > 0) - int(high < 0) for _, low, high in leads]
+        cells = [f"**{cell}**" if sign else cell for cell, sign in zip(cells, signs)]
+        text[scenario] = [f"{full_name(rival)}, {other[LAST].mean():.3f}", *cells]
+        places[scenario] = signs
     notes = []
-    for variant, outcome in zip(ours, outcomes):
-        parts = [f"{place} the best rival in {', '.join(names)}" for place, names in outcome.items() if names]
-        notes.append(f"{full_name(variant)}: {'; '.join(parts)}.")
-    return Table(title, text, sorted(other["seed"]), [*notes, whitening_note(runs)])
+    for name, signs in places.iterrows():
+        named = {"ahead of": 1, "level with": 0, "behind": -1}
+        parts = {place: ", ".join(signs.index[signs == sign]) for place, sign in named.items()}
+        parts = [f"{place} {against} in {where}" for place, where in parts.items() if where]
+        notes.append(f"{name}: {'; '.join(parts)}.")
+    return text, notes
 
 
-def whitening_note(runs: pd.DataFrame) -> str:
-    """What whitening changes in the methods that were run with and without it."""
-    whitened = [v for v in variants(runs) if v["whiten"]]
+def whitening_notes(runs: pd.DataFrame) -> list[str]:
+    """What whitening changes in the methods that were run with and without it; nothing without such methods."""
+    whitened = [v for v in variants(runs) if v["whiten"] and v | {"whiten": False} in variants(runs)]
+    if not whitened:
+        return []
     parts = []
-    for scenario, where in SCENARIOS.items():
+    for scenario, where in scenarios(runs).items():
         pairs = [[pick(runs, **where, **v | {"whiten": on}) for on in (True, False)] for v in whitened]
-        leads = [lead(*pair) for pair in pairs]
-        better = sum(low > 0 for _, low, _ in leads)
-        worse = sum(high < 0 for _, _, high in leads)
-        parts.append(f"{scenario} {np.mean(leads, 0)[0]:+.3f} (better {better}, worse {worse})")
+        change, low, high = np.transpose([lead(*pair) for pair in pairs])
+        parts.append(f"{scenario} {change.mean():+.3f} (better {sum(low > 0)}, worse {sum(high < 0)})")
     counted = "better and worse where the interval excludes zero"
-    return f"Whitening, mean change over {len(whitened)} methods ({counted}): {', '.join(parts)}."
+    return [f"Whitening, mean change over {len(whitened)} methods ({counted}): {', '.join(parts)}."]
 
 
 TABLES: dict[str, Callable[[pd.DataFrame], Table]] = {
-    "summary": summary_table, "main": main_table, "forgetting": forgetting_table, "adaptors": adaptors_table, "prompts": prompts_table,
-    "cost": cost_table, "calibration": calibration_table, "methods": methods_table,
-    "differences": differences_table, "orders": orders_table,
+    "summary": summary_table, "main": main_table, "forgetting": forgetting_table, "adaptors": adaptors_table,
+    "prompts": prompts_table, "cost": cost_table, "calibration": calibration_table, "methods": methods_table,
+    "intervals": intervals_table, "differences": differences_table, "rivals": rivals_table, "orders": orders_table,
 }  # fmt: skip
-
 
 # ------------------------------------------------------------------------------------- 3. Files, command line
 
 
 def render(name: str, runs: pd.DataFrame) -> dict[str, str]:
     """The table `name` as {".md", ".tex", ".csv"}; runs.csv has the unrounded numbers."""
-    table = TABLES[name](runs)
+    text, seeds, notes = TABLES[name](runs)
     run = runs.iloc[0]
+    zero = published(runs)["zero.auroc_macro"].mean()
     demo = "; synthetic phantoms, not clinical numbers" if run["data"] == "demo" else ""
-    bold = "lead over the next best" if name != "differences" else "difference"
-    bold = (
-        f" Bold: the paired 95% interval of the {bold} excludes zero."
-        if "**" in str(table.text.values)
-        else ""
-    )
+    lead_or_difference = "difference" if name in ("differences", "rivals") else "lead over the next best"
+    bold = f" Bold: the paired 95% interval of the {lead_or_difference} excludes zero."
     caption = (
-        f"{table.title} Data: {run['data']} ({runs['train_n'].max():,} training images of "
-        f"{run['cost.train_patients']:,} patients, {run['val_n']:,} validation and {run['test_n']:,} test images"
-        f"{demo}). Encoder: {run['encoder']}, frozen. Classes: {run['classes']}. Seeds: "
-        f"{', '.join(map(str, table.seeds))}; mean ± standard deviation.{bold}"
+        f"{' '.join(TABLES[name].__doc__.split()).format(zero=zero)} Data: {run['data']} ({runs['train_n'].max():,} "
+        f"training images of {run['cost.train_patients']:,} patients, {run['val_n']:,} validation and "
+        f"{run['test_n']:,} test images{demo}). Encoder: {run['encoder']}, frozen. Classes: {run['classes']}. "
+        f"Seeds: {', '.join(map(str, seeds))}; mean ± standard deviation."
     )
-    body = markdown_table(list(table.text.columns), table.text.values.tolist())
-    latex = table.text.map(to_latex).rename(columns=to_latex)
-    columns = "l" + "r" * (latex.shape[1] - 1)
-    options = {"caption": to_latex(caption), "label": f"tab:{name}", "column_format": columns}
+    caption += bold if "**" in str(text.values) else ""
+    latex = text.map(to_latex).rename(columns=to_latex)
+    options = {"label": f"tab:{name}", "column_format": "l" + "r" * (latex.shape[1] - 1)}
+    body = markdown_table(list(text), text.values.tolist())
     return {
-        ".md": "\n\n".join([f"**{name.capitalize()}.** {caption}", body, *table.notes]) + "\n",
-        ".tex": latex.to_latex(index=False, escape=False, **options),
-        ".csv": table.text.map(lambda cell: cell.strip("*")).to_csv(index=False),
+        ".md": "\n\n".join([f"**{name.capitalize()}.** {caption}", body, *notes]) + "\n",
+        ".tex": latex.to_latex(index=False, escape=False, caption=to_latex(caption), **options),
+        ".csv": text.map(lambda cell: cell.strip("*")).to_csv(index=False),
     }
 
 
@@ -356,15 +351,12 @@ def to_latex(text: str) -> str:
 
 def make_tables(argv: Sequence[str]) -> None:
     """Write the tables and figures that a command line asks for."""
-    describe = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(**describe)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="folder of the results; its runs are in <results>/runs")
     parser.add_argument("--only", nargs="+", choices=(*TABLES, "figures"), default=(*TABLES, "figures"))
     arguments = parser.parse_args(argv)
     folder = arguments.results
-    if (folder / "runs").is_dir():
-        write_runs(collect(folder / "runs"), folder)
-    runs = read_runs(folder)
+    runs = load(folder)
     for name in (name for name in arguments.only if name in TABLES):
         texts = render(name, runs)
         for suffix, text in texts.items():

@@ -17,9 +17,8 @@ from torch.nn.utils import parameters_to_vector
 import retune
 from experiments import METHODS
 from experiments.analytic import LAMBDAS, Analytic, solve
-from experiments.baselines import EWC, MLP, LwF, Replay, fisher_diagonal
+from experiments.baselines import EWC, MLP, Distil, LwF, Replay, fisher_diagonal
 from experiments.common import Grams, zero_shot_logits
-from experiments.distil import Distil
 from experiments.streaming import L3A, NCM, SLDA, RanPAC
 from retune import Config, InputError, PromptBank, RETune, Task, Whitening
 
@@ -32,112 +31,101 @@ LABEL_TASKS = [Task(f"label {t}", rows, tuple(range(t + 1))) for t, rows in PART
 TASKS = {"class": CLASS_TASKS, "data": DATA_TASKS, "label": LABEL_TASKS}
 
 
-@pytest.fixture
-def embeddings():
-    return np.random.default_rng(0).normal(0.7, 1, size=(N, DIM)).astype(np.float32)
+EMBEDDINGS = np.random.default_rng(0).normal(0.7, 1, size=(N, DIM)).astype(np.float32)
+X = torch.from_numpy(EMBEDDINGS)
+NOISE = np.random.default_rng(1).normal(size=(N, CLASSES))
+LABELS = torch.from_numpy((EMBEDDINGS[:, :CLASSES] - 0.7 + NOISE > 0).astype(np.float32))
+LABELS[[3, 12, 40, 70], [1, 1, 0, 2]] = torch.nan
+PROMPTS = torch.from_numpy(np.random.default_rng(2).normal(size=(4 * CLASSES, DIM)).astype(np.float32))
+BANK = PromptBank(PROMPTS, torch.arange(2 * CLASSES).repeat_interleave(2))
+COSINES = RETune(DIM, adapt="none").logits(X, BANK)  # zero-shot
 
 
-@pytest.fixture
-def labels(embeddings):
-    noise = np.random.default_rng(1).normal(size=(N, CLASSES))
-    labels = torch.from_numpy((embeddings[:, :CLASSES] - 0.7 + noise > 0).astype(np.float32))
-    labels[3, 1] = labels[12, 1] = labels[40, 0] = labels[70, 2] = torch.nan
-    return labels
-
-
-@pytest.fixture
-def bank():
-    prompts = np.random.default_rng(2).normal(size=(4 * CLASSES, DIM)).astype(np.float32)
-    return PromptBank(torch.from_numpy(prompts), torch.arange(2 * CLASSES).repeat_interleave(2))
-
-
-def make(method, embeddings=None, **options):
-    """A method, whitened by the first 30 embeddings if there are any."""
+def make(method, whiten=False, **options):
+    """A method, whitened by the first 30 embeddings if asked."""
     torch.manual_seed(0)
     model = method(DIM, CLASSES, **options)
-    if embeddings is not None:
+    if whiten:
         model.whitening = Whitening(DIM)
-        model.whitening.estimate(embeddings, np.arange(30))
+        model.whitening.estimate(EMBEDDINGS, np.arange(30))
     return model
 
 
-def learn(model, embeddings, labels, tasks, bank, epochs=2):
+def learn(model, tasks, labels=LABELS):
     """Every hook around the training of each task, as a run does it."""
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, 0.1) if parameters else None
     for task in tasks:
-        seen, known = model.before_task(task, labels, bank)
+        seen, known = model.before_task(task, labels, BANK)
         if optimizer:
-            options = {"epochs": epochs, "batch_size": 8, "generator": torch.Generator().manual_seed(0)}
-            retune.fit(model, bank, embeddings, known, seen, optimizer, **options)
-        model.after_task(embeddings, labels, task, bank)
+            options = {"epochs": 2, "batch_size": 8, "generator": torch.Generator().manual_seed(0)}
+            retune.fit(model, BANK, EMBEDDINGS, known, seen, optimizer, **options)
+        model.after_task(EMBEDDINGS, labels, task, BANK)
     return model
 
 
-def known_rows(labels, tasks, c):
+def known_rows(tasks, c):
     """Rows [n] of a finding with a known label, in the order of arrival."""
     rows = np.concatenate([task.rows for task in tasks if c in task.classes])
-    return rows[~labels[rows, c].isnan().numpy()]
+    return rows[~LABELS[rows, c].isnan().numpy()]
 
 
 FEW = {"ranpac": {"features": 20}, "l3a": {"features": 20}, "analytic": {"features": 20}}
 
 
-def make_named(name, embeddings):
+def make_named(name):
     """A method by name, whitened; `joint` learns as fast as a test wants it."""
-    model = make(retune.load_method(name), embeddings, **FEW.get(name, {}))
+    model = make(retune.load_method(name), True, **FEW.get(name, {}))
     model.settings = {"lr": 0.02, "batch_size": 16}
     return model
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_learns_and_state_dict_predicts(name, embeddings, labels, bank):
-    model = make_named(name, embeddings)
-    images = model.whitening(torch.from_numpy(embeddings))
-    before = model.logits(images, bank)
-    learn(model, embeddings, labels, CLASS_TASKS, bank)
-    scores, decisions = model.scores(images, bank, "diff")
+def test_every_method_learns_and_state_dict_predicts(name):
+    model = make_named(name)
+    images = model.whitening(X)
+    before = model.logits(images, BANK)
+    learn(model, CLASS_TASKS)
+    scores, decisions = model.scores(images, BANK, "diff")
     assert scores.shape == decisions.shape == (N, CLASSES)
     assert ((scores >= 0) & (scores <= 1)).all() and set(decisions.unique().tolist()) <= {0.0, 1.0}
-    assert (model.logits(images, bank) - before).abs().max() > 1e-3
-    copy = make_named(name, embeddings)
+    assert (model.logits(images, BANK) - before).abs().max() > 1e-3
+    copy = make_named(name)
     copy.load_state_dict(model.state_dict())
-    assert torch.equal(copy.logits(images, bank), model.logits(images, bank))
+    assert torch.equal(copy.logits(images, BANK), model.logits(images, BANK))
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_memory_is_all_that_learning_on_needs(name, embeddings, labels, bank):
-    whole = learn(make_named(name, embeddings), embeddings, labels, LABEL_TASKS[:2], bank)
-    resumed = make_named(name, embeddings)
+def test_memory_is_all_that_learning_on_needs(name):
+    whole = learn(make_named(name), LABEL_TASKS[:2])
+    resumed = make_named(name)
     resumed.load_state_dict(whole.state_dict())
     resumed.load_memory({key: tensor.clone() for key, tensor in whole.memory().items()})
     for model in (whole, resumed):
-        learn(model, embeddings, labels, LABEL_TASKS[2:], bank)
-    for found, expected in ((resumed.state_dict(), whole.state_dict()), (resumed.memory(), whole.memory())):
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+        learn(model, LABEL_TASKS[2:])
+    expected = dict(whole.state_dict()) | whole.memory()
+    found = dict(resumed.state_dict()) | resumed.memory()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
 
 
-def test_fisher_is_the_expected_squared_gradient(embeddings, labels):
+def test_fisher_is_the_expected_squared_gradient():
     model = make(MLP)
     expected = torch.zeros(sum(p.numel() for p in model.parameters()))
-    for row in range(15):
-        for c in (0, 1):
-            if labels[row, c].isnan():
-                continue
-            for y in (0.0, 1.0):  # the expectation over labels, written out
-                logit = model.logits(torch.from_numpy(embeddings[row]))[c]
-                weight = torch.sigmoid(logit if y else -logit).item()
-                loss = F.binary_cross_entropy_with_logits(logit, torch.tensor(y))
-                gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-                expected += weight * parameters_to_vector(gradients).square()
-    fisher = fisher_diagonal(model.network, torch.from_numpy(embeddings[:15]), ~labels[:15].isnan(), (0, 1))
+    for row, c, y in np.ndindex(15, 2, 2):  # the expectation over LABELS, written out
+        if not LABELS[row, c].isnan():
+            logit = model.logits(X[row])[c]
+            weight = torch.sigmoid(logit if y else -logit).item()
+            loss = F.binary_cross_entropy_with_logits(logit, torch.tensor(float(y)))
+            gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+            expected += weight * parameters_to_vector(gradients).square()
+    fisher = fisher_diagonal(model.network, X[:15].clone(), ~LABELS[:15].isnan(), (0, 1))
     torch.testing.assert_close(fisher, expected, rtol=1e-4, atol=1e-9)
 
 
-def test_ewc_penalty_is_a_parabola_around_the_last_task(embeddings, labels, bank):
-    model = learn(make(EWC), embeddings, labels, CLASS_TASKS[:1], bank)
-    model.before_task(CLASS_TASKS[1], labels, bank)
+def test_ewc_penalty_is_a_parabola_around_the_last_task():
+    model = learn(make(EWC), CLASS_TASKS[:1])
+    model.before_task(CLASS_TASKS[1], LABELS, BANK)
     assert model.penalty(None, None) == 0 and model.fisher.sum() > 0
     with torch.no_grad():
         model.network[1].bias[0] += 0.5
@@ -146,12 +134,12 @@ def test_ewc_penalty_is_a_parabola_around_the_last_task(embeddings, labels, bank
     torch.testing.assert_close(model.penalty(None, None), 50.0 * model.fisher[position] * 0.25)
 
 
-def test_lwf_pulls_towards_the_old_model_on_old_findings_alone(embeddings, labels, bank):
-    model, x = make(LwF), torch.from_numpy(embeddings)
-    model.before_task(CLASS_TASKS[0], labels, bank)
+def test_lwf_pulls_towards_the_old_model_on_old_findings_alone():
+    model, x = make(LwF), X
+    model.before_task(CLASS_TASKS[0], LABELS, BANK)
     assert model.penalty(x, model.logits(x)) == 0.0
-    learn(model, embeddings, labels, CLASS_TASKS[:1], bank)
-    model.before_task(CLASS_TASKS[1], labels, bank)
+    learn(model, CLASS_TASKS[:1])
+    model.before_task(CLASS_TASKS[1], LABELS, BANK)
     old = model.logits(x).detach()
     logits = old.clone().requires_grad_()
     model.penalty(x, logits).backward()  # lowest at the old model
@@ -164,44 +152,42 @@ def test_lwf_pulls_towards_the_old_model_on_old_findings_alone(embeddings, label
     torch.testing.assert_close(model.penalty(x, model.logits(x)), expected)
 
 
-def test_remembered_images_keep_the_labels_they_came_with(embeddings, labels, bank):
+def test_remembered_images_keep_the_labels_they_came_with():
     model = make(Replay, memory=7)
     for task in CLASS_TASKS[:2]:
-        model.after_task(embeddings, labels, task, bank)
-    seen, known = model.before_task(CLASS_TASKS[2], labels, bank)
+        model.after_task(EMBEDDINGS, LABELS, task, BANK)
+    seen, known = model.before_task(CLASS_TASKS[2], LABELS, BANK)
     kept = seen.rows[seen.rows < 60]
     assert len(kept) == 7 and set(CLASS_TASKS[2].rows) < set(seen.rows)
-    for row in range(N):
-        brought = row // 30 if row in seen.rows else None
-        for c in range(CLASSES):
-            expected = labels[row, c] if c == brought else torch.tensor(torch.nan)
-            torch.testing.assert_close(known[row, c], expected, equal_nan=True)
+    brought = torch.zeros(N, CLASSES, dtype=torch.bool)
+    brought[seen.rows, seen.rows // 30] = True
+    torch.testing.assert_close(known, torch.where(brought, LABELS, torch.nan), equal_nan=True)
     assert model.stored_bytes() == len(kept) * 4 * (DIM + CLASSES)
     assert set(model.memory()) == {"rows"} and model.memory()["rows"].dtype == torch.int64
 
 
-def test_replay_memory_is_one_sample_for_any_number_of_tasks(embeddings, labels, bank):
+def test_replay_memory_is_one_sample_for_any_number_of_tasks():
     stepwise, at_once = make(Replay, memory=9), make(Replay, memory=9)
     for task in CLASS_TASKS:
-        stepwise.after_task(embeddings, labels, task, bank)
-    at_once.after_task(embeddings, labels, Task("all", np.arange(90), (0,)), bank)
-    assert torch.equal(stepwise.stored[:, 0], at_once.stored[:, 0])
+        stepwise.after_task(EMBEDDINGS, LABELS, task, BANK)
+    at_once.after_task(EMBEDDINGS, LABELS, Task("all", np.arange(90), (0,)), BANK)
+    assert torch.equal(stepwise.rows[:, 0], at_once.rows[:, 0])
     with pytest.raises(InputError, match="memory=0"):
         make(Replay, memory=0)
 
 
-def test_distil_holds_untrained_findings_to_the_old_model(embeddings, labels, bank):
-    model = learn(make(Distil, embeddings), embeddings, labels, CLASS_TASKS[:1], bank)
-    model.before_task(CLASS_TASKS[1], labels, bank)
-    x = model.whitening(torch.from_numpy(embeddings))
-    old = model.logits(x, bank).detach()
+def test_distil_holds_untrained_findings_to_the_old_model():
+    model = learn(make(Distil, True), CLASS_TASKS[:1])
+    model.before_task(CLASS_TASKS[1], LABELS, BANK)
+    x = model.whitening(X)
+    old = model.logits(x, BANK).detach()
     with torch.no_grad():
         model.image_adaptor.layers[2].bias += 0.3
-    new = model.logits(x, bank)
+    new = model.logits(x, BANK)
     p, q = old[:, [0, 2]].sigmoid(), new[:, [0, 2]].sigmoid()
     expected = -3 * (p * q.log() + (1 - p) * (1 - q).log()).mean()
     torch.testing.assert_close(model.penalty(x, new), expected)
-    model.before_task(Task("all", np.arange(9), (0, 1, 2)), labels, bank)
+    model.before_task(Task("all", np.arange(9), (0, 1, 2)), LABELS, BANK)
     assert model.penalty(x, new) == 0.0
 
 
@@ -210,36 +196,38 @@ def test_gram_per_pattern_equals_one_per_finding():
     f, w = torch.from_numpy(rng.normal(size=(90, 4))), torch.from_numpy(rng.random(90))
     y = torch.from_numpy(rng.integers(0, 2, (90, 3))).double()
     y[torch.from_numpy(rng.random(90) < 0.3), :2] = torch.nan
-    grams = Grams(4, 3)
+    grams = Grams.zeros(4, 3)
     for part in torch.arange(90).split(25):
         grams.add(f[part], y[part], w[part])
     assert len(grams.gram) == 2  # findings 0 and 1 are always known together
     for c in range(3):
         k = ~y[:, c].isnan()
-        torch.testing.assert_close(grams.of(c), f[k].T @ (w[k, None] * f[k]), atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            grams.gram[grams.group[c]], f[k].T @ (w[k, None] * f[k]), atol=1e-12, rtol=0
+        )
 
 
 @pytest.mark.parametrize("scenario", TASKS)
-def test_ncm_is_the_difference_of_two_cosines(scenario, embeddings, labels, bank):
-    model = learn(make(NCM), embeddings, labels, TASKS[scenario], bank)
-    x = torch.from_numpy(embeddings).double()
+def test_ncm_is_the_difference_of_two_cosines(scenario):
+    model = learn(make(NCM), TASKS[scenario])
+    x = X.double()
     for c in range(CLASSES):
-        rows = known_rows(labels, TASKS[scenario], c)
-        y = labels[rows, c].numpy()
+        rows = known_rows(TASKS[scenario], c)
+        y = LABELS[rows, c].numpy()
         means = [x[rows[y == value]].mean(0) for value in (0, 1)]
         negative, positive = (F.cosine_similarity(x, mean[None]) for mean in means)
-        found = model.logits(torch.from_numpy(embeddings))[:, c].double()
+        found = model.logits(X)[:, c].double()
         torch.testing.assert_close(found, positive - negative, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("scenario", TASKS)
-def test_slda_is_its_recursion_image_by_image(scenario, embeddings, labels, bank):
-    model = learn(make(SLDA), embeddings, labels, TASKS[scenario], bank)
-    x = torch.from_numpy(embeddings).double()
+def test_slda_is_its_recursion_image_by_image(scenario):
+    model = learn(make(SLDA), TASKS[scenario])
+    x = X.double()
     for c in range(CLASSES):
         S, mean, count = torch.zeros(DIM, DIM).double(), torch.zeros(2, DIM).double(), [0, 0]
-        for row in known_rows(labels, TASKS[scenario], c):
-            y, n = int(labels[row, c]), sum(count)
+        for row in known_rows(TASKS[scenario], c):
+            y, n = int(LABELS[row, c]), sum(count)
             d = x[row] - mean[y] if count[y] else torch.zeros(DIM).double()
             S = (n * S + n / (n + 1) * d.outer(d)) / (n + 1)
             mean[y] = (count[y] * mean[y] + x[row]) / (count[y] + 1)
@@ -247,28 +235,28 @@ def test_slda_is_its_recursion_image_by_image(scenario, embeddings, labels, bank
         P = torch.linalg.pinv((1 - 1e-5) * S + 1e-5 * torch.eye(DIM))
         constant = (mean[1] @ P @ mean[1] - mean[0] @ P @ mean[0]) / 2
         expected = x @ P @ (mean[1] - mean[0]) - constant + math.log(count[1] / count[0])
-        found = model.logits(torch.from_numpy(embeddings))[:, c].double()
+        found = model.logits(X)[:, c].double()
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scenario", TASKS)
-def test_ranpac_is_ridge_on_random_features(scenario, embeddings, labels, bank):
-    model = learn(make(RanPAC, features=20), embeddings, labels, TASKS[scenario], bank)
-    x = torch.from_numpy(embeddings).double()
+def test_ranpac_is_ridge_on_random_features(scenario):
+    model = learn(make(RanPAC, features=20), TASKS[scenario])
+    x = X.double()
     h = torch.cat([(x @ model.projection.double()).relu(), torch.ones(N, 1)], 1)
     fold = torch.from_numpy(np.random.default_rng(0).random(N) < 0.2)
     for c in range(CLASSES):
-        rows = torch.from_numpy(known_rows(labels, TASKS[scenario], c))
+        rows = torch.from_numpy(known_rows(TASKS[scenario], c))
         last = [task for task in TASKS[scenario] if c in task.classes][-1]
         out = rows[fold[rows] & torch.isin(rows, torch.from_numpy(last.rows))]
         others = rows[~torch.isin(rows, out)]
-        y = labels[:, c].double()
+        y = LABELS[:, c].double()
         ridges = [10.0**k for k in range(-8, 9)]
         errors = [(h[out] @ plain_ridge(h[others], y[others], r) - y[out]).square().sum() for r in ridges]
         ridge = ridges[int(torch.stack(errors).argmin())]
         assert model.ridges[c] == pytest.approx(ridge)
         expected = 4 * (h @ plain_ridge(h[rows], y[rows], ridge) - 0.5)
-        found = model.logits(torch.from_numpy(embeddings))[:, c].double()
+        found = model.logits(X)[:, c].double()
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -279,33 +267,32 @@ def plain_ridge(f, y, ridge, centre=0.0):
     return torch.linalg.lstsq(torch.cat([f, eye]), target[:, None], driver="gelsd").solution[:, 0]
 
 
-def test_ranpac_with_zero_shot_for_unseen_findings(embeddings, labels, bank):
-    cosines = RETune(DIM, adapt="none").logits(torch.from_numpy(embeddings), bank)
-    for given in (None, embeddings):
-        model = make(RanPAC, given, features=20, zero_shot=1)
-        learn(model, embeddings, labels, CLASS_TASKS[:1], bank)
-        images = model.whitening(torch.from_numpy(embeddings))
-        torch.testing.assert_close(model.logits(images, bank)[:, 1:], cosines[:, 1:], atol=1e-5, rtol=0)
-        torch.testing.assert_close(zero_shot_logits(model, images, bank), cosines, atol=1e-5, rtol=0)
-        assert (model.logits(images, bank)[:, 0] - cosines[:, 0]).abs().max() > 0.1
+def test_ranpac_with_zero_shot_for_unseen_findings():
+    for whiten in (False, True):
+        model = make(RanPAC, whiten, features=20, zero_shot=1)
+        learn(model, CLASS_TASKS[:1])
+        images = model.whitening(X)
+        torch.testing.assert_close(model.logits(images, BANK)[:, 1:], COSINES[:, 1:], atol=1e-5, rtol=0)
+        torch.testing.assert_close(zero_shot_logits(model, images, BANK), COSINES, atol=1e-5, rtol=0)
+        assert (model.logits(images, BANK)[:, 0] - COSINES[:, 0]).abs().max() > 0.1
 
 
-def test_l3a_is_weighted_ridge_with_pseudo_labels(embeddings, labels, bank):
+def test_l3a_is_weighted_ridge_with_pseudo_labels():
     model = make(L3A, features=20, ridge=0.1)
-    x = torch.from_numpy(embeddings).double()
+    x = X.double()
     h = torch.cat([(x @ model.projection.double()).relu(), torch.ones(N, 1)], 1)
     W, positives, seen = torch.zeros(CLASSES, 21).double(), torch.zeros(CLASSES).double(), []
     G = torch.zeros(CLASSES, 21, 21).double()
     b = torch.zeros(CLASSES, 21).double()
     for task in CLASS_TASKS:
         (new,) = task.classes
-        positives[new] += float((labels[task.rows, new] == 1).sum())
+        positives[new] += float((LABELS[task.rows, new] == 1).sum())
         rarity = [positives[c] ** -0.5 if c in (*seen, new) else torch.tensor(0.0) for c in range(CLASSES)]
         rarity = [r * (len(seen) + 1) / sum(rarity) for r in rarity]
         for row in task.rows:
             y = {c: float(torch.sigmoid(h[row] @ W[c]) > 0.7) for c in seen}
-            if not labels[row, new].isnan():
-                y[new] = float(labels[row, new])
+            if not LABELS[row, new].isnan():
+                y[new] = float(LABELS[row, new])
             found = [c for c in y if y[c] == 1]
             weight = sum(rarity[c] for c in found) / len(found) if found else 1.0
             for c, value in y.items():
@@ -313,7 +300,7 @@ def test_l3a_is_weighted_ridge_with_pseudo_labels(embeddings, labels, bank):
                 b[c] += weight * value * h[row]
         seen.append(new)
         W = torch.stack([torch.linalg.solve(G[c] + 0.1 * torch.eye(21), b[c]) for c in range(CLASSES)])
-        learn(model, embeddings, labels, [task], bank)
+        learn(model, [task])
         torch.testing.assert_close(model.weights.double(), W, atol=1e-5, rtol=1e-4)
 
 
@@ -332,19 +319,18 @@ def plain_posterior(f, y, centres, lam):
 
 
 @pytest.mark.parametrize("features", [0, 8, 200])
-def test_weights_and_evidence_equal_plain_ridge(features, embeddings, labels, bank):
-    given = embeddings, labels, CLASS_TASKS, bank
-    model = learn(make(Analytic, embeddings, features=features), *given)
-    related = learn(make(Analytic, embeddings, features=features, related=1), *given)
-    x = F.normalize(torch.from_numpy(embeddings).double(), dim=-1)
+def test_weights_and_evidence_equal_plain_ridge(features):
+    model = learn(make(Analytic, True, features=features), CLASS_TASKS)
+    related = learn(make(Analytic, True, features=features, related=1), CLASS_TASKS)
+    x = F.normalize(X.double(), dim=-1)
     f = model.features((x - model.whitening.mean.double()) @ model.whitening.matrix.double())
-    prior = model.zero_shot(bank)
+    prior = model.zero_shot(BANK)
     prior[:, -1] = 0
     chosen = int(sum(model.solved[c][0] for c in range(CLASSES)).argmax())
     second = []
     for c in range(CLASSES):
-        rows = known_rows(labels, CLASS_TASKS, c)
-        y = 2 * labels[rows, c].double() - 1
+        rows = known_rows(CLASS_TASKS, c)
+        y = 2 * LABELS[rows, c].double() - 1
         plain = [plain_posterior(f[rows], y, prior[c, None], float(lam)) for lam in LAMBDAS]
         evidence, weights = model.solved[c]
         torch.testing.assert_close(evidence, torch.stack([p[1] for p in plain]), atol=1e-8, rtol=1e-9)
@@ -381,11 +367,11 @@ def test_evidence_equals_numerical_integration():
 
 @pytest.mark.parametrize("scenario", TASKS)
 @pytest.mark.parametrize("shared", [0, 1])
-def test_order_and_number_of_parts_do_not_matter(scenario, shared, embeddings, labels, bank):
+def test_order_and_number_of_parts_do_not_matter(scenario, shared):
     tasks = TASKS[scenario]
 
     def weights(tasks):
-        return learn(make(Analytic, embeddings, shared=shared), embeddings, labels, tasks, bank)
+        return learn(make(Analytic, True, shared=shared), tasks)
 
     stepwise, reversed_order = weights(tasks), weights(tasks[::-1])
     for c in range(CLASSES):
@@ -398,35 +384,33 @@ def test_order_and_number_of_parts_do_not_matter(scenario, shared, embeddings, l
             torch.testing.assert_close(at_once.solved[c][1], stepwise.solved[c][1], atol=1e-8, rtol=1e-8)
 
 
-def test_zero_forgetting_and_zero_shot_until_learned(embeddings, labels, bank):
-    model = make(Analytic, embeddings, shared=0)
-    x = model.whitening(torch.from_numpy(embeddings))
-    cosines = RETune(DIM, adapt="none").logits(torch.from_numpy(embeddings), bank)
-    learn(model, embeddings, labels, CLASS_TASKS[:1], bank)
+def test_zero_forgetting_and_zero_shot_until_learned():
+    model = make(Analytic, True, shared=0)
+    x = model.whitening(X)
+    learn(model, CLASS_TASKS[:1])
     first = model.weights[0].clone()
-    torch.testing.assert_close(model.logits(x)[:, 1:] / 2, cosines[:, 1:], atol=1e-5, rtol=0)
-    learn(model, embeddings, labels, CLASS_TASKS[1:], bank)
+    torch.testing.assert_close(model.logits(x)[:, 1:] / 2, COSINES[:, 1:], atol=1e-5, rtol=0)
+    learn(model, CLASS_TASKS[1:])
     assert torch.equal(model.weights[0], first)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, math.nan])
-def test_labels_all_alike_keep_zero_shot_and_harm_nothing(value, embeddings, labels, bank):
-    expected = learn(make(Analytic, embeddings), embeddings, labels, CLASS_TASKS[:1], bank).weights[0]
-    labels = torch.where(torch.arange(CLASSES) > 0, value, labels)
-    model = learn(make(Analytic, embeddings), embeddings, labels, CLASS_TASKS, bank)
-    x = model.whitening(torch.from_numpy(embeddings))
-    cosines = RETune(DIM, adapt="none").logits(torch.from_numpy(embeddings), bank)
-    torch.testing.assert_close(model.logits(x)[:, 1:] / 2, cosines[:, 1:], atol=1e-5, rtol=0)
+def test_labels_all_alike_keep_zero_shot_and_harm_nothing(value):
+    expected = learn(make(Analytic, True), CLASS_TASKS[:1]).weights[0]
+    labels = torch.where(torch.arange(CLASSES) > 0, value, LABELS)
+    model = learn(make(Analytic, True), CLASS_TASKS, labels)
+    x = model.whitening(X)
+    torch.testing.assert_close(model.logits(x)[:, 1:] / 2, COSINES[:, 1:], atol=1e-5, rtol=0)
     assert torch.equal(model.weights[0], expected)
 
 
-def test_one_image_and_two_images_are_enough_to_run(embeddings, labels, bank):
+def test_one_image_and_two_images_are_enough_to_run():
     labels = torch.stack([torch.ones(CLASSES), torch.zeros(CLASSES)])
-    model = make(Analytic, embeddings)
+    model = make(Analytic, True)
     for task in (Task("one", np.array([0]), (0, 1, 2)), Task("two", np.array([1]), (0, 1, 2))):
-        learn(model, embeddings, labels, [task], bank)
+        learn(model, [task], labels)
         assert model.weights.isfinite().all()
-    logits = model.logits(model.whitening(torch.from_numpy(embeddings[:2])))
+    logits = model.logits(model.whitening(X[:2]))
     assert (logits[0] > logits[1]).all()
 
 

@@ -1,0 +1,88 @@
+"""experiments/folds.py on the real X-rays in RETUNE_NIH_DIR: the folds, the tables, the view as a score."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+import retune
+from experiments import baselines, folds, runs
+from experiments.tables import render
+from tests.fixtures import ROOT
+
+NIH = os.environ.get("RETUNE_NIH_DIR")
+needs_xrays = pytest.mark.skipif(not NIH, reason="RETUNE_NIH_DIR is not set")
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory) -> list[pd.DataFrame]:
+    paths = folds.write_folds(NIH, tmp_path_factory.mktemp("folds"))
+    return [pd.read_csv(path, dtype={"patient": str}) for path in paths]
+
+
+@needs_xrays
+def test_folds_share_rows_and_test_every_image_once(tables):
+    assert len(tables) == 5
+    for table in tables:
+        pd.testing.assert_frame_equal(table.drop(columns="split"), tables[0].drop(columns="split"))
+        assert (table.groupby("patient")["split"].nunique() == 1).all()
+        assert set(table["split"]) == {"train", "val", "test"}
+    assert (sum((table["split"] == "test").astype(int) for table in tables) == 1).all()
+    data = retune.load_radiographs(retune.Config(data="nih", data_dir=NIH))
+    assert tables[0]["patient"].tolist() == data.patients.tolist()
+    findings = dict(zip(data.class_names, data.labels.T))
+    chosen = [name for name in tables[0] if name in findings]
+    assert all((tables[0][name] == findings[name]).all() for name in chosen)
+    most = sorted(int(labels.sum()) for labels in findings.values())[-5:]
+    assert sorted(tables[0][chosen].sum()) == most
+
+
+@needs_xrays
+@pytest.mark.slow
+def test_small_run_gives_the_tables(tmp_path, encoder_folder, tables):
+    arguments = ["--data-dir", NIH, "--folds", tmp_path / "private", "--results", tmp_path / "tables"]
+    arguments += ["--scenarios", "class", "--grids", "method=retune", "method=lwf whiten=no,yes"]
+    arguments += ["--", "--encoder", encoder_folder, "--epochs", 1, "--workers", 0]
+    assert retune.main([str(argument) for argument in arguments], folds.folds) == 0
+    assert len(list((tmp_path / "private" / "cache").glob("*/embeddings.npy"))) == 1
+    found = runs.read_runs(tmp_path / "tables")
+    assert found.groupby(["method", "whiten"])["seed"].apply(sorted).tolist() == [[27, 28, 29, 30, 31]] * 3
+    assert found.groupby("seed")["test_n"].first().sum() == len(tables[0])
+    chosen = runs.pick(found, method="lwf", scenario="class")
+    assert runs.lead(chosen, chosen) == (0, 0, 0)
+    assert f"{chosen[runs.LAST].mean():.3f} [" in (tmp_path / "tables" / "intervals.md").read_text()
+    within = pd.read_csv(tmp_path / "tables" / "within-view.csv")
+    assert within["method"].tolist() == ["zero-shot", "RE-tune", "MLP head, LwF, whitened"]
+    written = "".join(path.read_text() for path in (tmp_path / "tables").glob("*.[mc]*"))
+    assert not any(name in written for name in tables[0]["path"])
+    view = pd.read_csv(tmp_path / "tables" / "view.csv", index_col="finding")["AP before PA"]
+    tested = [table[table["split"] == "test"] for table in tables]
+    for name in view.index[:-1]:
+        auroc = np.mean([roc_auc_score(table[name], table["view"] == "AP") for table in tested])
+        assert view[name].startswith(f"{auroc:.3f} [")
+
+
+@pytest.mark.parametrize("name", ["nih320-tiny", "nih1000-tiny"])
+def test_committed_tables_are_those_of_the_committed_runs(name):
+    folder = ROOT / "experiments" / "results" / name
+    for table in ("intervals", "methods", "rivals", "differences"):
+        text = render(table, runs.read_runs(folder))[".md"]
+        assert (folder / f"{table}.md").read_text() == text
+
+
+def test_bound_stops_without_a_positive(monkeypatch):
+    """The loss of a held-out tenth whose labels are all 0 falls for ever."""
+    fits = []
+    monkeypatch.setattr(baselines, "fit", lambda *_, **__: fits.append(len(fits)))
+    monkeypatch.setattr(baselines, "prompt_contrastive_loss", lambda *_: torch.tensor(1 / (1 + len(fits))))
+    model = baselines.Joint(4, 1, seed=0)
+    model.settings = {"lr": 1e-3, "batch_size": 8}
+    task = retune.Task("all", np.arange(40), (0,))
+    bank = type("Bank", (), {"embeddings": torch.zeros(1, 4)})()
+    model.after_task(np.zeros((40, 4), np.float32), torch.zeros(40, 1), task, bank)
+    assert len(fits) == 2 * baselines.Joint.MOST_EPOCHS
