@@ -57,7 +57,7 @@ def run_retune(folder: Path, *options: str, ranks: int = 1) -> dict:
 
 
 def peak_memory(job: Callable, *arguments) -> float:
-    """MB of the highest anonymous memory of a job in a process of its own; Linux alone tells."""
+    """Highest anonymous memory, in MB, of a job in a process of its own; only Linux reports it."""
     process = multiprocessing.get_context("spawn").Process(target=job, args=arguments)
     process.start()
     peak = 0
@@ -121,7 +121,7 @@ def prompts(repeats: int, folder: Path) -> Iterator[tuple]:
 
 
 def scale(repeats: int, folder: Path) -> Iterator[tuple]:
-    """A whole data-incremental training, 20 parts x 10 epochs, on as many embeddings as CheXpert has images."""
+    """A data-incremental training, 20 parts x 10 epochs, on as many embeddings as CheXpert has images."""
     labels = np.zeros((CHEXPERT, CLASSES))
     tasks = retune.make_tasks("data", labels, list("abcde"), 20, 0, np.arange(CHEXPERT) // 4)
     for dim in (128, 512):

@@ -1,4 +1,4 @@
-"""What only a run's scores tell: intervals by patient and calibration, computed once from the saved adaptors."""
+"""What only a run's scores tell: intervals by patient and calibration, computed once from saved adaptors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ STEP = 1e-4  # resampled AUROCs are stored as whole multiples of it
 DATA_AND_ENCODER = (
     "data", "data_dir", "labels_csv", "classes", "view", "uncertain", "blank", "size", "demo_images",
     "skip_bad_images", "encoder", "encoder_dir", "crop", "precision", "encode_batch", "workers", "cache_dir",
-    "device",
-)  # fmt: skip
+    "device")  # fmt: skip
 
 
 def load_inputs(settings: dict) -> tuple:
-    """(data, encoder, embeddings [N, D]) of a run; `settings`: its configuration. The last ones stay in memory."""
+    """(data, encoder, embeddings [N, D]) of a run with these settings; the last ones stay in memory."""
     shared = {key: settings[key] for key in DATA_AND_ENCODER}
     shared = {key: tuple(value) if isinstance(value, list) else value for key, value in shared.items()}
     return embed_once(retune.Config(**shared))
@@ -33,8 +32,7 @@ def embed_once(config: retune.Config) -> tuple:
     embeddings = retune.embed(
         encoder, data, Path(config.cache_dir), batch_size=config.encode_batch, workers=config.workers,
         precision=config.precision, device=retune.pick_device(config.device),
-        skip_bad_images=config.skip_bad_images,
-    )  # fmt: skip
+        skip_bad_images=config.skip_bad_images)  # fmt: skip
     data.split[list(retune.embedding_facts(embeddings)["unreadable"])] = "unreadable"
     return data, encoder, embeddings
 

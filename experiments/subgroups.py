@@ -1,9 +1,9 @@
-"""AUROC, sensitivity and specificity of a run by sex, age, view and part, with intervals over patients (ours).
+"""AUROC, sensitivity and specificity of a run by sex, age, view, part, with intervals over patients (ours).
 
     python -m experiments.subgroups RUN
 
-Writes subgroups.md, .csv and .png into the run's folder: test images, the run's adaptors, the thresholds it chose on
-validation. All groups share 1,000 resamples of the patients, so that the interval of a gap is a paired one.
+Writes subgroups.md, .csv and .png into the run's folder, from test images, the run's adaptors and thresholds.
+All groups share 1,000 resamples of the patients, so that the interval of a gap is a paired one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def group_names(values: Sequence[str], column: str) -> pd.Series:
 
 
 def measure_group(labels: np.ndarray, scores: np.ndarray, present: np.ndarray, patients) -> np.ndarray:
-    """[1 + R, C, 3]: MEASURES of each finding, first as they are, then on each resample; nan where there are none.
+    """[1 + R, C, 3]: MEASURES of each finding as they are, then on each resample; nan where there are none.
 
     Labels [N, C] are nan outside the group, so that its patients are drawn with those of all groups.
     """

@@ -53,8 +53,7 @@ def save_random_encoder(folder: Path, seed: int) -> Path:
         "image": {"model": resnet | {"layer_type": "basic"}, "pool": "mean", "head": head},
         "text": {"model": gpt2 | ends, "pool": "last", "head": head, "context_length": 64},
         "transform": {"resize": 32, "crop": 32, "interpolation": "bilinear",
-                      "mean": [0.5] * 3, "std": [0.25] * 3},
-    }  # fmt: skip
+                      "mean": [0.5] * 3, "std": [0.25] * 3}}  # fmt: skip
     with retune.seeded(seed):
         retune.DualEncoder(config, tokenizer).save(folder)
     return folder

@@ -148,8 +148,7 @@ def test_defaults_are_the_papers():
     ({"model_type": "dinov2", "hidden_size": 384, "num_attention_heads": 6}, 130_520_832, 11_912_705, 0.909),
     ({"model_type": "dinov2"}, 194_617_344, 12_207_617, 0.938),
     ({"model_type": "swin", "embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]},
-     195_634_872, 12_404_225, 0.937),
-])  # fmt: skip
+     195_634_872, 12_404_225, 0.937)])  # fmt: skip
 def test_parameters_of_the_published_pairs(model, frozen, trained, share):
     with torch.device("meta"):
         models = (model, {"model_type": "bert"})
@@ -764,8 +763,7 @@ def test_covidx_lists(tmp_path):
     ("siim", {"image_size": 896, "mask_batch": 4, "mask_lr": 5e-4, "mask_weight_decay": 1e-4,
               "balance": "yes"}),
     ("covidx", {"head_lr": 5e-4, "head_weight_decay": 0.05, "head_batch": 128, "multiclass": True}),
-    ("mimic", {"epochs": 50, "lr": 2e-5, "batch_size": 1024, "width": 768, "text_tokens": 112}),
-])  # fmt: skip
+    ("mimic", {"epochs": 50, "lr": 2e-5, "batch_size": 1024, "width": 768, "text_tokens": 112})])  # fmt: skip
 def test_presets_follow_the_data_set_not_its_size(name, expected):
     config, text = resolve_defaults(Config(data=name), 18_000)
     assert {key: getattr(config, key) for key in expected} == expected

@@ -34,8 +34,7 @@ def folder(tmp_path_factory):
         "image": {"model": vit, "pool": "pre_norm_mean", "head": [retune.linear(24, 8)]},
         "text": {"model": text, "pool": "last", "head": [retune.linear(16, 8)], "context_length": 96},
         "transform": {"resize": [18, 18], "crop": 16, "interpolation": "bilinear", "mean": [0.5] * 3,
-                      "std": [0.5] * 3},
-    }  # fmt: skip
+                      "std": [0.5] * 3}}  # fmt: skip
     target = tmp_path_factory.mktemp("encoder") / "vit"
     with retune.seeded(0):
         DualEncoder(settings, tokenizer).save(target)

@@ -102,8 +102,7 @@ OPEN_CLIP_CONFIG = {
                      "hf_pooler_type": "cls_last_hidden_state_pooler", "context_length": 256},
     },
     "preprocess_cfg": {"mean": [0.48145466, 0.4578275, 0.40821073],
-                       "std": [0.26862954, 0.26130258, 0.27577711]},
-}  # fmt: skip
+                       "std": [0.26862954, 0.26130258, 0.27577711]}}  # fmt: skip
 
 
 def test_biomedclip_equals_open_clip(tmp_path, monkeypatch):
@@ -165,8 +164,7 @@ def write_biovil_configs(folder, vocabulary=30522):
 BIOVIL_NAMES = {
     "image.tower": "encoder.encoder", "image.head": "projector.model", "text.tower": "bert",
     "text.head.0": "cls_projection_head.dense_to_hidden", "text.head.2": "cls_projection_head.LayerNorm",
-    "text.head.3": "cls_projection_head.dense_to_output",
-}  # fmt: skip
+    "text.head.3": "cls_projection_head.dense_to_output"}  # fmt: skip
 
 
 @pytest.fixture

@@ -180,8 +180,7 @@ def drop(split):
     (lambda rows: [row.update(Edema="x", Mass="y") for row in rows], ["labels.csv", "--classes"]),
     (lambda rows: write_rows(Path("my x-rays/b.csv"), rows), ["--labels-csv"]),
     (one_patient, ["split", "patients: 1"]), (drop("val"), ["val split"]), (drop("test"), ["test split"]),
-    (drop("train"), ["train split"]),
-])  # fmt: skip
+    (drop("train"), ["train split"])])  # fmt: skip
 def test_bad_rows_of_a_csv_set_exit_2_naming_file_row_and_value(csv_set, capsys, change, named):
     """A dictionary changes row 7 of the file."""
     root, rows, arguments = csv_set
@@ -418,8 +417,7 @@ FIRST, TWICE = r"(?s)^([^\n]*\n)([^\n]*\n)", r"\1\2\2"
     ("chexpert", "test_labels.csv", "patient00071", "patient00001", "'patient00001'"),
     ("mimic", STUDIES, FIRST, TWICE, "chexpert.csv row 3: .*'50414267'"),
     ("mimic", SPLIT, "validate", "valid", "split.csv row 8: .*'valid'"),
-    ("mimic", "mimic-cxr-2.0.0-metadata.csv", None, None, "metadata.csv.*: no such file"),
-])  # fmt: skip
+    ("mimic", "mimic-cxr-2.0.0-metadata.csv", None, None, "metadata.csv.*: no such file")])  # fmt: skip
 def test_bad_tables_of_published_sets_are_refused_by_file_row_and_value(
     tmp_path, name, file, old, new, message
 ):
@@ -490,8 +488,7 @@ def test_chestmnist_is_downloaded_with_its_checksum(tmp_path, monkeypatch):
 @pytest.mark.parametrize("change", [
     {"val_images": None}, {"val_images": np.zeros((3, 28, 28), np.uint8)},
     {"val_images": np.zeros((3, 64, 64))}, {"val_labels": np.full((3, 14), 2)},
-    {"val_labels": np.zeros((3, 13))}, {"val_labels": np.array([{}] * 3, object)}, b"not a zip",
-])  # fmt: skip
+    {"val_labels": np.zeros((3, 13))}, {"val_labels": np.array([{}] * 3, object)}, b"not a zip"])  # fmt: skip
 def test_chestmnist_refuses_other_files(tmp_path, change):
     arrays = chestmnist_arrays(64) | (change if isinstance(change, dict) else {})
     path = tmp_path / "chestmnist_64.npz"

@@ -16,13 +16,9 @@ TOP = {
 }  # fmt: skip
 BOUNDS = {
     "retune.py": 2330, "test_retune.py": 1200, "README.md": 150, "adaptor/**/*.py": 1900,
-    "cleft/**/*.py": 1400, "experiments/**/*.py": 2750, "tests/**/*.py": 5400,
-}  # fmt: skip
+    "cleft/**/*.py": 1400, "experiments/**/*.py": 2750, "tests/**/*.py": 5400}  # fmt: skip
 LONGEST_FUNCTION = 60
-FROM_RETUNE = {
-    "demo.phantoms",
-    "experiments",
-}  # the demo's images and the list of methods, both when asked for
+FROM_RETUNE = {"demo.phantoms", "experiments"}  # the demo's images, the list of methods; when asked for
 APART = {"adaptor", "cleft", "experiments"}
 
 

@@ -44,8 +44,7 @@ SMALL_RUNS = {
     " --repeats 1 --demo-images 150 --stages retrieval classification"
     " --image-encoder {encoder} --text-encoder {encoder}",
     "cleft": "all --dim 8 --batch-size 12 --steps 4 --prompt-steps 4 --save-every 2 --truncate --balanced 0"
-    " --augment on --demo-images 300 --image {encoder} --text {encoder}",
-}  # fmt: skip
+    " --augment on --demo-images 300 --image {encoder} --text {encoder}"}  # fmt: skip
 
 
 def program_arguments(program: str, encoder: Path) -> list[str]:
@@ -327,8 +326,7 @@ NORMAL = np.random.default_rng(0).normal(size=(12, 6))
 EMBEDDINGS = {
     "constant": np.ones((12, 6)), "zeros": np.zeros((12, 6)), "one zero": np.eye(12, 6),
     "1e15": NORMAL * 1e15, "1e30": NORMAL * 1e30, "1e-30": NORMAL * 1e-30,
-    "float32 max": np.full((12, 6), 3.4e38),
-}  # fmt: skip
+    "float32 max": np.full((12, 6), 3.4e38)}  # fmt: skip
 
 
 @pytest.mark.parametrize("adaptor, pool", [("mlp", "mean"), ("linear", "single"), ("residual", "max")])
