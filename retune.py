@@ -1458,10 +1458,10 @@ def evaluate(scores, predictions, labels, class_names=None) -> dict:
     }  # fmt: skip
 
 
-def bootstrap_ci(
+def bootstrap_auroc(
     scores, labels, patients: Sequence[str], resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """95% interval of macro AUROC, resampling patients with replacement; nan when no class can be scored.
+) -> np.ndarray:
+    """Macro AUROC [R] when patients are drawn with replacement; nan where no class can be scored.
 
     Patients become weights, so one sort a class serves all resamples; ties count half, as in scikit-learn.
     """
@@ -1486,9 +1486,17 @@ def bootstrap_ci(
             pairs = weight.sum(1, dtype=np.float64) * won[:, -1]
             total[block] += wins / np.maximum(pairs, 1)
             scored[block] += pairs > 0
-    if not scored.any():
+    return np.where(scored > 0, total / np.maximum(scored, 1), np.nan)
+
+
+def bootstrap_ci(
+    scores, labels, patients: Sequence[str], resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95% interval of macro AUROC, resampling patients; nan when no class can be scored."""
+    auroc = bootstrap_auroc(scores, labels, patients, resamples, seed)
+    if np.isnan(auroc).all():
         return math.nan, math.nan
-    low, high = np.percentile(total[scored > 0] / scored[scored > 0], [2.5, 97.5])
+    low, high = np.nanpercentile(auroc, [2.5, 97.5])
     return float(low), float(high)
 
 

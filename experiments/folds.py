@@ -29,7 +29,7 @@ import pandas as pd
 
 import retune
 from experiments.runs import OPPONENTS, REFERENCE, full_name, pick, run_row, scenarios, write_runs
-from experiments.scores import STEP, load_run, resampled_auroc
+from experiments.scores import STEP, load_run
 from experiments.sweep import sweep
 from experiments.tables import make_tables
 
@@ -79,7 +79,7 @@ def tested_auroc(scores: np.ndarray, data: retune.Radiographs, view: str = "all"
     tested = (data.split == "test") & ((np.array(data.view) == view) | (view == "all"))
     labels = np.where(tested[:, None], data.labels, np.nan)[:, columns]
     point = retune.evaluate(scores[:, columns], labels > 0, labels)["auroc_macro"]
-    return np.array([point, *resampled_auroc(scores[:, columns], labels, data.patients)])
+    return np.array([point, *retune.bootstrap_auroc(scores[:, columns], labels, data.patients)])
 
 
 def run_auroc(run: Path, zero_shot: bool = False) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ import pandas as pd
 import retune
 from experiments.common import new_figure
 from experiments.decisions import decide
-from experiments.scores import load_run, logits_of, resampled_auroc, resampled_rate
+from experiments.scores import load_run, logits_of, resampled_rate
 
 MEASURES = ("AUROC", "sensitivity", "specificity")
 
@@ -42,7 +42,7 @@ def measure_group(labels: np.ndarray, scores: np.ndarray, present: np.ndarray, p
     auroc = np.full((1001, labels.shape[1]), np.nan)
     for c, value in enumerate(retune.evaluate(scores, present, labels)["auroc"].values()):
         if not np.isnan(value):
-            auroc[:, c] = [value, *resampled_auroc(scores[:, [c]], labels[:, [c]], patients)]
+            auroc[:, c] = [value, *retune.bootstrap_auroc(scores[:, [c]], labels[:, [c]], patients)]
     shares = [resampled_rate(present == value, labels == value, patients) for value in (1, 0)]
     return np.stack([auroc, *shares], axis=-1)
 

@@ -108,23 +108,6 @@ def test_runs_read_as_written(results):
     np.testing.assert_array_equal(np.stack(collected["resampled"]), np.stack(found["resampled"]))
 
 
-def test_resampled_auroc_is_the_weighted_auroc():
-    generator = np.random.default_rng(0)
-    labels = (generator.random((80, 3)) < 0.3).astype(np.float32)
-    labels[::7, 1] = np.nan
-    score = np.round(generator.random((80, 3)) + 0.3 * np.nan_to_num(labels), 1)  # with ties
-    patients = generator.integers(0, 30, 80)
-    found = scores.resampled_auroc(score, labels, patients, resamples=5, seed=3)
-    ids, patient = np.unique(patients, return_inverse=True)
-    drawn = np.random.default_rng(3).multinomial(len(ids), np.full(len(ids), 1 / len(ids)), 5)
-    for weight, value in zip(drawn[:, patient], found):
-        known = ~np.isnan(labels.T)
-        expected = [
-            roc_auc_score(labels[k, c], score[k, c], sample_weight=weight[k]) for c, k in enumerate(known)
-        ]
-        assert value == pytest.approx(np.mean(expected), abs=1e-6)
-
-
 def test_resampled_rate_is_the_share_among_the_drawn():
     generator = np.random.default_rng(0)
     of = generator.random((50, 2)) < 0.5
