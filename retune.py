@@ -485,7 +485,7 @@ def chexpert_table(path: str, classes: Sequence[str], home: dict[str, str]):
         table = table.assign(image=images).explode("image")
         for name in ("name", "path"):
             table[name] += "/" + table["image"]
-    if "Frontal/Lateral" not in table:  # VisualCheXbert names the view in the file alone: view1_frontal.jpg
+    if "Frontal/Lateral" not in table:  # VisualCheXbert has the view only in the file name: view1_frontal.jpg
         table["Frontal/Lateral"] = table["name"].str.extract(r"_(\w+)\.\w+$")[0]
     fine = table.get("AP/PA", table["Frontal/Lateral"])
     table["view"] = np.where(fine.isin(["AP", "PA"]), fine, table["Frontal/Lateral"])
@@ -1211,7 +1211,7 @@ class Method(nn.Module):
     """Base class of what `--method` names: a model of image embeddings that learns task after task.
 
     `--set NAME=VALUE` gives the keyword parameters of `__init__` after dim and n_classes. A method without
-    trainable parameters learns in `after_task` alone.
+    trainable parameters learns only in `after_task`.
     """
 
     whitens = False  # True: works on whitened embeddings, with or without --whiten
@@ -1261,7 +1261,7 @@ class RETune(Method):
     """Two adaptors on a frozen pair of encoders; each class compares its positive and negative prompts.
 
     adapt: both (default), shared (one module for both towers), image, text; none is zero-shot.
-    pool: mean of a group's adapted prompts; max of their cosines per image; single, the first prompt alone.
+    pool: mean of a group's adapted prompts; max of their cosines per image; single, only the first prompt.
     """
 
     def __init__(
@@ -1348,7 +1348,7 @@ def data_incremental(part: np.ndarray, parts: int, n_classes: int) -> list[Task]
 
 
 def class_incremental(part: np.ndarray, groups: Sequence, class_names: Sequence[str]) -> list[Task]:
-    """Part t of the images trains the t-th group of classes alone."""
+    """Part t of the images trains only the t-th group of classes."""
     names = [" + ".join(class_names[c] for c in group) for group in groups]
     rows = [np.flatnonzero(part == t) for t in range(len(groups))]
     return [Task(name, rows[t], tuple(map(int, groups[t]))) for t, name in enumerate(names)]
@@ -1537,7 +1537,7 @@ def fit(
     model: Method, bank: PromptBank, embeddings: np.ndarray, labels, task: Task,
     optimizer: torch.optim.Optimizer, *, epochs: int, batch_size: int, generator: torch.Generator,
 ) -> None:  # fmt: skip
-    """Train on one task: its rows of embeddings [N, D] and labels [N, C], the loss on its classes alone.
+    """Train on one task: its rows of embeddings [N, D] and labels [N, C], the loss on its classes only.
 
     Every epoch is a fresh permutation of all rows, read straight from the memory map. Works in the dtype and
     on the device of the prompts. InputError for a loss that is not finite.
@@ -1580,7 +1580,7 @@ def score_rows(model: Method, bank: PromptBank, embeddings: np.ndarray, rows: np
 
 
 def load_method(name: str) -> type[Method]:
-    """The class that `--method` names: retune, a method of `experiments/`, or MODULE:CLASS of one's own."""
+    """The class that `--method` names: retune, a method of `experiments/`, or your own MODULE:CLASS."""
     if name == "retune":
         return RETune
     has_experiments = importlib.util.find_spec("experiments") is not None
@@ -1776,7 +1776,7 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
         if k == 1 and isinstance(model.whitening, Whitening):
             model.whitening.estimate(embeddings, task.rows)
         trained, targets = model.before_task(task, labels, bank)
-        if optimizer:  # what has nothing to train by gradient learns in after_task alone
+        if optimizer:  # what has nothing to train by gradient learns only in after_task
             options["generator"] = torch.Generator().manual_seed(10_007 * config.seed + k)
             fit(model, bank, embeddings, targets, trained, optimizer, **options)
         model.after_task(embeddings, labels, task, bank)
@@ -2244,7 +2244,7 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generator inside the block alone; modules draw their weights from no other."""
+    """Seed torch's global generator only inside the block; modules draw their weights from no other."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield

@@ -30,7 +30,7 @@ class Backbones(DualEncoder):
     """Two towers without heads; `tower_ids` are fingerprints of their published weights and pooling."""
 
     def fingerprint(self) -> str:
-        """Of the image side alone: the key of its embeddings, which serve every text encoder."""
+        """Of the image side only: the key of its embeddings, which serve every text encoder."""
         return fingerprint(self.image.state_dict(), [self.config["image"], self.config["transform"]])
 
 
@@ -197,7 +197,7 @@ def read_transform(processor: dict) -> dict:
 
 
 def resize_positions(model: dict, state: dict[str, torch.Tensor], size: int) -> None:
-    """Interpolate a ViT's positions [1, k + g * g, d] to another image size; DINOv2 and timm do so alone."""
+    """Interpolate a ViT's positions [1, k + g * g, d] to another size; DINOv2 and timm do so themselves."""
     key = "image.tower.embeddings.position_embeddings"
     if "image.tower.timm_model.pos_embed" in state:
         model["model_args"] = {"dynamic_img_size": True}

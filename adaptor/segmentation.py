@@ -38,7 +38,7 @@ def block(inputs: int, outputs: int, padding: int = 1) -> nn.Sequential:
 class PatchDecoder(nn.Module):
     """Patch tokens [B, T, d] on a square grid -> logits [B, C, size, size]. A first block brings the grid to
     size / 16 (16 x 16 tokens to 14 x 14, without padding), four blocks of `first`, 1/2, 1/4, 1/8 of it
-    double the map. Grids that need fewer doublings have those alone, and no first block (ours)."""
+    double the map. Grids that need fewer doublings have only those, and no first block (ours)."""
 
     def __init__(self, dim: int, first: int, classes: int, grid: int, size: int):
         super().__init__()

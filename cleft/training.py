@@ -25,7 +25,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float)
 
 
 def batch_rows(rows: np.ndarray, size: int, first: int, steps: int, seed: int) -> Iterator[np.ndarray]:
-    """The rows of batches `first` to `steps`; an epoch is a permutation by (seed, epoch) without its rest."""
+    """The rows of batches `first` to `steps`; an epoch permutes by (seed, epoch) and drops its remainder."""
     if len(rows) < size:
         raise InputError(f"--batch-size {size} is more than the {len(rows)} training images; lower it")
     per_epoch = len(rows) // size

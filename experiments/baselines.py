@@ -8,7 +8,7 @@
     joint    mlp + every image seen so far, trained to convergence: the bound, it keeps all data
     distil   residual RE-tune + distillation (ours): what gradient descent makes of the idea of `analytic`
 
-A part brings the labels of its own findings alone; remembered images keep the labels that they came with.
+A part brings only the labels of its own findings; remembered images keep the labels that they came with.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ class Joint(Replay):
     def epochs(
         self, known: Tensor, embeddings: np.ndarray, labels: Tensor, bank: PromptBank
     ) -> Iterator[None]:
-        """Start anew on the rows with known labels, [N, C], bool, and yield after every epoch."""
+        """Restart on the rows with known labels, [N, C], bool, and yield after every epoch."""
         task, targets = joined_task(known, "all data", labels)
         self.network.load_state_dict(self.start)
         optimizer = torch.optim.Adam(self.parameters(), lr=self.settings["lr"], fused=True)

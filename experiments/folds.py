@@ -49,8 +49,8 @@ CLOSED_FORM = [RETUNE | {"method": "analytic", "set": option} for option in ("",
 def write_folds(data_dir: str, folder: Path, findings: int = 5) -> list[Path]:
     """Write fold_<k>.csv with the findings that have the most positives; return the paths.
 
-    A fold tests a fifth of the patients and validates on half of those that the next fold tests. Of random
-    divisions the first is taken by which every finding is tested in every fold.
+    A fold tests a fifth of the patients and validates on half of those that the next fold tests. The division
+    is the first random one in which every finding is tested in every fold.
     """
     data = retune.load_radiographs(retune.Config(data="nih", data_dir=data_dir))
     chosen = np.sort(np.argsort(-data.labels.sum(0), kind="stable")[:findings])
@@ -91,7 +91,7 @@ def run_auroc(run: Path, zero_shot: bool = False) -> dict[str, np.ndarray]:
 
 
 def collect_folds(folder: Path) -> pd.DataFrame:
-    """`runs.run_row` of every run below a folder, with what `run_auroc` gives, whose resamples all share."""
+    """`runs.run_row` of every run below a folder, with `run_auroc`'s values; all runs share its resamples."""
     rows = []
     paths = sorted(folder.rglob("metrics.json"), key=lambda path: (path.parent.name[-2:], path))  # by fold
     for path in retune.progress(paths, desc="runs"):

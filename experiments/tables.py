@@ -55,7 +55,7 @@ class Column(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The cells as text, the seeds, and what is said below."""
+    """The cells as text, the seeds, and the notes below."""
 
     text: pd.DataFrame
     seeds: Sequence[int]

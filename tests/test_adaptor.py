@@ -549,8 +549,8 @@ def test_autoencoder_equals_torchxrayvisions(published, tmp_path, monkeypatch):
     for ours, theirs in zip(segmentation.unet_maps(encoder.image.tower, pixels), blocks, strict=True):
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
     write_masked(tmp_path / "rsna", "rsna", 24, split=True)
-    argv = f"--data rsna --data-dir {tmp_path / 'rsna'} --text-encoder {published / 'text'} {SLICES}"
-    argv += f" --image-encoder {name} --stages segmentation --mask-images 4 --mask-epochs 1"
+    argv = f"--data rsna --data-dir {tmp_path / 'rsna'} --text-encoder {published / 'text'}"
+    argv += f" --image-encoder {name} {SLICES} --stages segmentation --mask-images 4 --mask-epochs 1"
     argv += f" --output {tmp_path / 'run'} --cache-dir {tmp_path / 'cache'}"
     assert main(argv.split()) == 0  # with its own decoder
     assert len(read_metrics(tmp_path / "run")["segmentation"]) == 4

@@ -49,7 +49,7 @@ def peers_of_biovil(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """Every test here fails as soon as anything opens a connection or looks a name up."""
+    """Every test here fails as soon as anything opens a connection or looks up a name."""
 
     def refuse(*arguments, **options):
         raise AssertionError(f"network touched: {arguments}")
@@ -60,7 +60,7 @@ def no_network(monkeypatch):
 
 @torch.no_grad()
 def randomise(module, seed=0):
-    """Random weights of which none is at a value (0, 1) that would hide a wrong mapping."""
+    """Random weights, none of them at a value (0, 1) that would hide a wrong mapping."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point():

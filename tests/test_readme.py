@@ -74,7 +74,7 @@ def test_programs_take_the_options_that_are_shown(program, arguments, monkeypatc
 
 @pytest.mark.slow
 def test_the_demo_command_gives_the_number_to_expect(tmp_path, monkeypatch):
-    """The calls of retune.py on the demo as they stand; what the text after one says it gives, if it does."""
+    """The demo calls of retune.py as they stand, and the number that the text after one promises, if any."""
     monkeypatch.chdir(tmp_path)
     needs = {"--data", "--predict", "--convert", "--encoder"}
     calls = program_calls("\n".join(f"```bash\n{block}```" for block in blocks("bash")))

@@ -91,7 +91,7 @@ def run_until_change(program: str, arguments: list[str], folder: Path, last: flo
 
 
 def contents(folder: Path) -> dict:
-    """What every file below `folder` holds but for what a clock measured; JSON and pickles by content."""
+    """What every file below `folder` holds, except for measured times; JSON and pickles by content."""
     measured = {"seconds", "embed_seconds", "train_seconds", "images_per_second", "peak_memory_mb"}
 
     def plain(value):
