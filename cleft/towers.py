@@ -162,7 +162,7 @@ def train_tokenizer(texts: list[str], trained: Path | None = None):
 
 
 def add_peft(tower: nn.Module, config: Config) -> nn.Module:
-    """`tower`, trainable by --peft: only PEFT's weights, nothing (frozen) or all (none). InputError if unfit."""
+    """`tower`, trainable by --peft: PEFT's weights, nothing (frozen) or all (none). InputError if unfit."""
     from peft import AdaLoraConfig, IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
 
     if config.peft in ("frozen", "none"):
