@@ -143,7 +143,7 @@ MAY_DIFFER = (  # when a run is resumed; of --prompts and --set the contents are
 
 
 def resolve_defaults(config: Config, data: Radiographs) -> Config:
-    """Fill in what the data decide: learning rate, batch size and a random class order."""
+    """Fill in what the data decide: learning rate and batch size by size, a random class order by seed."""
     order = config.class_order
     if order == ("random",):
         shuffled = np.random.default_rng(config.seed).permutation(len(data.class_names))
@@ -200,7 +200,7 @@ class Radiographs:
     images: paths, or uint8 [N, H, W] (an array, or a sequence that draws each [H, W] on demand).
     labels: float32 [N, C], 1 / 0 / nan; nan is unknown: never trained on, never scored.
     patients, split: [N] texts; split is "train", "val" or "test". names: [N], what reports call an image.
-    rows: [N], where its labels stand ("labels.csv row 7"). reports, view, sex, age, part: [N] if known.
+    rows: [N], where the labels stand ("labels.csv row 7"). reports, view, sex, age, part: [N] if known.
     note: what the loader decided, for the user to read. key: identifies images that are not files.
     """
 

@@ -99,7 +99,7 @@ def cell_text(values: pd.Series, digits: str) -> str:
 
 
 def leaders(found: Sequence[pd.DataFrame], wanted: Sequence[dict]) -> set[int]:
-    """In every scenario the row of the highest AUROC, if the interval of its lead excludes zero."""
+    """In each scenario the row of highest AUROC, if the interval of its lead over the next excludes zero."""
     running = [i for i, where in enumerate(wanted) if where.get("method") != BOUND]
     ranked = sorted(running, key=lambda i: -found[i][LAST].mean())
     groups = pd.Series(ranked, dtype=int).groupby([str(wanted[i].get("scenario")) for i in ranked])
