@@ -15,8 +15,8 @@ TOP = {
     "LICENSE", ".gitignore", ".ruff.toml", ".ci", "adaptor", "cleft", "experiments", "demo", "tests", "docs",
 }  # fmt: skip
 BOUNDS = {
-    "retune.py": 2330, "test_retune.py": 1200, "README.md": 150, "adaptor/**/*.py": 1900,
-    "cleft/**/*.py": 1400, "experiments/**/*.py": 2750, "tests/**/*.py": 5400}  # fmt: skip
+    "retune.py": 2315, "test_retune.py": 1200, "README.md": 150, "adaptor/**/*.py": 1900,
+    "cleft/**/*.py": 1400, "experiments/**/*.py": 2715, "tests/**/*.py": 5040}  # fmt: skip
 LONGEST_FUNCTION = 60
 FROM_RETUNE = {"demo.phantoms", "experiments"}  # the demo's images, the list of methods; when asked for
 APART = {"adaptor", "cleft", "experiments"}
