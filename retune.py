@@ -1,7 +1,7 @@
 """RE-tune: incremental fine-tuning of biomedical vision-language models for multi-label chest X-rays.
 
-The whole method, as data flow: files -> embeddings -> adaptors -> scores -> report. With `prompts.json` beside it this
-is the whole program for a CSV of images and the folder of an encoder; its classes and functions can be copied out.
+The whole method, as data flow: files -> embeddings -> adaptors -> scores -> report. With `prompts.json`
+beside it, this file runs on a CSV of images and an encoder folder; its classes and functions can be copied.
 
     python retune.py --scenario data --epochs 5                       # embedded demo, nothing to download
     python retune.py --data csv --data-dir my_xrays --encoder biomedclip --scenario class  # your own images
@@ -49,7 +49,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def setting(default, help: str, **metadata):
-    """A dataclass field that `build_parser` makes an option of; metadata: choices, type, nargs, flag, group."""
+    """A dataclass field that becomes a command-line option; metadata: choices, type, nargs, flag, group."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -67,7 +67,8 @@ class Config:
                         choices=("demo", "csv", "nih", "chexpert", "mimic", "chestmnist"))
     data_dir: str | None = setting(None, "folder of the data set; chestmnist is downloaded to it")
     labels_csv: str | None = setting(None, "label file instead of the data set's own")
-    classes: tuple[str, ...] | None = setting(None, "findings, in order (default: see docs/data.md)", nargs="+")
+    classes: tuple[str, ...] | None = setting(None, "findings, in order (default: see docs/data.md)",
+                                              nargs="+")
     view: str = setting("all", "views to use", choices=("all", "frontal", "lateral", "pa", "ap"))
     uncertain: str = setting("ignore", "what a label of -1 becomes", choices=("ones", "zeros", "ignore"))
     blank: str | None = setting(None, "what a blank label becomes (csv: ignore)", choices=("zero", "ignore"))
@@ -102,7 +103,8 @@ class Config:
     score: str = setting("diff", "score for AUROC; diff is the loss's", choices=("diff", "pos"))
     logit_scale: float = setting(1.0, "factor on the logits (authors: none)")
     prompts: str = setting(str(HERE / "prompts.json"), "file of positive and negative prompts")
-    wording: str = setting("specific", "prompts of each finding, or templates", choices=("specific", "generic"))
+    wording: str = setting("specific", "prompts of each finding, or templates",
+                           choices=("specific", "generic"))
 
     epochs: int = setting(10, "epochs a task (authors: 10)", group="training")
     lr: float | None = setting(None, "learning rate (authors: 1e-4; small sets: 1e-3)", type=float)
@@ -111,7 +113,8 @@ class Config:
     threshold: str = setting("youden", "thresholds, from validation: youden, f1 or sensitivity=0.95 (ours)")
     seed: int = setting(27, "seed; several give mean and standard deviation", nargs="+")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    output: str = setting("runs/{data}-{encoder}-{scenario}-seed{seed}", "folder of the run; {any setting} works")
+    output: str = setting("runs/{data}-{encoder}-{scenario}-seed{seed}",
+                          "folder of the run; {any setting} works")
     figures: bool = setting(True, "draw no figures", flag="--no-figures")
     # fmt: on
 
@@ -134,13 +137,13 @@ class Config:
 
 SMALL_SET = 20_000  # training images from which on the authors' settings hold
 MAY_DIFFER = (  # when a run is resumed; of --prompts and --set the contents are compared
-    "data_dir", "output", "cache_dir", "device", "workers", "encode_batch", "encoder_dir", "prompts", "figures",
-    "skip_bad_images", "set",
+    "data_dir", "output", "cache_dir", "device", "workers", "encode_batch", "encoder_dir", "prompts",
+    "figures", "skip_bad_images", "set",
 )  # fmt: skip
 
 
 def resolve_defaults(config: Config, data: Radiographs) -> Config:
-    """Fill in what the data decide: learning rate and batch size by the size of the set, a random class order."""
+    """Fill in what the data decide: learning rate and batch size by size, a random class order by seed."""
     order = config.class_order
     if order == ("random",):
         shuffled = np.random.default_rng(config.seed).permutation(len(data.class_names))
@@ -157,8 +160,8 @@ def resolve_defaults(config: Config, data: Radiographs) -> Config:
 def load_prompts(path: Path, class_names: Sequence[str], wording: str = "specific") -> dict[str, dict]:
     """Positive and negative prompts of every class, {class: {"positive": [...], "negative": [...]}}.
 
-    The JSON file maps a finding to such a pair or to a synonymous finding; "default" holds templates with `{finding}`
-    for all others, or for all (`wording="generic"`, ours). Case, `_` and `-` do not matter. The wording is ours.
+    The JSON file maps a finding to such a pair or a synonym; "default" holds templates with `{finding}` for
+    all others, or for all (`wording="generic"`, ours). Case, `_` and `-` do not matter. The texts are ours.
     """
 
     def plain(name: str) -> str:
@@ -187,17 +190,17 @@ def load_prompts(path: Path, class_names: Sequence[str], wording: str = "specifi
 # --------------------------------------------------------------------------------------------- 3. Radiographs
 
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # shares of the patients where a data set has no splits
-GROUPS = ("view", "sex", "age", "part")  # what a data set may know of its images; never a finding
+GROUPS = ("view", "sex", "age", "part")  # what a data set may know about its images; never a finding
 
 
 @dataclass
 class Radiographs:
     """A data set: N images with the labels of C findings.
 
-    images: paths, or uint8 [N, H, W] (an array, or what yields [H, W] by row and draws it on demand).
+    images: paths, or uint8 [N, H, W] (an array, or a sequence that draws each [H, W] on demand).
     labels: float32 [N, C], 1 / 0 / nan; nan is unknown: never trained on, never scored.
     patients, split: [N] texts; split is "train", "val" or "test". names: [N], what reports call an image.
-    rows: [N], where each image's labels stand ("labels.csv row 7"). reports, view, sex, age, part: [N], if known.
+    rows: [N], where the labels stand ("labels.csv row 7"). reports, view, sex, age, part: [N] if known.
     note: what the loader decided, for the user to read. key: identifies images that are not files.
     """
 
@@ -235,7 +238,7 @@ class Radiographs:
 
 
 def patient_split(patients: Sequence[str], shares: dict[str, float]) -> np.ndarray:
-    """The split of every image [N] by a hash of its patient id, so that new patients never move the old ones."""
+    """The split of every image [N] by a hash of its patient id, so that new patients never move old ones."""
     edges = np.cumsum(list(shares.values()))[:-1]
     patients = np.asarray(patients, str).tolist()
     ids = list(dict.fromkeys(patients))
@@ -285,7 +288,7 @@ def refuse_row(table, bad: np.ndarray, reason: str, column: str = "") -> None:
 
 
 def label_values(column) -> np.ndarray:
-    """A column of texts as [N] numbers: 1, 0, -1 (uncertain), nan (blank), and infinity for what is no label."""
+    """A column of texts as [N] numbers: 1, 0, -1 (uncertain), nan (blank), infinity (not a label)."""
     words = {"true": "1", "yes": "1", "false": "0", "no": "0", "": "nan"}
     codes, texts = column.factorize()
     plain = [words.get(text.strip().lower(), text.strip().lower()) for text in texts]
@@ -322,7 +325,7 @@ def check_classes(config: Config, known: Sequence[str]) -> list[str]:
 
 
 def from_table(table, labels: np.ndarray, classes: Sequence[str], config: Config, note: str) -> Radiographs:
-    """The data set of a frame with `path`, `name`, `patient`, `split`, and what it knows of GROUPS and `report`."""
+    """The data set of a frame with `path`, `name`, `patient`, `split` and, if known, GROUPS and `report`."""
     if config.view != "all" and "view" in table:
         views = {"frontal": ["frontal", "pa", "ap"], "lateral": ["lateral", "ll"]}
         wanted = table["view"].str.lower().isin(views.get(config.view, [config.view])).to_numpy()
@@ -352,10 +355,10 @@ def load_demo(config: Config) -> Radiographs:
 
 
 def load_csv(config: Config) -> Radiographs:
-    """Anybody's own data: `path`, a column per finding (1/0/-1/blank), optional `patient`, `split`, `report`, GROUPS.
+    """A CSV: `path`, a column per finding (1/0/-1/blank), optional `patient`, `split`, `report`, GROUPS.
 
-    Paths are absolute or relative to --data-dir, which holds one CSV unless --labels-csv names it. Without `split`:
-    70/10/20% of the patients by hash. Without `patient` each image counts as a patient of its own.
+    Paths are absolute or relative to --data-dir, whose only CSV is read unless --labels-csv is given. Without
+    `split`: 70/10/20% of the patients by hash. Without `patient` each image counts as a patient of its own.
     """
     path = config.labels_csv or only_file(config.root, "*.csv")
     table = read_table(path, ["path"])
@@ -390,24 +393,22 @@ def only_file(root: Path, pattern: str) -> Path:
     return found[0]
 
 
-# fmt: off
 NIH_FINDINGS = (
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
     "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia",
-)
+)  # fmt: skip
 CHEXPERT_FINDINGS = (
     "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
-    "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture",
-    "Support Devices",
-)
-# fmt: on
+    "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other",
+    "Fracture", "Support Devices",
+)  # fmt: skip
 COMPETITION_FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 
 
 def load_nih(config: Config) -> Radiographs:
     """NIH ChestX-ray14: 112,120 frontal images of 30,805 patients, 14 findings, each present (1) or not (0).
 
-    The official lists; an eighth of the train_val patients, by hash, validates, which gives ChestMNIST's 7:1:2.
+    Official lists; an eighth of the train_val patients, by hash, is for validation: ChestMNIST's 7:1:2.
     Wang et al., "ChestX-ray8", CVPR 2017. Free to use; cite the paper and link to the NIH's download page.
     """
     root = config.root
@@ -432,15 +433,15 @@ def load_nih(config: Config) -> Radiographs:
 
 
 def load_chexpert(config: Config) -> Radiographs:
-    """CheXpert: 223,414 training images of 64,540 patients (191,027 frontal), 14 findings with -1 for uncertain.
+    """CheXpert: 223,414 training images of 64,540 patients (191,027 frontal), 14 findings; -1 is uncertain.
 
-    `train.csv` (or --labels-csv: VisualCheXbert, CheXbert), `valid.csv` and the test set's `test_labels.csv` or, a row
-    per study, `groundtruth.csv`; without either `valid.csv` is tested and 1/20 of the training patients validates.
+    `train.csv` (or --labels-csv: VisualCheXbert, CheXbert), `valid.csv`, and `test_labels.csv` or, by study,
+    `groundtruth.csv`; without either, `valid.csv` is the test set and 1/20 of the training patients validate.
     Irvin et al., AAAI 2019. Stanford's research use agreement; neither images nor labels may be passed on.
     """
     import pandas
 
-    # an archive is CheXpert-v1.0-small, CheXpert-v1.0 or a batch of it, of which some hold patients without `train`
+    # an archive is CheXpert-v1.0[-small] or a batch of it; some batches hold patients without `train`
     root = config.root.absolute()
     folders = [*sorted(root.glob("CheXpert-v1.0*")), root / "test", root]
     home = dict.fromkeys(("train", "valid", "test"), str(root))
@@ -464,7 +465,7 @@ def load_chexpert(config: Config) -> Radiographs:
 
 
 def chexpert_table(path: str, classes: Sequence[str], home: dict[str, str]):
-    """One CheXpert table, a row per image: `home` says which folder holds a split, or a patient of a batch."""
+    """A CheXpert table, a row per image; `home` says which folder holds a split, or a batch's patient."""
     column = "Study" if Path(path).name == "groundtruth.csv" else "Path"
     table = read_table(path, [column, *classes])
     kept = [name for name in table if name in (*classes, "Sex", "Age", "Frontal/Lateral", "AP/PA")]
@@ -484,7 +485,7 @@ def chexpert_table(path: str, classes: Sequence[str], home: dict[str, str]):
         table = table.assign(image=images).explode("image")
         for name in ("name", "path"):
             table[name] += "/" + table["image"]
-    if "Frontal/Lateral" not in table:  # VisualCheXbert names the view in the file alone: view1_frontal.jpg
+    if "Frontal/Lateral" not in table:  # VisualCheXbert has the view only in the file name: view1_frontal.jpg
         table["Frontal/Lateral"] = table["name"].str.extract(r"_(\w+)\.\w+$")[0]
     fine = table.get("AP/PA", table["Frontal/Lateral"])
     table["view"] = np.where(fine.isin(["AP", "PA"]), fine, table["Frontal/Lateral"])
@@ -494,8 +495,8 @@ def chexpert_table(path: str, classes: Sequence[str], home: dict[str, str]):
 def load_mimic(config: Config) -> Radiographs:
     """MIMIC-CXR-JPG: 377,110 images of 227,835 studies of 65,379 patients, CheXpert's 14 findings per study.
 
-    `mimic-cxr-2.0.0-chexpert.csv` (or --labels-csv: `-negbio`), `-split.csv` and `-metadata.csv`, gzipped or not.
-    Johnson et al., arXiv 1901.07042. PhysioNet's credentialed licence; neither images nor labels may be passed on.
+    `mimic-cxr-2.0.0-chexpert.csv` (or --labels-csv: `-negbio`), `-split.csv`, `-metadata.csv`, also as .gz.
+    Johnson et al., arXiv 1901.07042. PhysioNet's credentialed licence: no image or label may be passed on.
     """
 
     def release(kind: str) -> Path:
@@ -522,14 +523,16 @@ def load_mimic(config: Config) -> Radiographs:
 
 
 CHESTMNIST = "https://zenodo.org/records/10519652/files/{}?download=1"
-CHESTMNIST_MD5 = {28: "02c8a6516a18b556561a56cbdd36c4a8", 64: "9de6cd0b934ebb5b7426cfba5efbae16",
-                  128: "db107e5590b27930b62dbaf558aebee3", 224: "45bd33e6f06c3e8cdb481c74a89152aa"}  # fmt: skip
+CHESTMNIST_MD5 = {
+    28: "02c8a6516a18b556561a56cbdd36c4a8", 64: "9de6cd0b934ebb5b7426cfba5efbae16",
+    128: "db107e5590b27930b62dbaf558aebee3", 224: "45bd33e6f06c3e8cdb481c74a89152aa",
+}  # fmt: skip
 
 
 def load_chestmnist(config: Config) -> Radiographs:
-    """ChestMNIST: ChestX-ray14 at 28, 64, 128 or 224 pixels: 78,468 train, 11,219 val, 22,433 test; 14 findings.
+    """ChestMNIST: ChestX-ray14 at 28 to 224 pixels: 78,468 train, 11,219 val, 22,433 test; 14 findings.
 
-    Read from --data-dir, or downloaded to --cache-dir, and unpacked there, so that memory does not grow with --size.
+    Read from --data-dir or downloaded to --cache-dir, and unpacked there: memory does not grow with --size.
     Yang et al., "MedMNIST v2", Scientific Data 2023. CC BY 4.0.
     """
     from torchvision.datasets.utils import download_url
@@ -602,7 +605,7 @@ IMAGE_FILES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")
 
 
 def list_images(paths: Sequence[str]) -> list[str]:
-    """The paths of images, of those in folders and below, and of those in the column `path` of CSVs, beside them."""
+    """Paths of images: as given, anywhere in a folder, or in a CSV's column `path`, relative to the CSV."""
     found = []
     for path in map(Path, paths):
         if path.suffix.lower() == ".csv":
@@ -618,7 +621,7 @@ def list_images(paths: Sequence[str]) -> list[str]:
 def read_image(path: str | Path) -> torch.Tensor:
     """Decode a PNG, JPEG, TIFF or DICOM file to uint8 [1 or 3, H, W]; InputError when it is not one.
 
-    More than 8 bits are scaled by the image's own range, since 12-bit images come in 16-bit files; alpha is dropped.
+    More than 8 bits are scaled by the image's own range: 12-bit images come in 16-bit files. No alpha.
     """
     from PIL import Image
 
@@ -633,7 +636,7 @@ def read_image(path: str | Path) -> torch.Tensor:
 
 
 def stretch(pixels: np.ndarray) -> torch.Tensor:
-    """Scale the own range of an image [H, W] to uint8 [1, H, W], 0..255; a constant image becomes 0."""
+    """Scale an image [H, W] by its own range to uint8 [1, H, W], 0..255; a constant image becomes 0."""
     if not np.isfinite(pixels).all():
         raise ValueError("its pixels are not all numbers")
     pixels = torch.from_numpy(pixels)[None]
@@ -642,7 +645,7 @@ def stretch(pixels: np.ndarray) -> torch.Tensor:
 
 
 def read_dicom(path: str | Path) -> torch.Tensor:
-    """A grey DICOM image of one frame as uint8 [1, H, W]: modality LUT, window or VOI LUT, MONOCHROME1 inverted."""
+    """One grey DICOM frame as uint8 [1, H, W]: modality LUT, window or VOI LUT; MONOCHROME1 is inverted."""
     import pydicom
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
@@ -653,13 +656,13 @@ def read_dicom(path: str | Path) -> torch.Tensor:
     return stretch(-values if image.get("PhotometricInterpretation") == "MONOCHROME1" else values)
 
 
-# ------------------------------------------------------------------------------------------ 4. Frozen encoders
+# ----------------------------------------------------------------------------------------- 4. Frozen encoders
 
 
 def transform_image(image: torch.Tensor, resize, crop, interpolation, mean, std) -> torch.Tensor:
     """uint8 image [1 or 3,H,W] -> normalised float pixels [3,h,w]; a single channel is repeated to three.
 
-    resize: the shorter side, or [height, width], antialiased and rounded to uint8 as PIL does; crop: side or None.
+    resize: shorter side or [height, width], antialiased and rounded to uint8 as PIL does; crop: side or None.
     """
     from torchvision.transforms.v2 import InterpolationMode, functional
 
@@ -746,7 +749,7 @@ class DualEncoder(nn.Module):
 
     @torch.inference_mode()
     def encode_images(self, pixels: torch.Tensor, precision: str = "fp32") -> torch.Tensor:
-        """Transformed pixels [B,3,H,W] on the encoder's device -> float32 embeddings [B,D], not normalised."""
+        """Transformed pixels [B,3,H,W], on its device, -> float32 embeddings [B,D], not normalised."""
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         with torch.autocast(pixels.device.type, low, enabled=low is not None):
             return self.image(pixels).float()
@@ -797,9 +800,9 @@ class DualEncoder(nn.Module):
     def load(cls, name: str, directory: str | Path | None = None, crop: int | None = None) -> DualEncoder:
         """The encoder `name`: tiny, biomedclip, biovil, a folder, or a hub id of a transformers CLIP/SigLIP.
 
-        Or what open_clip reads, `open_clip:` before a folder or hub id (docs/encoders.md).
-        `directory` holds its files as published, or as `save` wrote them, and rules out the network; without it
-        they come from the hub's cache or are downloaded. `crop` replaces a convolutional tower's (BioViL).
+        Or, after `open_clip:`, a folder or hub id that open_clip reads (docs/encoders.md). `directory` holds
+        its files as published or saved, and rules out the network; without it they come from the hub's cache
+        or are downloaded. `crop` replaces a convolutional tower's (BioViL).
         """
         place = name.removeprefix("open_clip:")
         folder = Path(directory or (HERE / "demo" / "tiny" if name == "tiny" else place))
@@ -825,7 +828,7 @@ class DualEncoder(nn.Module):
             state = {k: value for k, value in state.items() if k in own or not re.search(UNUSED_KEYS, k)}
             counters = {k: value for k, value in own.items() if k.endswith("num_batches_tracked")}
             load_weights(encoder, counters | state, folder)
-            # A tokenizer or a transform that does not fit the towers fails here and not in the middle of a run.
+            # A tokenizer or transform that does not fit the towers fails here, not in the middle of a run.
             encoder.encode_texts(["", "no finding"])
             encoder.encode_images(encoder.transform(torch.zeros(1, 40, 60, dtype=torch.uint8))[None])
             return encoder
@@ -849,7 +852,8 @@ BIOMEDCLIP = {
 }
 BIOVIL = {  # its projection comes before the spatial mean; "strip" is what its own inference does to a prompt
     "name": "biovil", "dim": 128,
-    "image": {"library": "torchvision", "model": {"name": "resnet50", "node": "layer4"}, "pool": "none", "head": [
+    "image": {"library": "torchvision", "model": {"name": "resnet50", "node": "layer4"},
+              "pool": "none", "head": [
         ["Conv2d", {"in_channels": 2048, "out_channels": 128, "kernel_size": 1, "bias": False}],
         ["BatchNorm2d", {"num_features": 128}], ["ReLU", {}],
         ["Conv2d", {"in_channels": 128, "out_channels": 128, "kernel_size": 1, "bias": True}],
@@ -857,7 +861,8 @@ BIOVIL = {  # its projection comes before the spatial mean; "strip" is what its 
     "text": {"model": {"model_type": "bert"}, "pool": "cls", "context_length": 512, "strip": "!?.",
              "head": [linear(768, 128), ["GELU", {}], ["LayerNorm", {"normalized_shape": 128, "eps": 1e-12}],
                       linear(128, 128)]},
-    "transform": {"resize": 512, "crop": 512, "interpolation": "bilinear", "mean": [0.0] * 3, "std": [1.0] * 3},
+    "transform": {"resize": 512, "crop": 512, "interpolation": "bilinear",
+                  "mean": [0.0] * 3, "std": [1.0] * 3},
 }
 KEYS = {  # BiomedCLIP; BioViL; CLIP and SigLIP
     "visual.trunk.(cls_token)": r"image.tower.embeddings.\1", "visual.trunk.norm": "image.tower.layernorm",
@@ -898,7 +903,7 @@ def download(name: str) -> Path:
     place = name.removeprefix("open_clip:")
     default = (place, None, WEIGHTS if place == name else OPEN_CLIP_WEIGHTS)
     repository, revision, weights = HUB.get(name, default)
-    remedy = f"get its files from https://huggingface.co/{repository} (accept its terms, if any); --encoder-dir FOLDER"
+    remedy = f"get its files at https://huggingface.co/{repository} (accept any terms); --encoder-dir FOLDER"
     with input_errors(f"encoder {name!r}", f"cannot be downloaded; {remedy}"):
         for pattern in weights:
             patterns = ["*.json", "*.txt", "*.model", "biovil*.pt", pattern]
@@ -947,7 +952,7 @@ def read_weights(folder: Path, *patterns: str) -> dict[str, torch.Tensor]:
 
 
 def read_tokenizer(folder: Path, bert: bool = False):
-    """The tokenizer of a folder, without network; BERT's by hand, as BioViL's config asks for code from the hub."""
+    """The tokenizer of a folder, without network; BERT's by hand, as BioViL's config asks for hub code."""
     from transformers import AutoTokenizer, BertTokenizer
 
     if not any((folder / name).is_file() for name in VOCABULARIES):
@@ -988,7 +993,7 @@ def read_transformers(folder: Path) -> dict:
     return {"dim": dim, "image": vision, "text": text, "transform": transform}
 
 
-# ------------------------------------------------------------------------------------------ 5. Embedding cache
+# ----------------------------------------------------------------------------------------- 5. Embedding cache
 
 CHUNK = 4096  # images a chunk: the most that a killed process loses; batches never straddle chunks
 
@@ -998,8 +1003,9 @@ def read_batch(rows: Sequence[int], images: Sequence, transform: Callable) -> li
     batch = []
     for row in rows:
         try:
-            is_file = isinstance(images[row], (str, Path))
-            pixels = read_image(images[row]) if is_file else torch.from_numpy(np.array(images[row]))[None]
+            image = images[row]  # asked for once: the demo draws it
+            is_file = isinstance(image, (str, Path))
+            pixels = read_image(image) if is_file else torch.from_numpy(np.array(image))[None]
             batch.append((row, transform(pixels), ""))
         except InputError as error:
             batch.append((row, None, str(error)))
@@ -1007,7 +1013,7 @@ def read_batch(rows: Sequence[int], images: Sequence, transform: Callable) -> li
 
 
 def embedding_key(encoder: DualEncoder, data: Radiographs, precision: str) -> str:
-    """A hash of encoder, transform, precision and every image: a file's real path, size and modification time."""
+    """Hash of encoder, transform, precision and every image: a file's real path, size, modification time."""
     digest = hashlib.sha256(f"{encoder.fingerprint()} {precision} {len(data.images)} {data.key}".encode())
     if data.key is None and isinstance(data.images, np.ndarray):
         digest.update(np.ascontiguousarray(data.images).data)
@@ -1025,9 +1031,8 @@ def embed(
 ) -> np.memmap:  # fmt: skip
     """Embed every image once: a read-only memory map [N, D], float32, not normalised.
 
-    Chunks of rows are written into one array, each followed by a file that says so: ranks take chunks in turn, and a
-    restarted process skips finished ones. An unreadable image raises InputError, or with `skip_bad_images` is a row
-    of nan, listed by `embedding_facts`.
+    Ranks take chunks of rows in turn and fill one array; a restarted process skips finished chunks. An
+    unreadable image raises InputError or, with `skip_bad_images`, becomes nan; `embedding_facts` lists it.
     """
     folder = Path(cache_dir) / embedding_key(encoder, data, precision)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1089,7 +1094,7 @@ def embed_rows(
             pixels = torch.stack(list(good.values())).to(device)
             block[list(good)] = encoder.encode_images(pixels, precision).cpu().numpy()
             norms = np.linalg.norm(block[list(good)], axis=1)
-            if not np.isfinite(norms).all():  # of numbers above 1e19 all cosines would be 0
+            if not np.isfinite(norms).all():  # above 1e19 all cosines would be 0
                 first = data.rows[batch[0][0]]
                 raise InputError(f"{first}: its batch embeds to nan or huge numbers; use --precision fp32")
         bar.update(len(batch))
@@ -1102,7 +1107,7 @@ def embedding_facts(embeddings: np.memmap) -> dict:
     return facts | {"unreadable": {int(row): reason for row, reason in facts["unreadable"].items()}}
 
 
-# ------------------------------------------------------------------------------------------- 6. Model and loss
+# ------------------------------------------------------------------------------------------ 6. Model and loss
 
 
 class Adaptor(nn.Module):
@@ -1203,10 +1208,10 @@ class Whitening(nn.Module):
 
 
 class Method(nn.Module):
-    """What `--method` names, subclassed: a model of image embeddings that learns task after task.
+    """Base class of what `--method` names: a model of image embeddings that learns task after task.
 
-    `--set NAME=VALUE` gives the keyword parameters of `__init__` that follow dim and n_classes. A method without
-    trainable parameters learns in `after_task` alone.
+    `--set NAME=VALUE` gives the keyword parameters of `__init__` after dim and n_classes. A method without
+    trainable parameters learns only in `after_task`.
     """
 
     whitens = False  # True: works on whitened embeddings, with or without --whiten
@@ -1241,22 +1246,22 @@ class Method(nn.Module):
         """Learn from, or remember, a task; embeddings [N, D] as the encoder gave them, labels [N, C]."""
 
     def memory(self) -> dict[str, torch.Tensor]:
-        """What learning on needs and prediction does not; saved apart from the weights."""
+        """What further learning needs and prediction does not; saved apart from the weights."""
         return {}
 
     def load_memory(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take what `memory` gave."""
+        """Restore what `memory` returned."""
 
     def stored_bytes(self) -> int:
-        """Bytes to keep from task to task beside the weights."""
+        """Bytes to keep from task to task besides the weights."""
         return sum(tensor.nbytes for tensor in self.memory().values())
 
 
 class RETune(Method):
-    """Two adaptors on a frozen pair of encoders; each class asks: positive or negative prompts?
+    """Two adaptors on a frozen pair of encoders; each class compares its positive and negative prompts.
 
     adapt: both (default), shared (one module for both towers), image, text; none is zero-shot.
-    pool: mean of a group's adapted prompts; max of their cosines per image; single, the first prompt alone.
+    pool: mean of a group's adapted prompts; max of their cosines per image; single, only the first prompt.
     """
 
     def __init__(
@@ -1311,7 +1316,7 @@ class RETune(Method):
 
 
 def prompt_contrastive_loss(logits: torch.Tensor, labels) -> torch.Tensor:
-    """Mean binary cross-entropy with logits over the known labels; both [B, C], nan is unknown; 0 if all are."""
+    """Mean binary cross-entropy with logits over known labels, both [B, C]; nan is unknown; 0 if all are."""
     labels = torch.as_tensor(labels).to(logits)
     if labels.shape != logits.shape:
         raise ValueError(f"labels {tuple(labels.shape)} must have the shape of logits {tuple(logits.shape)}")
@@ -1320,7 +1325,7 @@ def prompt_contrastive_loss(logits: torch.Tensor, labels) -> torch.Tensor:
     return (loss * known).sum() / known.sum().clamp_min(1)
 
 
-# ------------------------------------------------------------------------------------------------ 7. Scenarios
+# ----------------------------------------------------------------------------------------------- 7. Scenarios
 
 
 @dataclass(frozen=True)
@@ -1343,7 +1348,7 @@ def data_incremental(part: np.ndarray, parts: int, n_classes: int) -> list[Task]
 
 
 def class_incremental(part: np.ndarray, groups: Sequence, class_names: Sequence[str]) -> list[Task]:
-    """Part t of the images trains the t-th group of classes alone."""
+    """Part t of the images trains only the t-th group of classes."""
     names = [" + ".join(class_names[c] for c in group) for group in groups]
     rows = [np.flatnonzero(part == t) for t in range(len(groups))]
     return [Task(name, rows[t], tuple(map(int, groups[t]))) for t, name in enumerate(names)]
@@ -1361,12 +1366,12 @@ def make_tasks(
     patients: Sequence[str] | None = None, order: Sequence[str] | None = None, contiguous: bool = False,
     positives_only: bool = False,
 ) -> list[Task]:  # fmt: skip
-    """Cut training rows 0..N-1 with labels [N, C] into the tasks of a scenario; ValueError for what cannot be.
+    """Cut training rows 0..N-1 with labels [N, C] into a scenario's tasks; ValueError for what cannot be.
 
-    data, class, label: the three protocols above, in `parts` (data: 5, else one per class; fewer make groups of
-    classes); joint: one task of everything; zero: none. Parts share no patient; `contiguous` is the authors' cut,
-    ceil(N / parts) rows in file order. `order`: the classes in the order of their arrival. `positives_only`: task t
-    has all positives of its new classes instead, so an image with two comes twice.
+    data, class, label: the three protocols above, in `parts` (data: 5, else one per class; fewer group them);
+    joint: one task; zero: none. Parts share no patient; `contiguous`, the authors' cut, instead takes
+    ceil(N / parts) rows in file order. `order`: the classes as they arrive. `positives_only`: a task has all
+    positives of its new classes instead, so an image with two comes twice.
     """
     names = list(class_names)
     n = len(labels)
@@ -1406,11 +1411,11 @@ def make_tasks(
     return tasks
 
 
-# -------------------------------------------------------------------------------------------------- 8. Metrics
+# ------------------------------------------------------------------------------------------------- 8. Metrics
 
 
 def to_numpy(values) -> np.ndarray:
-    """An array of an array or tensor of any dtype and device; numpy has no bfloat16, which becomes float32."""
+    """An array or tensor of any dtype and device as numpy; bfloat16, which numpy lacks, becomes float32."""
     if isinstance(values, torch.Tensor):
         values = values.detach().to("cpu", torch.promote_types(values.dtype, torch.float32)).numpy()
     return np.asarray(values)
@@ -1453,13 +1458,12 @@ def evaluate(scores, predictions, labels, class_names=None) -> dict:
     }  # fmt: skip
 
 
-def bootstrap_ci(
+def bootstrap_auroc(
     scores, labels, patients: Sequence[str], resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """95% interval of macro AUROC, resampling patients with replacement; nan when no class can be scored.
+) -> np.ndarray:
+    """Macro AUROC [R] when patients are drawn with replacement; nan where no class can be scored.
 
-    A resampled patient is a weight of its images, so that one sort a class serves all resamples; tied scores
-    count one half, which is scikit-learn's weighted AUROC.
+    Patients become weights, so one sort a class serves all resamples; ties count half, as in scikit-learn.
     """
     scores, labels = map(to_numpy, (scores, labels))
     ids, patient = np.unique(np.asarray(patients), return_inverse=True)
@@ -1482,9 +1486,17 @@ def bootstrap_ci(
             pairs = weight.sum(1, dtype=np.float64) * won[:, -1]
             total[block] += wins / np.maximum(pairs, 1)
             scored[block] += pairs > 0
-    if not scored.any():
+    return np.where(scored > 0, total / np.maximum(scored, 1), np.nan)
+
+
+def bootstrap_ci(
+    scores, labels, patients: Sequence[str], resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95% interval of macro AUROC, resampling patients; nan when no class can be scored."""
+    auroc = bootstrap_auroc(scores, labels, patients, resamples, seed)
+    if np.isnan(auroc).all():
         return math.nan, math.nan
-    low, high = np.percentile(total[scored > 0] / scored[scored > 0], [2.5, 97.5])
+    low, high = np.nanpercentile(auroc, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -1511,7 +1523,7 @@ def continual_metrics(auroc: np.ndarray, tasks: Sequence[Task], zero: np.ndarray
     }
 
 
-# ------------------------------------------------------------------------------------------------- 9. Training
+# ------------------------------------------------------------------------------------------------ 9. Training
 
 
 def gather(embeddings: np.ndarray, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -1525,10 +1537,10 @@ def fit(
     model: Method, bank: PromptBank, embeddings: np.ndarray, labels, task: Task,
     optimizer: torch.optim.Optimizer, *, epochs: int, batch_size: int, generator: torch.Generator,
 ) -> None:  # fmt: skip
-    """Train on one task: its rows of embeddings [N, D] and labels [N, C], the loss on its classes alone.
+    """Train on one task: its rows of embeddings [N, D] and labels [N, C], the loss on its classes only.
 
-    Every epoch is a fresh permutation of all rows; batches come straight from the memory map. Works in the dtype
-    and on the device of the prompts. InputError for a loss that is not finite.
+    Every epoch is a fresh permutation of all rows, read straight from the memory map. Works in the dtype and
+    on the device of the prompts. InputError for a loss that is not finite.
     """
     rows = torch.from_numpy(task.rows)
     columns = list(task.classes)
@@ -1568,7 +1580,7 @@ def score_rows(model: Method, bank: PromptBank, embeddings: np.ndarray, rows: np
 
 
 def load_method(name: str) -> type[Method]:
-    """The class that `--method` names: retune, a method of `experiments/`, or MODULE:CLASS of one's own."""
+    """The class that `--method` names: retune, a method of `experiments/`, or your own MODULE:CLASS."""
     if name == "retune":
         return RETune
     has_experiments = importlib.util.find_spec("experiments") is not None
@@ -1586,7 +1598,7 @@ def load_method(name: str) -> type[Method]:
 
 
 def method_options(method: type[Method], given: Iterable[str]) -> dict[str, object]:
-    """A method's keyword parameters as `--set NAME=VALUE` gives them, typed as their defaults, else the defaults."""
+    """A method's keyword parameters: their defaults, or `--set NAME=VALUE` typed as the default is."""
     parameters = {} if method is RETune else inspect.signature(method.__init__).parameters
     options = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
     for name, _, value in (pair.partition("=") for pair in given):
@@ -1610,14 +1622,14 @@ def build_model(config: Config, dim: int, n_classes: int, options: dict | None =
     return model
 
 
-# What is needed to build a run's model again, saved with its weights
-MODEL_KEYS = (
-    "method", "whiten", "adaptor", "adapt", "pool", "negatives", "logit_scale", "score", "crop", "precision", "seed",
+MODEL_KEYS = (  # what builds a run's model again, saved with its weights
+    "method", "whiten", "adaptor", "adapt", "pool", "negatives", "logit_scale", "score", "crop", "precision",
+    "seed",
 )  # fmt: skip
 
 
 def load_model(path: Path, config: Config) -> tuple[Method, dict]:
-    """The model that a run saved, on the CPU, and what is known of it; `config` gives no setting of the model.
+    """The model that a run saved, on the CPU, and what is known of it; `config` sets nothing of the model.
 
     Code from outside `experiments` runs only if the command line names it: --method MODULE:CLASS.
     """
@@ -1677,8 +1689,7 @@ def scenario_tasks(config: Config, data: Radiographs) -> list[Task]:
 def run(config: Config, load_data: Callable | None = None, load_encoder: Callable | None = None) -> dict:
     """A whole scenario: embed, zero-shot, each task, metrics after each; returns metrics.json.
 
-    What the run's folder holds decides what is left to do; an interrupted run ends with the same metrics, bit for
-    bit. Of several ranks all embed and one trains.
+    An interrupted run continues, to the same metrics bit for bit. All ranks embed images; one trains.
     """
     data = (load_data or load_radiographs)(config)
     data = dataclasses.replace(data, split=data.split.copy())
@@ -1765,7 +1776,7 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
         if k == 1 and isinstance(model.whitening, Whitening):
             model.whitening.estimate(embeddings, task.rows)
         trained, targets = model.before_task(task, labels, bank)
-        if optimizer:  # what has nothing to train by gradient learns in after_task alone
+        if optimizer:  # what has nothing to train by gradient learns only in after_task
             options["generator"] = torch.Generator().manual_seed(10_007 * config.seed + k)
             fit(model, bank, embeddings, targets, trained, optimizer, **options)
         model.after_task(embeddings, labels, task, bank)
@@ -1795,14 +1806,14 @@ EXTRAS = ("decisions", "hospitals")  # modules of experiments/ with `measure` an
 
 
 def measure_extras(config: Config, folder: Path, *measured) -> dict:
-    """(ours) Thresholds, and with --parts column AUROC by part, at the end of a run: {"decisions", "hospitals"}."""
+    """(ours) After a run: {"decisions": thresholds, "hospitals": AUROC by part, with --parts column}."""
     names = EXTRAS if config.parts == "column" else EXTRAS[:1]
     here = (HERE / "experiments").is_dir()
     return {name: experiment(name).measure(config, folder, *measured) for name in names if here}
 
 
 def save_checkpoint(folder: Path, model: Method, optimizer, task: int, finished=None) -> None:
-    """Save what the task after `task` starts from: weights, the method's memory, the optimiser; what is finished."""
+    """Save what the task after `task` starts from: weights, optimiser, method's memory; and `finished`."""
     state = {"task": task, "finished": finished, "model": model.state_dict(), "memory": model.memory()}
     state["optimizer"] = optimizer.state_dict() if optimizer else None
     content = io.BytesIO()  # torch.save to a full disk is no OSError
@@ -1826,7 +1837,7 @@ def load_checkpoint(folder: Path, model: Method, optimizer) -> tuple[int, object
 
 
 def load_predictor(folder: Path, config: Config, device: str = "cpu") -> tuple:
-    """(encoder, model, prompt bank, what was saved of them) of a run; InputError for another encoder than its own."""
+    """(encoder, model, prompt bank, what was saved with them) of a run; InputError for another encoder."""
     path = folder / "adaptors.safetensors"
     model, known = load_model(path, config)
     name = known["encoder"] if config.encoder == "tiny" else config.encoder
@@ -1839,8 +1850,8 @@ def load_predictor(folder: Path, config: Config, device: str = "cpu") -> tuple:
 def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
     """Score images with a run's saved adaptors alone: [{"image", "findings": {name: {"score", "present"}}}].
 
-    These are the paper's; the run's temperatures and thresholds add "probability" and "decision". InputError for
-    an unreadable image, which with --skip-bad-images has "error" instead of findings.
+    These are the paper's; the run's temperatures and thresholds add "probability" and "decision". InputError
+    for an unreadable image, which with --skip-bad-images has "error" instead of findings.
     """
     device = pick_device(config.device)
     encoder, model, bank, known = load_predictor(folder, config, device)
@@ -1869,11 +1880,11 @@ def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
     return predictions
 
 
-# -------------------------------------------------------------------------------------------------- 10. Report
+# ------------------------------------------------------------------------------------------------- 10. Report
 
 
 def print_summary(config: Config, data: Radiographs, tasks: Sequence[Task], device: str) -> None:
-    """Say before a run what it will do: the data, what became of their labels, the settings in force."""
+    """Print before a run what it will do: the data, what became of their labels, the settings in force."""
     counts = ", ".join(f"{(data.split == split).sum():,} {split}" for split in SHARES)
     known = (~np.isnan(data.labels)).sum(0)
     shares = [f"{p / n:.0%}" if n else "no labels" for p, n in zip(np.nansum(data.labels, axis=0), known)]
@@ -1906,7 +1917,7 @@ def markdown_table(header: Sequence, rows: Iterable[Sequence]) -> str:
 
 
 def stages(metrics: dict) -> list[tuple[str, dict]]:
-    """(name, M of the test split) of zero-shot and of every task."""
+    """(name, test metrics) of zero-shot and of every task."""
     names = ["zero-shot", *(f"{k}. {task['name']}" for k, task in enumerate(metrics["tasks"], 1))]
     return list(zip(names, (m["test"] for m in (metrics["zero_shot"], *metrics["after_task"]))))
 
@@ -1933,7 +1944,7 @@ def summary(metrics: dict) -> str:
 
 
 def report(folder: Path, metrics: dict, data: Radiographs, tasks: Sequence[Task]) -> None:
-    """Write splits.csv, figures, table.md and, last, metrics.json, which says that the run is whole."""
+    """Write splits.csv, figures, table.md and, last, metrics.json, which marks the run as complete."""
     seen = [[] for _ in data.names]
     for k, task in enumerate(tasks, 1):
         for row in task.rows.tolist():
@@ -1979,7 +1990,7 @@ def heatmap(path: Path, metrics: dict, key: str, title: str, low: float) -> None
         figure.savefig(partial, dpi=150, format="png", metadata={"Software": None})
 
 
-# -------------------------------------------------------------------------------------------- 11. Command line
+# ------------------------------------------------------------------------------------------- 11. Command line
 
 
 def build_parser(config_class: type, description: str) -> argparse.ArgumentParser:
@@ -2007,7 +2018,7 @@ def parse_config(config_class: type, arguments: argparse.Namespace):
 
 
 def run_seeds(config: Config, seeds: Sequence[int]) -> None:
-    """Run every seed and print its table; of several, also mean and deviation of the last task's test measures."""
+    """Run every seed and print its table; for several, also mean and deviation of the final test measures."""
     configs = [dataclasses.replace(config, seed=seed) for seed in dict.fromkeys(seeds)]
     if len({output_folder(chosen) for chosen in configs}) < len(configs):
         raise InputError(f"{len(configs)} runs need a folder each; --output must contain {{seed}}")
@@ -2085,7 +2096,7 @@ def execute(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None, action: Callable[[Sequence[str]], None] = execute) -> int:
-    """Carry out a command line: 0, or 2 with one line on standard error for bad input, or 130 after Ctrl-C."""
+    """Run a command line: 0, or 2 with one line on standard error for bad input, or 130 after Ctrl-C."""
     with warnings.catch_warnings():
         shown = functools.cache(lambda text: print(f"warning: {text}", file=sys.stderr))  # each text once
         warnings.showwarning = lambda message, *_: shown(str(message))
@@ -2100,7 +2111,7 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Sequence[str]], No
     return 0
 
 
-# ------------------------------------------------------------------------------------------------- 12. Helpers
+# ------------------------------------------------------------------------------------------------ 12. Helpers
 
 
 class InputError(ValueError):
@@ -2109,7 +2120,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def input_errors(subject: str | Path, trouble: str) -> Iterator[None]:
-    """Turn whatever fails inside into an InputError: the file or option, what is wrong with it, and the reason."""
+    """Turn any failure inside into an InputError: the file or option, what is wrong with it, the reason."""
     try:
         yield
     except Exception as error:
@@ -2119,7 +2130,7 @@ def input_errors(subject: str | Path, trouble: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The first 500 characters of what another library says of an error, in one line."""
+    """The first 500 characters of an error's message, on one line."""
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
@@ -2141,7 +2152,7 @@ def output_folder(config) -> Path:
 
 
 def check_new_folder(directory: str | Path) -> Path:
-    """The path of a folder that is to be written; InputError when something is there."""
+    """The path of a folder to be written; InputError when something is there."""
     target = Path(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} exists and is not an empty folder: choose another")
@@ -2158,11 +2169,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, a file or folder; rename it on success, remove it on an error.
-
-    The temporary name is always the same, so the next process overwrites what a killed one left.
-    """
-    partial = path.with_name(f".{path.name}.partial")
+    """Yield a temporary path beside `path`, a file or folder; rename it on success, remove it on an error."""
+    partial = path.with_name(f".{path.name}.partial")  # a fixed name: a killed process's is replaced
     shutil.rmtree(partial, ignore_errors=True)
     try:
         yield partial
@@ -2236,7 +2244,7 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generator inside the block alone; modules draw their weights from no other."""
+    """Seed torch's global generator only inside the block; modules draw their weights from no other."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
@@ -2260,7 +2268,7 @@ def pick_device(name: str) -> str:
 
 
 def peak_memory_mb() -> float | None:
-    """Peak resident memory of this process; None on Windows, which does not tell."""
+    """Peak resident memory of this process; None on Windows, which does not report it."""
     try:
         import resource
     except ImportError:
@@ -2270,7 +2278,7 @@ def peak_memory_mb() -> float | None:
 
 
 def join_ranks() -> None:
-    """Meet the other processes when torchrun started this one; encoding may keep them apart for hours."""
+    """Join the other processes if torchrun started this one; encoding may keep them apart for hours."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(days=7))

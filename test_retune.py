@@ -1,7 +1,5 @@
-"""Tests of retune.py, in its order: every formula against plain float64 code, every promise by keeping it.
-
-They need no network and no data. More in tests/: data sets and image files, encoders, trust, copies, the README.
-"""
+"""Tests of retune.py, in its order, without network or data: every formula against plain float64 code.
+More in tests/: data sets and image files, encoders, trust, copies, the README."""
 
 from __future__ import annotations
 
@@ -96,10 +94,10 @@ def test_prompts_fill_templates_follow_synonyms_and_prefer_their_own(tmp_path):
     ('{"default": {"positive": ["a"]', "JSON"), ("[1]", "object"), (None, "no such file"),
     ('{"Mass": {"positive": ["a"], "negative": ["b"]}}', "'Edema'"), ('{"Edema": "Nowhere"}', "'Edema'"),
     ('{"Edema": {"positive": [], "negative": ["b"]}}', "'positive'"),
-    ('{"Edema": {"positive": ["a"], "negative": "b"}}', "'negative'"), ('{"Edema": {"positive": ["a"]}}', "'negative'"),
+    ('{"Edema": {"positive": ["a"], "negative": "b"}}', "'negative'"),
+    ('{"Edema": {"positive": ["a"]}}', "'negative'"),
     ('{"Edema": {"positive": ["a", 3], "negative": ["b"]}}', "'positive'"),
-    ('{"Edema": {"positive": ["a", " "], "negative": ["b"]}}', "'positive'"),
-])  # fmt: skip
+    ('{"Edema": {"positive": ["a", " "], "negative": ["b"]}}', "'positive'")])  # fmt: skip
 def test_unusable_prompts_are_refused_by_file_and_finding(tmp_path, content, named):
     path = tmp_path / "p.json"
     if content is not None:
@@ -152,11 +150,11 @@ def test_read_table_reads_quotes_byte_order_marks_and_gzip(tmp_path):
     ("t.csv", b"Path,Mass\na.png,1\n", ["'path'", "Path, Mass"]),
     ("t.csv", b"path,Mass,Mass\na.png,1,0\n", ["'Mass'", "duplicated"]),
     ("t.csv", b"path,Mass\na.png,1,0\n", ["row 2"]), ("t.csv", b"path,Mass\na.png,1\nb.png,1,0\n", ["row 3"]),
-    ("t.csv", b"path,Mass\na.png,1\nb.png\n", ["row 3"]), ("t.csv", b"path,Mass\na.png,1\n\nb.png,1\n", ["row 3"]),
-    ("t.csv", b"path;Mass\na.png;1\n", ["';'"]), ("t.csv", b"path\tMass\na.png\t1\n", ["'\\t'"]),
-    ("t.csv", b"path,Mass\n\xff\xfe.png,1\n", ["CSV"]), ("t.csv.gz", b"path,Mass\na.png,1\n", ["CSV"]),
-    ("t.csv.gz", gzip.compress(b"path,Mass\na.png,1\n")[:-12], ["CSV"]),
-])  # fmt: skip
+    ("t.csv", b"path,Mass\na.png,1\nb.png\n", ["row 3"]),
+    ("t.csv", b"path,Mass\na.png,1\n\nb.png,1\n", ["row 3"]), ("t.csv", b"path;Mass\na.png;1\n", ["';'"]),
+    ("t.csv", b"path\tMass\na.png\t1\n", ["'\\t'"]), ("t.csv", b"path,Mass\n\xff\xfe.png,1\n", ["CSV"]),
+    ("t.csv.gz", b"path,Mass\na.png,1\n", ["CSV"]),
+    ("t.csv.gz", gzip.compress(b"path,Mass\na.png,1\n")[:-12], ["CSV"])])  # fmt: skip
 def test_unusable_tables_are_refused_by_file_row_and_column(tmp_path, name, content, named):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -185,8 +183,8 @@ def test_other_labels_are_refused_by_file_row_column_and_value(value):
 
 
 @pytest.mark.parametrize("change", [
-    {"labels": [[0.0]]}, {"labels": [[0.5], [1]]}, {"labels": [[0, 1], [1, 0]]}, {"patients": ["p"]}, {"split": ["val"] * 3},
-])  # fmt: skip
+    {"labels": [[0.0]]}, {"labels": [[0.5], [1]]}, {"labels": [[0, 1], [1, 0]]}, {"patients": ["p"]},
+    {"split": ["val"] * 3}])  # fmt: skip
 def test_radiographs_refuse_columns_of_other_lengths_and_other_labels(change):
     good = {"labels": [[0], [1]], "class_names": "A", "patients": ["p", "q"], "split": ["train", "test"]}
     assert len(retune.Radiographs(np.zeros((2, 4, 4)), **good).images) == 2
@@ -199,7 +197,7 @@ def test_radiographs_refuse_columns_of_other_lengths_and_other_labels(change):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """The sizes of all batches of images that are encoded from now on."""
+    """The sizes of all image batches encoded from now on."""
     sizes, encode = [], retune.DualEncoder.encode_images
 
     def counting(self, pixels, *precision):
@@ -237,7 +235,7 @@ def test_a_cache_hit_encodes_nothing_and_any_change_of_input_misses(encoder, enc
 
 
 def write_grey(path: Path, value: int, time: int) -> None:
-    """An uncompressed image of one grey: all have one number of bytes."""
+    """An uncompressed image of one grey level: every such file has the same size."""
     Image.fromarray(np.full((40, 36), value, np.uint8)).save(path, "TIFF")
     os.utime(path, ns=(time, time))
 
@@ -343,8 +341,8 @@ def random_weights(model, seed=6):
 @pytest.mark.parametrize("negatives", [True, False])
 @pytest.mark.parametrize("pool", ["mean", "single", "max"])
 @pytest.mark.parametrize("kind, adapt", [
-    ("mlp", "both"), ("mlp", "shared"), ("mlp", "image"), ("linear", "both"), ("linear", "text"), ("residual", "both"),
-])  # fmt: skip
+    ("mlp", "both"), ("mlp", "shared"), ("mlp", "image"), ("linear", "both"), ("linear", "text"),
+    ("residual", "both")])  # fmt: skip
 def test_logits_scores_loss_and_gradients_are_the_plain_float64_ones(kind, adapt, pool, negatives):
     bank = small_bank()
     images = torch.randn(5, 6, generator=torch.Generator().manual_seed(7)) * 3
@@ -449,9 +447,9 @@ def test_the_residual_adaptor_starts_at_zero_shot_of_normalised_embeddings():
 
 
 @pytest.mark.parametrize("kind, adapt, count", [
-    ("mlp", "both", 2 * (128 * 256 + 256 + 256 * 128 + 128)), ("mlp", "shared", 128 * 256 + 256 + 256 * 128 + 128),
-    ("linear", "image", 128 * 128 + 128), ("mlp", "none", 0),
-])  # fmt: skip
+    ("mlp", "both", 2 * (128 * 256 + 256 + 256 * 128 + 128)),
+    ("mlp", "shared", 128 * 256 + 256 + 256 * 128 + 128), ("linear", "image", 128 * 128 + 128),
+    ("mlp", "none", 0)])  # fmt: skip
 def test_adaptors_have_the_papers_sizes(kind, adapt, count):
     model = retune.RETune(128, kind, adapt)
     assert sum(p.numel() for p in model.parameters()) == count
@@ -579,11 +577,11 @@ def test_positives_only_tasks_hold_all_positives_of_their_new_class(data, scenar
 
 
 @pytest.mark.parametrize("scenario, options, named", [
-    ("sideways", {}, "'sideways' is not data, class, label"), ("data", {"parts": 0}, "--parts 0"), ("class", {"parts": 0}, "--parts 0"),
-    ("data", {"positives_only": True}, "--positives-only"), ("joint", {"positives_only": True}, "--positives-only"),
+    ("sideways", {}, "'sideways' is not data, class, label"), ("data", {"parts": 0}, "--parts 0"),
+    ("class", {"parts": 0}, "--parts 0"), ("data", {"positives_only": True}, "--positives-only"),
+    ("joint", {"positives_only": True}, "--positives-only"),
     ("class", {"parts": 3}, "--parts 3.* 1 to 2 parts"), ("class", {"order": ["A", "C"]}, "A C .*: A, B"),
-    ("class", {"order": ["A"]}, "A, B"),
-])  # fmt: skip
+    ("class", {"order": ["A"]}, "A, B")])  # fmt: skip
 def test_unusable_scenarios_are_refused(scenario, options, named):
     with pytest.raises(ValueError, match=named):
         retune.make_tasks(scenario, np.ones((9, 2)), ["A", "B"], **{"parts": 2, "seed": 0} | options)
@@ -710,13 +708,14 @@ def tasks_of(*classes):
 
 KEYS = ("average_auroc", "forgetting", "backward_transfer", "forward_transfer")
 BY_HAND = {  # tasks, A[1..T], A[0], the four measures
-    "class": (tasks_of((0,), (1,), (2,)), [[0.9, 0.5, 0.5], [0.8, 0.8, 0.6], [0.7, 0.85, 0.9]], [0.6, 0.55, 0.5],
+    "class": (tasks_of((0,), (1,), (2,)),
+              [[0.9, 0.5, 0.5], [0.8, 0.8, 0.6], [0.7, 0.85, 0.9]], [0.6, 0.55, 0.5],
               (2.45 / 3, (0.2 - 0.05) / 2, (-0.2 + 0.05) / 2, ((0.5 - 0.55) + (0.6 - 0.5)) / 2)),
     "data": (tasks_of((0, 1), (0, 1), (0, 1)), [[0.7, 0.6], [0.9, 0.65], [0.8, 0.7]], [0.5, 0.5],
              (0.75, (0.1 - 0.05) / 2, (0.1 + 0.1) / 2, NAN)),
     "label": (tasks_of((1,), (1, 0)), [[0.6, 0.9], [0.8, 0.7]], [0.5, 0.4], (0.75, 0.2, -0.2, 0.1)),
-    "unscored": (tasks_of((0,), (1,), (2,)), [[0.9, NAN, 0.5], [0.8, NAN, 0.6], [0.7, NAN, 0.9]], [0.6, NAN, 0.5],
-                 (0.8, 0.2, -0.2, 0.1)),
+    "unscored": (tasks_of((0,), (1,), (2,)), [[0.9, NAN, 0.5], [0.8, NAN, 0.6], [0.7, NAN, 0.9]],
+                 [0.6, NAN, 0.5], (0.8, 0.2, -0.2, 0.1)),
     "joint": (tasks_of((0, 1)), [[0.7, 0.9]], [0.5, 0.5], (0.8, NAN, NAN, NAN)),
     "zero": ([], np.empty((0, 2)), [0.5, 0.7], (0.6, NAN, NAN, NAN)),
 }  # fmt: skip
@@ -753,7 +752,7 @@ def test_continual_metrics_follow_their_definitions(seed, n_tasks, n_classes):
 
 
 def train(model, embeddings, labels, tasks, bank=None, **options):
-    """Fit tasks one after the other with one optimiser, as a run does; the weights."""
+    """The weights after fitting tasks one after the other with one optimiser, as a run does."""
     options = {"epochs": 3, "batch_size": 8, "generator": torch.Generator().manual_seed(11)} | options
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for task in tasks:
@@ -937,8 +936,8 @@ def test_a_folder_of_another_run_says_what_differs(csv_set, tmp_path, capsys):
     other = save_random_encoder(tmp_path / "other", seed=1)
     for options, named in (
         (["--epochs", "3"], ["epochs 1", "now 3"]), (["--seed", "28"], ["seed 27", "now 28"]),
-        (["--lr", "0.5", "--pool", "max"], ["lr 0.001", "0.5", "pool mean", "max"]), (["--encoder", other], ["encoder"]),
-    ):  # fmt: skip
+        (["--lr", "0.5", "--pool", "max"], ["lr 0.001", "0.5", "pool mean", "max"]),
+        (["--encoder", other], ["encoder"])):  # fmt: skip
         line = read_failure(capsys, [*arguments, *options])
         assert all(text in line for text in [str(tmp_path / "run"), "another run", *named]), line
     prompts.write_text(prompts.read_text().replace("pulmonary edema", "edema of the lungs"))
@@ -961,7 +960,7 @@ def saved_weights(folder, kind, n_classes):
 
 @pytest.mark.parametrize("scenario, adaptor, rule", [("class", "residual", "pos"), ("zero", "mlp", "diff")])
 def test_predict_gives_the_runs_own_scores(csv_set, encoder, capsys, scenario, adaptor, rule):
-    """A `zero` run has nothing trained: it predicts zero-shot."""
+    """A `zero` run has trained nothing: it predicts zero-shot."""
     root, rows, arguments = csv_set
     run, rows = root.parent / "run", [row for row in rows if row["split"] == "test"]
     options = ["--scenario", scenario, "--adaptor", adaptor, "--score", rule, "--lr", "0.05"]
@@ -1014,7 +1013,7 @@ def test_predict_refuses_what_does_not_fit_and_skips_bad_images_if_asked(csv_set
 
 
 def test_metrics_json_follows_from_the_saved_adaptors(demo_arguments, finished, encoder):
-    """Everything again from the files: adaptors, cached embeddings, prompts, in plain float64."""
+    """Everything recomputed from the files in plain float64: adaptors, cached embeddings, prompts."""
     metrics = read_metrics(finished)
     cache = Path(demo_arguments[demo_arguments.index("--cache-dir") + 1])
     data = retune.load_radiographs(retune.Config(demo_images=240))
@@ -1099,17 +1098,18 @@ def test_several_seeds_give_mean_and_deviation_of_their_runs(demo_arguments, tmp
 
 
 @pytest.mark.parametrize("options, named", [
-    ("--data-dir nowhere", "--data-dir nowhere"), ("--labels-csv none.csv", "none.csv"), ("--data demo", "--data-dir"),
-    ("--classes Edema Mas", "'Mas': did you mean 'Mass'"), ("--classes Edema Edema", "--classes"),
-    ("--class-order Mass", "--class-order"), ("--class-order Mass Edemaa", "--class-order Mass Edemaa"),
-    ("--scenario data --parts 7", "--parts 7"), ("--parts 0", "--parts 0"), ("--scenario data --positives-only", "only"),
-    ("--lr -1", "--lr"), ("--lr nan", "--lr nan"), ("--epochs 0", "--epochs 0"), ("--batch-size 0", "--batch-size 0"),
+    ("--data-dir nowhere", "--data-dir nowhere"), ("--labels-csv none.csv", "none.csv"),
+    ("--data demo", "--data-dir"), ("--classes Edema Mas", "'Mas': did you mean 'Mass'"),
+    ("--classes Edema Edema", "--classes"), ("--class-order Mass", "--class-order"),
+    ("--class-order Mass Edemaa", "--class-order Mass Edemaa"), ("--scenario data --parts 7", "--parts 7"),
+    ("--parts 0", "--parts 0"), ("--scenario data --positives-only", "only"), ("--lr -1", "--lr"),
+    ("--lr nan", "--lr nan"), ("--epochs 0", "--epochs 0"), ("--batch-size 0", "--batch-size 0"),
     ("--seed -1", "--seed -1"), ("--workers -1", "--workers -1"), ("--device abacus", "--device abacus"),
-    ("--encoder nowhere/encoder", "nowhere/encoder"), ("--prompts none.json", "none.json"), ("--view pa", "--view pa"),
-    ("--output labels.txt/run", "--output labels.txt/run"), ("--output runs/{nonsense}", "--output runs/{nonsense}"),
-    ("--method nonsense", "--method 'nonsense'"), ("--method nonsense:Class", "--method nonsense:Class"),
-    ("--method pathlib:Path", "--method pathlib:Path"), ("--set memory=5", "--set memory=5"),
-])  # fmt: skip
+    ("--encoder nowhere/encoder", "nowhere/encoder"), ("--prompts none.json", "none.json"),
+    ("--view pa", "--view pa"), ("--output labels.txt/run", "--output labels.txt/run"),
+    ("--output runs/{nonsense}", "--output runs/{nonsense}"), ("--method nonsense", "--method 'nonsense'"),
+    ("--method nonsense:Class", "--method nonsense:Class"),
+    ("--method pathlib:Path", "--method pathlib:Path"), ("--set memory=5", "--set memory=5")])  # fmt: skip
 def test_bad_options_exit_2_with_the_option_and_the_value(csv_set, capsys, monkeypatch, options, named):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     Path("labels.txt").write_text("a file where a folder should be")

@@ -1,7 +1,7 @@
 """Aligns a frozen image encoder with a frozen text encoder, and measures what that is worth downstream.
 
 python -m adaptor                                             # embedded demo, nothing to download
-python -m adaptor --data mimic --data-dir DIR --image-encoder facebook/dinov2-base ...    # your data, encoders
+python -m adaptor --data mimic --data-dir DIR --image-encoder facebook/dinov2-base ...  # your data, encoders
 python -m adaptor --export pair && python retune.py --encoder pair --scenario class
 python -m adaptor grid                                        # all pairs of encoders, ablations
 """
@@ -25,7 +25,7 @@ def execute(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 0 on success, 2 with one line on standard error for bad input."""
+    """Run a command line: 0, or 2 with one line on standard error for bad input."""
     return retune.main(argv, execute)
 
 

@@ -31,7 +31,7 @@ def labelled_rows(data: Radiographs, config: Config, repeat: int) -> dict[float,
 
 
 def labelled_shares(data: Radiographs, config: Config) -> list[str]:
-    """The least labelled share that each image is in, first repeat; "" outside the training split."""
+    """The smallest labelled share that holds each image, first repeat; "" outside the training split."""
     share = np.full(len(data.images), "", object)
     for fraction, rows in sorted(labelled_rows(data, config, 0).items(), reverse=True):
         share[rows] = f"{fraction:g}"
@@ -40,10 +40,8 @@ def labelled_shares(data: Radiographs, config: Config) -> list[str]:
 
 def build_head(dim: int, classes: int) -> nn.Sequential:
     """The authors' classification head. Theirs lets a batch's images attend to each other, an oversight."""
-    return nn.Sequential(
-        nn.Dropout(0.1), nn.Linear(dim, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(), nn.Dropout(0.1),
-        nn.Linear(512, classes),
-    )  # fmt: skip
+    return nn.Sequential(nn.Dropout(0.1), nn.Linear(dim, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(),
+                         nn.Dropout(0.1), nn.Linear(512, classes))  # fmt: skip
 
 
 def train_head(features: torch.Tensor, labels: torch.Tensor, rows: dict, config: Config, seed: int) -> dict:
@@ -85,7 +83,7 @@ def train_head(features: torch.Tensor, labels: torch.Tensor, rows: dict, config:
 
 @torch.inference_mode()
 def measure_head(head: nn.Module, features, labels, rows: np.ndarray, config: Config) -> dict:
-    """retune's metrics of the head's answers; multi-class: softmax scores, the largest is the prediction."""
+    """retune's metrics of the head's outputs; multi-class: softmax scores, the largest is the prediction."""
     logits = head.eval()(features[torch.from_numpy(rows)]).cpu()
     scores = logits.softmax(1) if config.multiclass else logits.sigmoid()
     chosen = F.one_hot(scores.argmax(1), scores.shape[1]) if config.multiclass else scores > 0.5
@@ -130,7 +128,7 @@ def classify(model: Adaptor, images: np.ndarray, data: Radiographs, config: Conf
 
 
 def probe(images: np.ndarray, data: Radiographs) -> list[list]:
-    """Rows [what, test AUROC, 2.5%, 97.5%] of a linear probe on the bare embeddings, and of the view alone."""
+    """Rows [what, test AUROC, 2.5%, 97.5%] of a linear probe on bare embeddings, and of the view alone."""
     from sklearn.linear_model import LogisticRegressionCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

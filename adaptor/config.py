@@ -16,7 +16,8 @@ class Config:
     """Every setting of a run; the command line is made from it. The data set decides what is None here."""
 
     # fmt: off
-    data: str = setting("demo", "data set", choices=(*retune.DATASETS, "siim", "rsna", "covidx"), group="data")
+    data: str = setting("demo", "data set", choices=(*retune.DATASETS, "siim", "rsna", "covidx"),
+                        group="data")
     data_dir: str | None = setting(None, "folder of the data set")
     labels_csv: str | None = setting(None, "label file instead of the data set's own")
     classes: tuple[str, ...] | None = setting(None, "findings, in order", nargs="+")
@@ -76,12 +77,13 @@ class Config:
     export: str | None = setting(None, "new folder for the aligned pair (retune.py --encoder)", group="run")
     seed: int = setting(42, "seed")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    output: str = setting("runs/adaptor-{data}-{image_encoder}-{text_encoder}-seed{seed}", "folder of the run")
+    output: str = setting("runs/adaptor-{data}-{image_encoder}-{text_encoder}-seed{seed}",
+                          "folder of the run")
     # fmt: on
 
     def __post_init__(self):
-        counts = "demo_images text_tokens image_size encode_batch width heads feedforward epochs batch_size patience"
-        counts += " repeats head_batch head_epochs mask_batch mask_epochs mask_images decoder_width"
+        counts = "demo_images text_tokens image_size encode_batch width heads feedforward epochs batch_size"
+        counts += " patience repeats head_batch head_epochs mask_batch mask_epochs mask_images decoder_width"
         check_values(self, f"{counts} lr head_lr mask_lr", lambda value: 0 < value < math.inf, "be positive")
         decays = "weight_decay head_weight_decay mask_weight_decay layers"
         check_values(self, decays, lambda value: 0 <= value < math.inf, "not be negative")
@@ -96,21 +98,22 @@ class Config:
 
 # arXiv 2401.01179 and the authors' scripts
 AUTHORS = {
-    "epochs": 50, "lr": 2e-5, "batch_size": 1024, "patience": 10, "width": 768, "heads": 12, "feedforward": 2048,
-    "standardise": "no", "head_lr": 5e-4, "head_weight_decay": 0.05, "head_batch": 128, "head_epochs": 50,
-    "mask_lr": 5e-4, "mask_weight_decay": 1e-4, "mask_batch": 4, "mask_epochs": 50, "decoder_width": 512,
-    "augment": "yes", "balance": "no", "fractions": (0.01, 0.1, 1.0),
+    "epochs": 50, "lr": 2e-5, "batch_size": 1024, "patience": 10, "width": 768, "heads": 12,
+    "feedforward": 2048, "standardise": "no", "head_lr": 5e-4, "head_weight_decay": 0.05, "head_batch": 128,
+    "head_epochs": 50, "mask_lr": 5e-4, "mask_weight_decay": 1e-4, "mask_batch": 4, "mask_epochs": 50,
+    "decoder_width": 512, "augment": "yes", "balance": "no", "fractions": (0.01, 0.1, 1.0),
 }  # fmt: skip
 PUBLISHED = {  # what differs from them for a data set; MIMIC-CXR is where they pre-train
-    "mimic": {"text_tokens": 112},
-    "chexpert": {}, "covidx": {"patience": 5}, "siim": {"mask_epochs": 100, "image_size": 896, "balance": "yes"},
-    "rsna": {"head_lr": 5e-5, "head_weight_decay": 1e-4, "head_batch": 512, "head_epochs": 100, "image_size": 224},
+    "mimic": {"text_tokens": 112}, "chexpert": {}, "covidx": {"patience": 5},
+    "siim": {"mask_epochs": 100, "image_size": 896, "balance": "yes"},
+    "rsna": {"head_lr": 5e-5, "head_weight_decay": 1e-4, "head_batch": 512, "head_epochs": 100,
+             "image_size": 224},
 }  # fmt: skip
 # (ours) for sets on which the authors' schedule would take a few hundred steps
 SMALL = AUTHORS | {
-    "epochs": 20, "lr": 5e-4, "batch_size": 256, "width": 256, "heads": 8, "feedforward": 512, "standardise": "yes",
-    "head_batch": 64, "head_epochs": 30, "mask_batch": 8, "mask_lr": 1e-3, "mask_epochs": 10, "decoder_width": 64,
-    "augment": "no",
+    "epochs": 20, "lr": 5e-4, "batch_size": 256, "width": 256, "heads": 8, "feedforward": 512,
+    "standardise": "yes", "head_batch": 64, "head_epochs": 30, "mask_batch": 8, "mask_lr": 1e-3,
+    "mask_epochs": 10, "decoder_width": 64, "augment": "no",
 }  # fmt: skip
 
 

@@ -105,8 +105,8 @@ def load_covidx(config) -> Radiographs:
 
 
 def rle_to_mask(text: str, height: int, width: int, row: str = "") -> np.ndarray:
-    """SIIM's run-lengths -> bool [height, width]; "-1" or "" is an empty mask. Pairs "gap length", each gap counted
-    from the end of the run before; pixels are numbered down the columns."""
+    """SIIM's run-lengths -> bool [height, width]; "-1" or "" is an empty mask. Pairs "gap length", each gap
+    counted from the end of the run before; pixels are numbered down the columns."""
     mask = np.zeros(height * width, bool)
     words = [] if text == "-1" else text.split()
     numbers = [int(word) if word.isdecimal() else math.inf for word in words]

@@ -20,7 +20,7 @@ TEXT = {"model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2, "num_a
         "intermediate_size": 256, "max_position_embeddings": 128, "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0}  # fmt: skip
 TRANSFORM = {"resize": 64, "crop": 64, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.25] * 3}
-PHANTOMS = 3000  # images to clean; the reports of as many again are read
+PHANTOMS = 3000  # images to denoise; as many other phantoms give the reports
 STEPS = {"image": 250, "text": 300}
 BATCH = 64
 
@@ -82,10 +82,9 @@ def minimise(loss: Callable[[], torch.Tensor], modules: Sequence[nn.Module], ste
 def train_image(encoder: DualEncoder, images: Sequence, steps: int) -> None:
     """Denoising autoencoder: from a noisy film's map [B, 128, 8, 8] to the clean film at half size."""
     pixels = torch.stack([encoder.transform(torch.from_numpy(np.asarray(image))[None]) for image in images])
-    decoder = nn.Sequential(
-        nn.Conv2d(128, 16, 1), nn.Conv2d(16, 64, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2),
-        nn.Conv2d(64, 32, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(32, 1, 3, padding=1),
-    )  # fmt: skip
+    decoder = nn.Sequential(nn.Conv2d(128, 16, 1), nn.Conv2d(16, 64, 3, padding=1), nn.ReLU(),
+                            nn.Upsample(scale_factor=2), nn.Conv2d(64, 32, 3, padding=1), nn.ReLU(),
+                            nn.Upsample(scale_factor=2), nn.Conv2d(32, 1, 3, padding=1))  # fmt: skip
 
     def loss() -> torch.Tensor:
         clean = pixels[torch.randint(len(pixels), (BATCH,))]  # [B, 3, 64, 64]
@@ -98,7 +97,7 @@ def train_image(encoder: DualEncoder, images: Sequence, steps: int) -> None:
 
 
 def train_text(encoder: DualEncoder, reports: Sequence[str], steps: int) -> None:
-    """Masked language model: 15% of the words are replaced by [MASK] and have to be named."""
+    """Masked language model: 15% of the words are replaced by [MASK] and have to be predicted."""
     ids, attention = encoder.tokenize(list(reports)).values()
     mask_id = encoder.tokenizer.mask_token_id
     decoder = nn.Linear(128, len(encoder.tokenizer))

@@ -30,7 +30,7 @@ class Backbones(DualEncoder):
     """Two towers without heads; `tower_ids` are fingerprints of their published weights and pooling."""
 
     def fingerprint(self) -> str:
-        """Of the image side alone: the key of its embeddings, which serve every text encoder."""
+        """Of the image side only: the key of its embeddings, which serve every text encoder."""
         return fingerprint(self.image.state_dict(), [self.config["image"], self.config["transform"]])
 
 
@@ -49,7 +49,7 @@ def blank_pixels(encoder: DualEncoder) -> torch.Tensor:
 
 
 def load_backbones(config) -> Backbones:
-    """The two frozen towers; of an encoder in retune's folder format (`tiny` too) without its joint projection."""
+    """The two frozen towers; an encoder in retune's folder format (`tiny` too) loses its joint projection."""
     image, image_state, transform = load_side("image", config)
     text, text_state, tokenizer = load_side("text", config)
     image_id = fingerprint(image_state, image["pool"])
@@ -197,7 +197,7 @@ def read_transform(processor: dict) -> dict:
 
 
 def resize_positions(model: dict, state: dict[str, torch.Tensor], size: int) -> None:
-    """Interpolate a ViT's positions [1, k + g * g, d] to another image size; DINOv2 and timm do so alone."""
+    """Interpolate a ViT's positions [1, k + g * g, d] to another size; DINOv2 and timm do so themselves."""
     key = "image.tower.embeddings.position_embeddings"
     if "image.tower.timm_model.pos_embed" in state:
         model["model_args"] = {"dynamic_img_size": True}
@@ -236,7 +236,7 @@ def open_timm(model: str, file: str, pool: str | None) -> tuple[dict, dict, dict
 
 
 def match_tensors(found: dict, wanted: dict) -> dict:
-    """`found` under the names of `wanted`: by name, else one by one in order; ValueError where shapes differ."""
+    """`found` under the names of `wanted`: by name, else one by one in order; ValueError if shapes differ."""
     if set(wanted) <= set(found):
         found = {name: found[name] for name in wanted}
     if len(found) != len(wanted):
@@ -247,8 +247,8 @@ def match_tensors(found: dict, wanted: dict) -> dict:
     return dict(zip(wanted, found.values()))
 
 
-# torchxrayvision's ResNet autoencoder `101-elastic` (arXiv 2102.09475): the encoder is a ResNet in transformers'
-# layout but for the last stage's stride of 6 and a ReLU; grey pixels from -1024 to 1024 at 224
+# torchxrayvision's ResNet autoencoder `101-elastic` (arXiv 2102.09475): the encoder is a ResNet in the layout
+# of transformers, but for the last stage's stride of 6 and a ReLU; grey pixels from -1024 to 1024 at 224
 AUTOENCODER = {"model_type": "resnet", "embedding_size": 64, "hidden_sizes": [256, 512, 1024, 512],
                "depths": [3, 4, 23, 2], "layer_type": "bottleneck"}  # fmt: skip
 
@@ -258,7 +258,7 @@ def open_autoencoder(model: str, file: str, pool: str | None) -> tuple[dict, dic
     if model != "101-elastic" or not file:
         raise InputError(f"--image-encoder torchxrayvision:{model}: give torchxrayvision:101-elastic=FILE")
     found = {k: v for k, v in read_state(file).items() if re.match(r"(conv1|bn1|layer\d)\.", k)}
-    found["conv1.weight"] = found["conv1.weight"].repeat(1, 3, 1, 1) / 3  # the grey channel comes three times
+    found["conv1.weight"] = found["conv1.weight"].repeat(1, 3, 1, 1) / 3  # grey is repeated three times
     part = {"model": dict(AUTOENCODER), "pool": pool or "mean", "head": [], "last_stride": 6}
     with torch.device("meta"):
         wanted = retune.Tower(part).state_dict()

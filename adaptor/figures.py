@@ -15,7 +15,7 @@ POINTS = 600  # most images of a t-SNE
 
 
 def new_figure(width: float, height: float):
-    """A figure; None without matplotlib, which is said."""
+    """A figure; None, with a message, without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return retune.log("no figures: pip install matplotlib")
     from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ def save_figure(figure, path: Path) -> None:
 
 
 def draw_overlay(path: Path, encoder, data, rows: np.ndarray, true, predicted) -> None:
-    """Image rows [B] with their true outlines above the predicted ones, bool [B, C, H, W], a colour per finding."""
+    """Image rows [B] with true outlines above predicted ones, bool [B, C, H, W]; a colour per finding."""
     if (figure := new_figure(2.6 * len(rows), 5.8)) is None:
         return
     axes = figure.subplots(2, len(rows), squeeze=False)
@@ -49,7 +49,7 @@ def draw_overlay(path: Path, encoder, data, rows: np.ndarray, true, predicted) -
 
 @torch.no_grad()
 def draw_embeddings(path: Path, model, pairs, data, seed: int) -> None:
-    """t-SNE of test images before the adaptor, and of images and their texts after it, by the commonest finding."""
+    """t-SNE of test images before the adaptor, and with their texts after it; red: the commonest finding."""
     from sklearn.manifold import TSNE
 
     rows = pairs.rows["test"][0][:POINTS]

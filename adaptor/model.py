@@ -1,4 +1,4 @@
-"""The method: projections, shared transformer layers, the contrastive loss; saved, loaded, exported, counted."""
+"""The method: projections, shared transformer layers, contrastive loss; saving, loading, export, counts."""
 
 import copy
 from pathlib import Path
@@ -28,7 +28,7 @@ class Layer(nn.TransformerEncoderLayer):
 class Adaptor(nn.Module):
     """Projections and L transformer layers, whose weights serve both directions: image <- layer(image,
     query=text), then text <- layer(text, query=new image). With one token a modality the query cannot matter:
-    nothing leaks from a pair's one half into the other. Outputs are not normalised."""
+    nothing leaks from one half of a pair into the other. Outputs are not normalised."""
 
     def __init__(
         self, image_dim: int, text_dim: int, width: int = 768, layers: int = 2, heads: int = 12,
@@ -64,7 +64,7 @@ class Adaptor(nn.Module):
 
     @torch.no_grad()
     def features(self, images: torch.Tensor, kind: str = "adaptor") -> torch.Tensor:
-        """What downstream tasks get of images [B, d] or tokens [B, T, d]: adapted and L2-normalised, or bare."""
+        """Downstream features of images [B, d] or tokens [B, T, d]: adapted and L2-normalised, or bare."""
         if kind == "bare backbone":
             return self.centre("image", images)
         return F.normalize(self.alone("image", images), dim=-1)
@@ -87,7 +87,7 @@ class Adaptor(nn.Module):
 
 
 def contrastive_loss(image, text, log_scale: torch.Tensor, text_to_image: float = 0.75) -> torch.Tensor:
-    """Contrastive loss of pairs [B, P], normalised here; the texts' choice of an image weighs `text_to_image`."""
+    """Contrastive loss of pairs [B, P], normalised here; `text_to_image` weighs the texts' choice."""
     logits = log_scale.exp() * F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).T  # [B texts, B images]
     pair = torch.arange(len(logits), device=logits.device)
     texts_choose = F.cross_entropy(logits, pair)
@@ -106,7 +106,7 @@ def load_adaptor(folder: str | Path, encoder) -> Adaptor:
 
 
 def export_pair(model: Adaptor, encoder: DualEncoder, directory: str) -> None:
-    """Write towers and adaptor for retune (ours): a token attends to itself alone, so a side is a plain head."""
+    """Write the aligned pair for retune (ours): a lone token attends to itself, so a side is a plain head."""
     if "last_stride" in encoder.config["image"]:
         raise InputError("--export: retune.py has no setting for the stride of torchxrayvision's autoencoder")
     names = {"d_model": "width", "nhead": "heads", "dropout": "dropout", "dim_feedforward": "feedforward"}

@@ -1,4 +1,4 @@
-"""Image-report pairs, pre-training on them in epochs that resume, and retrieval, which says what was learned."""
+"""Image-report pairs, pre-training on them in resumable epochs, and retrieval to measure what was learned."""
 
 import math
 import re
@@ -22,7 +22,7 @@ SECTION = re.compile(r"^[ \t]*([A-Z][A-Z /,()]+):", re.MULTILINE)  # a title in 
 
 
 def read_report(path: Path) -> str:
-    """A MIMIC-CXR report as the authors read it: words of impression and findings, else of all; "" if missing."""
+    """A MIMIC-CXR report as the authors read it: words of impression and findings, or all; "" if missing."""
     if not path.is_file():
         return ""
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -56,7 +56,7 @@ def make_texts(config, data: Radiographs) -> tuple[list[str], str]:
 
 
 def embed_texts(encoder: DualEncoder, texts: Sequence[str], cache_dir: str) -> torch.Tensor:
-    """Every text's embedding [n, d_text], not normalised, made once; what exceeds the tower's context is cut."""
+    """Every text's embedding [n, d_text], not normalised, cached; what exceeds the tower's context is cut."""
     key = fingerprint(encoder.text.state_dict(), [encoder.config["text"], list(texts)])[:20]
     file = Path(cache_dir) / f"texts-{key}.safetensors"
     if not file.exists():
@@ -69,7 +69,7 @@ def embed_texts(encoder: DualEncoder, texts: Sequence[str], cache_dir: str) -> t
 
 @dataclass
 class Pairs:
-    """Embeddings [N, d_image], [n, d_text] and words of pairs; split -> (image rows, text rows), int64 each."""
+    """Embeddings [N, d_image], [n, d_text], words of pairs; split -> (image rows, text rows), both int64."""
 
     images: np.ndarray
     texts: torch.Tensor
@@ -96,8 +96,8 @@ def make_pairs(config, data: Radiographs, texts: Sequence[str], encoder: DualEnc
 
 def train_epochs(folder: Path, model, optimizer, seed: int, epochs: int, patience: int, one_epoch) -> list:
     """Call `one_epoch(k)` for each epoch that `folder` does not hold yet; the results of all, each with a
-    "score" on validation. The model ends with the best one's weights; `patience` epochs without a better one
-    end the training. An epoch has a seed of its own and ends on disk: a killed process goes on bit for bit."""
+    validation "score". The model ends with the best epoch's weights; `patience` epochs without a better one
+    end the training. Each epoch has its own seed and ends on disk: a killed run resumes bit for bit."""
     folder.mkdir(parents=True, exist_ok=True)
     resumable = retune.Method()  # what retune's checkpoints take
     resumable.trained = model
@@ -156,7 +156,7 @@ def pretrain(model: Adaptor, pairs: Pairs, config: Config) -> list[dict]:
         losses = []
         for i, batch in enumerate(torch.randperm(n).split(config.batch_size)):
             if len(batch) == 1:
-                continue  # one pair alone has nothing to be told from
+                continue  # a lone pair has no negatives
             factor = step_factor(k * per_epoch + i, config.epochs * per_epoch)
             optimizer.param_groups[0]["lr"] = config.lr * factor
             image, text = model(*pairs.read("train", batch, model.log_scale))
@@ -201,7 +201,7 @@ def retrieval(image: torch.Tensor, text: torch.Tensor, words: Sequence[str]) -> 
 
 
 def recall(query: torch.Tensor, asked: torch.Tensor, candidates: torch.Tensor, offered: torch.Tensor) -> dict:
-    """Recalls of queries [q, P] that ask for the group asked [q] among candidates [c, P] of groups offered [c]."""
+    """Recalls of queries [q, P] for groups asked [q] among candidates [c, P] of groups offered [c]."""
     ranks = []
     for part, wanted in zip(query.split(1024), asked.split(1024)):
         scores = part @ candidates.T  # [b, c]

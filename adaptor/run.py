@@ -35,7 +35,7 @@ def run(config: Config) -> dict:
         own = load_adaptor(config.pretrained, encoder).settings
         config = dataclasses.replace(config, **{key: own[key] for key in own if not key.endswith("_dim")})
     texts, source = make_texts(config, data)
-    if config.pretrained and source != "reports":  # of captions, the wording would be what is measured
+    if config.pretrained and source != "reports":  # with captions, their wording would be measured
         texts = []
         source = "not used"
     counts = ", ".join(f"{len(data.where(split)):,} {split}" for split in ("train", "val", "test"))
@@ -100,7 +100,7 @@ def run_stages(config: Config, data: Radiographs, texts, encoder: DualEncoder, d
                        "trainable_parameters": trained, "end_to_end_parameters": whole}  # fmt: skip
     retune.write_splits(folder / "splits.csv", data, "labelled share", labelled_shares(data, config))
     retune.write_text(folder / "table.md", summary(metrics) + "\n")
-    for name in ("pretraining", "segmentation"):  # just before the end, lest a kill come in between
+    for name in ("pretraining", "segmentation"):  # just before the end, in case of a kill in between
         shutil.rmtree(folder / name, ignore_errors=True)
     retune.write_json(folder / "metrics.json", metrics)
     return metrics

@@ -25,7 +25,7 @@ KEPT = 4000  # images whose tokens stay in memory while nothing augments them
 
 
 def convolution(inputs: int, outputs: int, size: int, padding: int = 1) -> nn.Conv2d:
-    """With Kaiming's initialisation."""
+    """A convolution with Kaiming's initialisation."""
     layer = nn.Conv2d(inputs, outputs, size, padding=padding)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return layer
@@ -38,7 +38,7 @@ def block(inputs: int, outputs: int, padding: int = 1) -> nn.Sequential:
 class PatchDecoder(nn.Module):
     """Patch tokens [B, T, d] on a square grid -> logits [B, C, size, size]. A first block brings the grid to
     size / 16 (16 x 16 tokens to 14 x 14, without padding), four blocks of `first`, 1/2, 1/4, 1/8 of it
-    double the map. Grids that need fewer doublings have those alone, and no first block (ours)."""
+    double the map. Grids that need fewer doublings have only those, and no first block (ours)."""
 
     def __init__(self, dim: int, first: int, classes: int, grid: int, size: int):
         super().__init__()
@@ -73,8 +73,8 @@ class UNetDecoder(nn.Module):
             raise InputError(f"--image-size {size}: the U-Net decoder takes 224, 448 or 896")
         doubling = nn.ConvTranspose2d(512, 512, 2, stride=2, bias=False)  # shared by every further one
         self.neck = nn.Sequential(
-            nn.ConvTranspose2d(dim, 512, 3, bias=False), nn.ConvTranspose2d(512, 512, 3, stride=2, bias=False),
-            *[doubling] * (size // 448),
+            nn.ConvTranspose2d(dim, 512, 3, bias=False),
+            nn.ConvTranspose2d(512, 512, 3, stride=2, bias=False), *[doubling] * (size // 448),
         )  # fmt: skip
         wide = [512, 512, 256, 128, 64]
         skips = [1024, 512, 256, 64]
@@ -110,8 +110,8 @@ def dice(prediction: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def mask_loss(logits: torch.Tensor, mask: torch.Tensor, kind: str = "log") -> torch.Tensor:
     """The authors' losses of logits and masks [B, C, H, W], smoothing 1. log: 10 focal - log(soft Dice of the
-    batch); dice: 1 - soft Dice; squares: 10 focal + sum over images of 1 - (sum pm + 1) / (sum p^2 + m^2 + 1),
-    their modified Dice, which they give logits for p, an oversight: here p is a probability."""
+    batch); dice: 1 - soft Dice; squares: 10 focal + sum over images of 1 - (sum pm + 1) / (sum p^2 + m^2 + 1)
+    (their modified Dice, in which their p are logits, an oversight: here p is a probability)."""
     entropy = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
     focal = 10 * ((1 - torch.exp(-entropy)) ** 2 * entropy).mean()
     p = logits.sigmoid()
@@ -134,7 +134,7 @@ def patch_tokens(encoder: DualEncoder, pixels: torch.Tensor) -> torch.Tensor:
 
 
 class FrozenImages:
-    """Frozen features and masks of a data set's images: tokens [B, T, d], or for a U-Net embedding and maps."""
+    """Frozen features and masks of a data set: tokens [B, T, d] or, for a U-Net, embedding and maps."""
 
     def __init__(self, encoder: DualEncoder, data: Radiographs, masks: Callable, config: Config, device: str):
         self.encoder = encoder.to(device)
@@ -150,7 +150,7 @@ class FrozenImages:
             raise InputError(f"--image-encoder {config.image_encoder}: gives no map of patch tokens")
 
     def load(self, image: torch.Tensor, row: int, angle: float, scale: float) -> tuple:
-        """An image [1 or 3, H, W], turned and scaled -> transformed pixels [3, h, h], masks bool [C, h, h]."""
+        """Image [1 or 3, H, W], turned and scaled -> transformed pixels [3, h, h], masks bool [C, h, h]."""
         mask = torch.from_numpy(self.masks(row, *image.shape[-2:])).byte()
         if scale != 1:
             image, mask = (functional.affine(x, angle, [0, 0], scale, [0.0]) for x in (image, mask))
@@ -271,7 +271,7 @@ def segment(model: Adaptor, encoder, data: Radiographs, masks, config: Config, d
 
 
 def segmentation_table(results: Sequence[dict]) -> str:
-    """Mean test Dice per labelled share, over all images and where the finding is present; then per finding."""
+    """Mean test Dice per labelled share, over all images and those with the finding; then per finding."""
     titles = {"dice": "test Dice, all images", "dice, with it": "test Dice, where present"}
     tables = [table_by_fraction(title, results, key) for key, title in titles.items()]
     largest = [r for r in results if r["fraction"] == max(r["fraction"] for r in results)]

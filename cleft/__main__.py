@@ -5,7 +5,7 @@
     python -m cleft prompt ..., evaluate ...           # with pretrain's options
     python -m cleft evaluate --model runs/cleft --data rsna --data-dir RSNA --output runs/cleft-rsna
     python -m cleft export --model runs/cleft --to FOLDER
-    python -m cleft tables --output results/cleft      # every table and figure: many runs; skips finished ones
+    python -m cleft tables --output results/cleft      # every table and figure; skips finished runs
     python -m cleft count, make-tiny                   # parameters of the real towers; makes demo/tiny
 
 Reference: Du, Chang & Dvornek, arXiv 2407.21011. What is ours and not the paper's says "(ours)".
@@ -109,7 +109,7 @@ def execute(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 0 on success, 2 with one line on standard error for bad input."""
+    """Run a command line: 0, or 2 with one line on standard error for bad input."""
     return retune.main(argv, execute)
 
 

@@ -2,14 +2,12 @@
 
 from cleft.config import Config
 
-# fmt: off
 # The assessment letters of EMBED's clinical table, mildest first, and the densities of the ACR.
 BI_RADS = {"N": "BI-RADS 1, negative", "B": "BI-RADS 2, benign", "A": "BI-RADS 0, incomplete",
            "P": "BI-RADS 3, probably benign", "S": "BI-RADS 4, suspicious",
-           "M": "BI-RADS 5, highly suggestive of malignancy", "K": "BI-RADS 6, known malignancy"}
-DENSITY = {"1": "almost entirely fatty", "2": "scattered fibroglandular densities", "3": "heterogeneously dense",
-           "4": "extremely dense"}
-# fmt: on
+           "M": "BI-RADS 5, highly suggestive of malignancy", "K": "BI-RADS 6, known malignancy"}  # fmt: skip
+DENSITY = {"1": "almost entirely fatty", "2": "scattered fibroglandular densities",
+           "3": "heterogeneously dense", "4": "extremely dense"}  # fmt: skip
 # Class name: what is known of an image of that class
 MAMMOGRAM_CLASSES = {text.split(",")[0]: {"assessment": letter} for letter, text in BI_RADS.items()}
 MAMMOGRAM_CLASSES |= {f"Density {letter}": {"density": digit} for letter, digit in zip("ABCD", DENSITY)}

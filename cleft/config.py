@@ -46,7 +46,8 @@ class Config:
     captions: str = setting("auto", "auto: reports if there are any", choices=("auto", "labels", "reports"))
     negative_captions: bool = setting(False, "captions name the absent findings too")
     caption_style: str = setting("simple", "wording of EMBED's captions and prompts", choices=STYLES)
-    foreground: str | None = setting(None, "crop to Otsu's foreground (authors: on)", choices=ON, group="images")
+    foreground: str | None = setting(None, "crop to Otsu's foreground (authors: on)", choices=ON,
+                                     group="images")
     augment: str | None = setting(None, "augmentation in training (authors: on)", choices=ON)
     steps: int | None = setting(None, "steps (authors: 40,000; demo: 200)", type=int, group="stage 1")
     lr: float | None = setting(None, "learning rate (authors: 4e-5; demo: 1e-3)", type=float)
@@ -59,7 +60,8 @@ class Config:
     checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     precision: str = setting("fp32", "arithmetic of the towers", choices=("fp32", "bf16"))
     save_every: int | None = setting(None, "steps between checkpoints (500; demo: 50)", type=int)
-    select: str = setting("best", "weights kept: of the lowest validation loss, or last", choices=("best", "last"))
+    select: str = setting("best", "weights kept: of the lowest validation loss, or last",
+                          choices=("best", "last"))
     context_tokens: int = setting(30, "learned context tokens", group="stage 2")
     prompt_steps: int | None = setting(None, "steps (authors: 8,000; demo: 300)", type=int)
     prompt_lr: float | None = setting(None, "learning rate (authors: 1e-4; demo: 0.1)", type=float)
@@ -94,14 +96,15 @@ class Config:
 
 
 # fmt: off
-AUTHORS = {"steps": 40_000, "lr": 4e-5, "batch_size": 288, "dim": 512, "prompt_steps": 8000, "prompt_lr": 1e-4,
-           "save_every": 500, "foreground": "on", "augment": "on", "context_length": 72}  # the published setting
+AUTHORS = {"steps": 40_000, "lr": 4e-5, "batch_size": 288, "dim": 512, "prompt_steps": 8000,
+           "prompt_lr": 1e-4, "save_every": 500, "foreground": "on", "augment": "on", "context_length": 72}
 SMALL = {"steps": 200, "lr": 1e-3, "batch_size": 128, "dim": 128, "prompt_steps": 300, "prompt_lr": 0.1,
          "save_every": 50, "foreground": "off", "augment": "off", "context_length": 64}  # (ours)
-TINY = {"data": "pretrain", "image": "small", "text": "small", "peft": "none", "demo_images": 12_000, "steps": 900,
-        "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.03, "captions": "reports", "seed": 0, "save_every": 500,
-        "projection_bias": False, "decay_all": True, "select": "last"}  # how demo/tiny is made (ours)
-DATA_SETTINGS = ("data", "data_dir", "labels_csv", "classes", "view", "uncertain", "blank", "size", "demo_images")
+TINY = {"data": "pretrain", "image": "small", "text": "small", "peft": "none", "demo_images": 12_000,
+        "steps": 900, "lr": 2e-3, "weight_decay": 0.05, "warmup": 0.03, "captions": "reports", "seed": 0,
+        "save_every": 500, "projection_bias": False, "decay_all": True, "select": "last"}  # demo/tiny (ours)
+DATA_SETTINGS = ("data", "data_dir", "labels_csv", "classes", "view", "uncertain", "blank", "size",
+                 "demo_images")
 EVALUATION = ("model", "balanced", "fractions", "finetune_epochs", "save_every")
 RUN_SETTINGS = ("output", "cache_dir", "device", "workers", "precision")
 # fmt: on

@@ -18,7 +18,7 @@ from retune import DualEncoder, InputError, Radiographs
 
 
 def load_pairs(config: Config) -> Radiographs:
-    """A data set: labels of the evaluated classes; as reports captions of all findings, or blanks."""
+    """A data set with labels of the evaluated classes; its reports are captions of all findings, or blank."""
     loaders = {"pretrain": load_pretrain, "rsna": load_rsna, "embed": load_embed}
     for name, load in (loaders | {"chexpert-5x200": load_chexpert_5x200}).items():
         retune.DATASETS[name] = functools.partial(load, config)  # retune checks what it reads
@@ -31,7 +31,7 @@ def load_pairs(config: Config) -> Radiographs:
     reports = reports or [chest_caption(row, data.class_names, config) for row in data.labels]
     changes = {"reports": reports, "class_names": wanted}
     changes["labels"] = data.labels[:, [list(data.class_names).index(name) for name in wanted]]
-    if config.data in ("demo", "pretrain"):  # drawn once, which takes longer than to train on them
+    if config.data in ("demo", "pretrain"):  # drawn once: drawing takes longer than training
         changes["images"] = np.stack([data.images[i] for i in range(len(data.images))])
     return dataclasses.replace(data, **changes)
 

@@ -31,7 +31,7 @@ class Cleft(nn.Module):
         self.train()
 
     def train(self, mode: bool = True):
-        """As of every module, but a frozen image tower stays in evaluation mode."""
+        """As for every module, but a frozen image tower stays in evaluation mode."""
         super().train(mode)
         self.encoder.image.tower.train(mode and not self.frozen_image)
         return self
@@ -59,7 +59,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
 def contrastive_step(scale: Tensor, images: Tensor, texts: Tensor, local_negatives: bool = False) -> Tensor:
     """Gradients of the batch's loss from this rank's unit vectors [B, D], to be summed over ranks; returns
     the loss. Negatives are all other pairs of the global batch (ours: ranks do not change the loss), or with
-    `local_negatives` this rank's. Batch normalisation always sees this rank's images alone."""
+    `local_negatives` this rank's. Batch normalisation always sees only this rank's images."""
     rank, world = retune.ranks()
     own = (images, texts)
     whole = world > 1 and not local_negatives
@@ -73,7 +73,7 @@ def contrastive_step(scale: Tensor, images: Tensor, texts: Tensor, local_negativ
     loss = contrastive_loss(*leaves, scale) / world
     loss.backward()
     gradients = [leaf.grad.split(len(images))[rank if whole else 0] for leaf in leaves]
-    # Of the global batch's loss every rank holds the whole gradient, of which the division left a share
+    # Every rank holds the whole gradient of the global batch's loss; the division above left a share of it
     torch.autograd.backward(own, [world * gradient if whole else gradient for gradient in gradients])
     loss = loss.detach()
     if world > 1:

@@ -13,12 +13,11 @@ import retune
 from cleft.config import PEFT, Config
 from retune import HERE, DualEncoder, InputError
 
-# fmt: off
 SMALL_IMAGE = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32, 64, 128],
-               "depths": [1, 1, 1, 1], "layer_type": "basic"}
+               "depths": [1, 1, 1, 1], "layer_type": "basic"}  # fmt: skip
 SMALL_TEXT = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64,
               "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None,
-              "eos_token_id": None}
+              "eos_token_id": None}  # fmt: skip
 COMMON = 10  # texts that a word must be in to be learnt: a name in a report must not become part of a model
 # The published architectures, from their configs
 REAL = {
@@ -28,8 +27,7 @@ REAL = {
              "vocab_size": 28896, "bos_token_id": None, "eos_token_id": None},
     "BERT-base": {"model_type": "bert"},
     "CLIP's text transformer": {"model_type": "clip_text_model"},
-}
-# fmt: on
+}  # fmt: skip
 
 
 def build_encoder(config: Config, texts: list[str] | tuple = (), words: Path | None = None) -> DualEncoder:
@@ -89,7 +87,7 @@ def text_part(config: Config, texts: list[str], words: Path | None = None) -> tu
 
 
 def read_own_part(name: str, part: str, config: Config) -> tuple[dict, object, dict] | None:
-    """What `image_part` or `text_part` returns, of a folder of ours, with a head for --dim; else None."""
+    """What `image_part` or `text_part` returns, from a folder of ours, with a head for --dim; else None."""
     folder = HERE / "demo" / "tiny" if name == "tiny" else Path(name)
     path = folder / "config.json"
     if not path.is_file() or "dim" not in retune.read_json(path):
@@ -105,7 +103,7 @@ def read_own_part(name: str, part: str, config: Config) -> tuple[dict, object, d
 
 
 def read_published_tower(source: str):
-    """A transformers model's config, what of it builds the model again, and its weights."""
+    """A transformers model's config, the part of it that rebuilds the model, and its weights."""
     from transformers import AutoModel
 
     with retune.input_errors(source, "no transformers model"):
@@ -164,7 +162,7 @@ def train_tokenizer(texts: list[str], trained: Path | None = None):
 
 
 def add_peft(tower: nn.Module, config: Config) -> nn.Module:
-    """`tower`, trainable by --peft: its weights alone, none (frozen) or all (none). InputError if unfit."""
+    """`tower`, trainable by --peft: PEFT's weights, nothing (frozen) or all (none). InputError if unfit."""
     from peft import AdaLoraConfig, IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
 
     if config.peft in ("frozen", "none"):

@@ -25,7 +25,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float)
 
 
 def batch_rows(rows: np.ndarray, size: int, first: int, steps: int, seed: int) -> Iterator[np.ndarray]:
-    """The rows of batches `first` to `steps`; an epoch is a permutation by (seed, epoch) without its rest."""
+    """The rows of batches `first` to `steps`; an epoch permutes by (seed, epoch) and drops its remainder."""
     if len(rows) < size:
         raise InputError(f"--batch-size {size} is more than the {len(rows)} training images; lower it")
     per_epoch = len(rows) // size
@@ -46,8 +46,9 @@ def make_adamw(module: nn.Module, config: Config) -> torch.optim.AdamW:
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, compute: Callable, batches: Callable, *, path: Path,
-    steps: int, rates: tuple, save_every: int, after_step: Callable | None = None, validate: Callable | None = None,
+    model: nn.Module, optimizer: torch.optim.Optimizer, compute: Callable, batches: Callable, *,
+    path: Path, steps: int, rates: tuple, save_every: int,
+    after_step: Callable | None = None, validate: Callable | None = None,
 ) -> nn.Module:  # fmt: skip
     """The loop of both stages; resumes from `path` exactly, as all randomness depends on the step.
     compute(step, batch) leaves gradients and returns the loss; batches(first) yields from step `first` on;
@@ -86,7 +87,7 @@ def learned(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer, state: dict, loss: float) -> None:
-    """Write all that going on takes, and the weights of the lowest loss so far; `state` is updated."""
+    """Write all that is needed to resume, and the weights of the lowest loss so far; `state` is updated."""
     if loss < state["lowest"]:
         best = {name: tensor.detach().cpu().clone() for name, tensor in learned(model).items()}
         state |= {"lowest": loss, "best": best}
@@ -99,8 +100,8 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer, state: dict, loss: 
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """What `save_checkpoint` wrote, at step 0 without a file: with an optimiser, to go on from; else the best
-    weights. InputError for a damaged file or another model's."""
+    """What `save_checkpoint` wrote, or step 0 without a file; into the model go the last weights, to resume
+    with `optimizer`, else the best ones. InputError for a damaged file or another model's."""
     if not path.exists():
         return {"step": 0, "lowest": math.inf}
     with retune.input_errors(path, "damaged or of another configuration; delete it"):
@@ -147,14 +148,14 @@ def pretrain(config: Config, data: Radiographs) -> Cleft:
             vectors = embed_pairs(model, data, batch, config)
         return contrastive_step(model.scale, *vectors, config.local_negatives)
 
-    def allocate_ranks(step: int) -> None:  # its statistics start anew in a resumed run
+    def allocate_ranks(step: int) -> None:  # its statistics start afresh in a resumed run
         encoder.text.tower.base_model.update_and_allocate(step + 1)
 
     return train(
-        model, make_adamw(model, config), compute, batches, path=config.folder / "stage1.pt", steps=config.steps,
-        rates=(config.lr, round(config.warmup * config.steps), 1e-8), save_every=config.save_every,
-        after_step=allocate_ranks if config.peft == "adalora" else None,
-        validate=(lambda: validation_loss(model, data, held_out, config)) if config.select == "best" else None,
+        model, make_adamw(model, config), compute, batches, path=config.folder / "stage1.pt",
+        steps=config.steps, rates=(config.lr, round(config.warmup * config.steps), 1e-8),
+        save_every=config.save_every, after_step=allocate_ranks if config.peft == "adalora" else None,
+        validate=(lambda: validation_loss(model, data, held_out, config)) if config.select == "best" else None
     )  # fmt: skip
 
 

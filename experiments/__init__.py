@@ -1,4 +1,4 @@
-"""Methods beside RE-tune, and what compares them. `--method NAME` imports the class only when it is asked for."""
+"""Methods beside RE-tune, and what compares them. `--method NAME` imports the class only when needed."""
 
 METHODS = {
     "linear": "experiments.baselines:Linear",

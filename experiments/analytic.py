@@ -1,4 +1,4 @@
-"""Closed-form RE-tune (ours): a Bayesian least-squares correction of the frozen zero-shot logits; it cannot forget."""
+"""Closed-form RE-tune (ours): a Bayesian least-squares correction of zero-shot logits; it cannot forget."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ LAMBDAS = torch.logspace(-5, 1, 25, dtype=torch.float64)
 class Analytic(LeastSquares):
     """Closed-form RE-tune (ours): one pass over a part, then weights from sums over all rows seen so far.
 
-    Every finding regresses its labels, 1 or -1, on [sqrt(2 / M) relu(z R + beta), z, 1] of z = x / sqrt(D); the prior
-    of its weights is a Gaussian around a multiple of the zero-shot logit (docs/methods.md).
+    Every finding regresses its labels, 1 or -1, on [sqrt(2 / M) relu(z R + beta), z, 1], z = x / sqrt(D); its
+    weights have a Gaussian prior around a multiple of the zero-shot logit (docs/methods.md).
 
-    features: M; 0 is linear in z, 1000 did best on the demo. shared: 1, lambda maximises the sum of the evidences
-    of all findings learned so far; 0, each finding has its own, and then forgetting is exactly 0. related: 1, the
-    prior's centre also has a multiple of the mean weights of the other findings, which helps with few images. seed:
-    of R and beta; below 0 the run's.
+    features: M; 0 is linear in z, 1000 did best on the demo. shared: 1, lambda maximises the sum of evidences
+    of all findings learned so far; 0, each finding has its own, and then forgetting is exactly 0. related: 1,
+    the prior's centre adds a multiple of the other findings' mean weights, which helps with few images. seed:
+    of R and beta; below 0, the run's.
     """
 
     whitens = True
@@ -69,7 +69,7 @@ class Analytic(LeastSquares):
         self.weights.copy_(weights)
 
     def solve_groups(self, findings: list[int], centres: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """What `solve` gives for each finding with its prior's centres [C, R, P]; one decomposition a Gram matrix."""
+        """What `solve` gives for findings with prior centres [C, R, P]; one decomposition per Gram matrix."""
         solved = {}
         for group in self.grams.group[findings].unique().tolist():
             same = [c for c in findings if self.grams.group[c] == group]
@@ -101,7 +101,7 @@ def solve(
 ) -> tuple[Tensor, Tensor]:
     """Log evidence [K, L] and posterior mean weights [K, L, P] of K findings with the same rows.
 
-    gram [P, P] = F'F, moment [K, P] = F'y, count n, y = 1 or -1, centres [K, R, P] = W, lambdas [L]. The model is
+    gram [P, P] = F'F, moment [K, P] = F'y, count n, y = 1 or -1, centres [K, R, P] = W, lambdas [L]. Model:
     y ~ N(F w, sigma^2), w ~ N(W'a, sigma^2 / (n lambda)), so y ~ N(U a, sigma^2 C) with U = F W' and
     C = I + FF' / (n lambda); sigma and a are at their maxima (a below 0 becomes 0). The evidence leaves out
     -n/2 (1 + log 2 pi). One eigendecomposition serves every lambda.

@@ -1,14 +1,14 @@
-"""Methods trained by gradient on the frozen image embeddings, in RE-tune's place (`python retune.py --method NAME`).
+"""Methods trained by gradient on frozen image embeddings, in RE-tune's place (`retune.py --method NAME`).
 
     linear   one logistic regression per finding; findings share no weights
     mlp      the paper's image adaptor followed by that layer: shared weights, so it can forget
     ewc      mlp + a quadratic penalty on weights that mattered to earlier tasks (Kirkpatrick et al. 2017)
     lwf      mlp + distillation from the model before the task (Li & Hoiem 2016)
-    replay   mlp + a memory of images of earlier tasks, which means to keep patients' data
+    replay   mlp + a memory of images of earlier tasks, which means keeping patients' data
     joint    mlp + every image seen so far, trained to convergence: the bound, it keeps all data
     distil   residual RE-tune + distillation (ours): what gradient descent makes of the idea of `analytic`
 
-A part brings the labels of its own findings alone; remembered images keep the labels that they came with.
+A part brings only the labels of its own findings; remembered images keep the labels that they came with.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class EWC(MLP):
     """Elastic weight consolidation, online: one Fisher diagonal, one anchor (Schwarz et al. 2018).
 
     Diagonals are summed without decay. strength: lambda of the penalty against the mean loss; 100 is the
-    class-incremental default of van de Ven, Tuytelaars & Tolias 2022, and published values reach from 1 to 1e10. On
-    the demo's validation split 100 gave a macro AUROC of 0.824, 1e4 0.821, 1e6 0.803, 1 0.797 (class, seed 7).
+    class-incremental default of van de Ven, Tuytelaars & Tolias 2022; published values range from 1 to 1e10.
+    On the demo's validation split 100 gave macro AUROC 0.824, 1e4 0.821, 1e6 0.803, 1 0.797 (class, seed 7).
     """
 
     remembered = ("fisher",)
@@ -84,9 +84,9 @@ class EWC(MLP):
 def fisher_diagonal(network: nn.Module, images: Tensor, known: Tensor, classes: tuple[int, ...]) -> Tensor:
     """Diagonal of the Fisher information of the outputs, summed over images [B, D]: [P], as `parameters()`.
 
-    The outputs are independent Bernoulli variables, so the expectation over labels is exact: the sum over classes
-    with a known label ([B, C], bool) of p (1 - p) (d logit / d w)^2. The squared gradient of a linear layer for one
-    image is the outer product of two squares, so that the sum over images is a matrix product.
+    Outputs are independent Bernoulli variables, so the expectation over labels is exact: the sum over classes
+    with a known label ([B, C], bool) of p (1 - p) (d logit / d w)^2. A linear layer's squared gradient for
+    one image is the outer product of two squares, so the sum over images is a matrix product.
     """
     layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
     seen: dict[nn.Module, tuple] = {}  # inputs, and the place of the output in the graph: ReLU overwrites it
@@ -112,8 +112,8 @@ def fisher_diagonal(network: nn.Module, images: Tensor, known: Tensor, classes: 
 
 
 class Distilling(Remembering):
-    """From the second task on the loss has `strength` times the mean cross-entropy between the probabilities that the
-    model had before the task and has now, at a temperature, for the findings `held`."""
+    """From the second task on, the loss adds `strength` times the mean cross-entropy between the
+    probabilities before the task and now, at a temperature, for the findings `held`."""
 
     temperature = 1.0
     held: Tensor  # [C], bool
@@ -159,7 +159,7 @@ class LwF(Distilling, MLP):
 class Distil(Distilling, RETune):
     """RE-tune on whitened embeddings, residual adaptors, logit scale 10, held to its former answers (ours).
 
-    strength: of the cross-entropy to the model before the task, over the findings that the task does not train.
+    strength: of the cross-entropy to the model before the task, over findings that the task does not train.
     """
 
     whitens = True
@@ -224,17 +224,17 @@ class Replay(MLP):
 
 
 def joined_task(known: Tensor, name: str, labels: Tensor) -> tuple[Task, Tensor]:
-    """The task of all rows with known labels, [N, C], bool, and the labels [N, C] with nan where they are unknown."""
+    """The task of all rows with known labels, [N, C], bool, and the labels [N, C] with nan where unknown."""
     classes = tuple(known.any(0).nonzero()[:, 0].tolist())
     return Task(name, known.any(1).nonzero()[:, 0].numpy(), classes), torch.where(known, labels, torch.nan)
 
 
 class Joint(Replay):
-    """Trains on every image seen so far, from new weights after every task, until it no longer improves: the bound.
+    """Trains on every image seen so far, from new weights after each task, until convergence: the bound.
 
-    The number of epochs, whatever --epochs says, is where the loss of a held-out tenth is lowest (ten more did not
-    lower it); then all images are trained on for as many. At most MOST_EPOCHS: of a tenth in which a finding's labels
-    are all alike the loss falls for ever.
+    The number of epochs, whatever --epochs says, is where the loss of a held-out tenth is lowest (ten more
+    did not lower it); then all images are trained on for as many. At most MOST_EPOCHS: if a finding's labels
+    in that tenth are all alike, the loss falls for ever.
     """
 
     MOST_EPOCHS = 200
@@ -269,7 +269,7 @@ class Joint(Replay):
     def epochs(
         self, known: Tensor, embeddings: np.ndarray, labels: Tensor, bank: PromptBank
     ) -> Iterator[None]:
-        """Start anew on the rows with known labels, [N, C], bool, and yield after every epoch."""
+        """Restart on the rows with known labels, [N, C], bool, and yield after every epoch."""
         task, targets = joined_task(known, "all data", labels)
         self.network.load_state_dict(self.start)
         optimizer = torch.optim.Adam(self.parameters(), lr=self.settings["lr"], fused=True)

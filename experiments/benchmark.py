@@ -27,7 +27,9 @@ from PIL import Image
 
 import retune
 
-BATCH, CLASSES, PROMPTS = 6144, 5, 40  # the authors' batch, classes, prompts of all
+BATCH = 6144  # the authors'
+CLASSES = 5
+PROMPTS = 40  # of all classes
 TOKENS = 22  # BERT-base's own tokenizer pads the prompts of CheXpert's classes in prompts.json to this length
 CHEXPERT = 223_414  # training images
 
@@ -55,7 +57,7 @@ def run_retune(folder: Path, *options: str, ranks: int = 1) -> dict:
 
 
 def peak_memory(job: Callable, *arguments) -> float:
-    """MB of the highest anonymous memory of a job in a process of its own; Linux alone tells."""
+    """Highest anonymous memory, in MB, of a job in a process of its own; only Linux reports it."""
     process = multiprocessing.get_context("spawn").Process(target=job, args=arguments)
     process.start()
     peak = 0
@@ -100,7 +102,8 @@ def training(repeats: int, folder: Path) -> Iterator[tuple]:
         # Linear(D, 2D) and Linear(2D, D): forward 8, weight gradients 8, one input gradient 4 (x has none).
         operations = 20 * BATCH * dim**2 + 6 * BATCH * dim * 2 * CLASSES + 24 * PROMPTS * dim**2
         ours, peak = interleaved(lambda n=steps, train=train: train(n), matmul(), repeats)
-        rate, best = operations * steps / ours / 1e9, 2 * 2048**3 / peak / 1e9
+        rate = operations * steps / ours / 1e9
+        best = 2 * 2048**3 / peak / 1e9
         what = f"training, D = {dim}, batch {BATCH}"
         yield what, f"{rate:.0f} GFLOP/s", f"{best:.0f} GFLOP/s fp32 matmul", rate / best
 
@@ -118,7 +121,7 @@ def prompts(repeats: int, folder: Path) -> Iterator[tuple]:
 
 
 def scale(repeats: int, folder: Path) -> Iterator[tuple]:
-    """A whole data-incremental training, 20 parts x 10 epochs, on as many embeddings as CheXpert has images."""
+    """A data-incremental training, 20 parts x 10 epochs, on as many embeddings as CheXpert has images."""
     labels = np.zeros((CHEXPERT, CLASSES))
     tasks = retune.make_tasks("data", labels, list("abcde"), 20, 0, np.arange(CHEXPERT) // 4)
     for dim in (128, 512):
@@ -150,7 +153,9 @@ def memory(repeats: int, folder: Path) -> Iterator[tuple]:
 
 def embedding(repeats: int, folder: Path) -> Iterator[tuple]:
     """Images a second of a ViT-B/16 from 320 x 320 JPEG files against its bare forward; bf16 against fp32."""
-    device, count, batch = retune.pick_device("auto"), 24, 8
+    device = retune.pick_device("auto")
+    count = 24
+    batch = 8
     tiny = retune.DualEncoder.load("tiny")
     encoder = retune.DualEncoder(retune.BIOMEDCLIP | {"text": tiny.config["text"]}, tiny.tokenizer).to(device)
     pixels = torch.randn(batch, 3, 224, 224, device=device)

@@ -1,4 +1,4 @@
-"""What the methods share: their memory, a task's pieces, the zero-shot logit, sums for least squares; and figures."""
+"""What the methods share: memory, a task's pieces, zero-shot logits, sums for least squares; and figures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Remembering(Method):
 def read_task(
     model: Method, embeddings: np.ndarray, labels: Tensor, task: Task
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Pieces of a task in file order: rows [n], whitened images [n, D], labels [n, C] with nan for other classes.
+    """Pieces of a task in file order: rows [n], whitened images [n, D], labels [n, C], nan for other classes.
 
     Float64 on the CPU, so that the sums do not depend on how the rows were cut into tasks.
     """
@@ -52,7 +52,7 @@ def read_task(
 
 
 def zero_shot_logits(model: Method, images: Tensor, bank: PromptBank) -> Tensor:
-    """cos(x, t+) - cos(x, t-) [B, C] of images [B, D] that went through the model's whitening, if it has one."""
+    """cos(x, t+) - cos(x, t-) [B, C] of images [B, D] that went through the model's whitening, if any."""
     if not isinstance(model.whitening, Whitening):
         return F.normalize(images, dim=-1) @ prompt_directions(bank).T
     weights, constant = zero_shot_weights(model.whitening, bank)
@@ -60,7 +60,7 @@ def zero_shot_logits(model: Method, images: Tensor, bank: PromptBank) -> Tensor:
 
 
 def zero_shot_weights(whitening: Whitening, bank: PromptBank) -> tuple[Tensor, Tensor]:
-    """Weights [C, D] and constants [C] that give the zero-shot logits of whitened images; float64 on the CPU."""
+    """Weights [C, D] and constants [C] of the zero-shot logits of whitened images; float64 on the CPU."""
     directions = prompt_directions(bank).cpu().double()
     weights = torch.linalg.solve(whitening.matrix.cpu().double(), directions.T).T
     return weights, directions @ whitening.mean.cpu().double()
@@ -76,9 +76,9 @@ def prompt_directions(bank: PromptBank) -> Tensor:
 class Grams:
     """Sums over the rows that label a finding: features' products, features times label, rows; float64.
 
-    gram [K, P, P], moment [C, P], count [C], and group [C]: which matrix is a finding's. Findings whose labels always
-    came on the same rows share one, so there is one for each pattern of known labels and at most one a finding. One
-    matrix for all would count an unknown label as a negative.
+    gram [K, P, P], moment [C, P], count [C], and group [C]: which matrix is a finding's. Findings always
+    labelled on the same rows share one, so there is one for each pattern of known labels, at most one a
+    finding. One matrix for all would count an unknown label as a negative.
     """
 
     gram: Tensor

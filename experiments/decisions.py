@@ -1,7 +1,7 @@
-"""Decisions one can use (ours): per finding a temperature and a threshold, fitted on validation images alone.
+"""Usable decisions (ours): per finding a temperature and a threshold, fitted on validation images alone.
 
-`retune.run` calls `measure` at the end of a run. The probability of a finding is sigmoid(logit / temperature), and
-the finding is called present from the threshold on. The paper's rule (cos+ > cos-) stays that of F1 and exact match.
+`retune.run` calls `measure` at the end of a run. A finding's probability is sigmoid(logit / temperature); at
+or above the threshold it is called present. F1 and exact match keep the paper's rule (cos+ > cos-).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def fit_decision(logits: np.ndarray, labels: np.ndarray, rule: str) -> tuple[float | None, float | None]:
-    """(temperature, threshold on the probability) from one finding's validation logits and labels, [n] each."""
+    """(temperature, threshold of the probability) from a finding's validation logits and labels, [n] each."""
     known = ~np.isnan(labels)
     if len(np.unique(labels[known])) < 2:
         return None, None
@@ -62,14 +62,14 @@ def choose_threshold(probabilities: np.ndarray, labels: np.ndarray, rule: str) -
 
 
 def decide(logits: np.ndarray, block: dict) -> np.ndarray:
-    """Decisions [n, C], bool, of logits [n, C]; where nothing was fitted, a probability of one half decides."""
+    """Decisions [n, C], bool, of logits [n, C]; where nothing was fitted, the threshold is one half."""
     defaults = {"temperature": 1.0, "threshold": 0.5}
     fitted = {key: [value or default for value in block[key].values()] for key, default in defaults.items()}
     return sigmoid(logits / fitted["temperature"]) >= fitted["threshold"]
 
 
 def rates(present: np.ndarray, labels: np.ndarray, patients: np.ndarray) -> list[dict]:
-    """Sensitivity and specificity of decisions [n, C] with 95% intervals over patients; None without such images."""
+    """Sensitivity, specificity of decisions [n, C], with 95% intervals over patients; None if undefined."""
     results = [{} for _ in labels.T]
     for name, value in (("sensitivity", 1), ("specificity", 0)):
         for result, share in zip(results, resampled_rate(present == value, labels == value, patients).T):
@@ -83,7 +83,8 @@ def summary(block: dict) -> str:
     """The decisions in a table of text."""
     rows = []
     for name, test in block["test"].items():
-        cells = ["-" if test[key] is None else "{:.3f} ({:.3f} to {:.3f})".format(test[key], *test[f"{key}_ci"])
+        cells = ["-" if test[key] is None
+                 else "{:.3f} ({:.3f} to {:.3f})".format(test[key], *test[f"{key}_ci"])
                  for key in ("sensitivity", "specificity")]  # fmt: skip
         rows.append([name, f"{block['temperature'][name]:.3g}", block["threshold"][name], *cells])
     header = [f"{block['rule']} on validation (ours)", "temperature", "threshold"]

@@ -1,7 +1,7 @@
 """A run as one file that needs no PyTorch, its model card, its scores as CSV (ours; docs/deploy.md).
 
 The ONNX file goes from pixels to probabilities: image tower, image adaptor, the prompts' adapted vectors,
-temperatures, thresholds. It is made of `adaptors.safetensors` and the encoder alone, which hold nothing of a patient.
+temperatures, thresholds. It is made of `adaptors.safetensors` and the encoder, which hold no patient's data.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def write_card(run: Path) -> None:
 
 
 def write_scores(path: Path, predictions: list[dict]) -> None:
-    """Predictions as CSV, a row per image; per finding score, present (the paper's), probability and decision."""
+    """Predictions as CSV: per image and finding score, present (the paper's), probability and decision."""
     rows = [{"image": p["image"], **p.get("findings", {}), "error": p.get("error", "")} for p in predictions]
     table = pd.json_normalize(rows, sep=" ")
     table["error"] = table.pop("error")  # last

@@ -1,4 +1,4 @@
-"""Encoders that `retune.py` does not read itself: what open_clip reads, CheXzero, BioViL-T (docs/encoders.md).
+"""Encoders that `retune.py` does not read itself: open_clip's, CheXzero, BioViL-T (docs/encoders.md).
 
 No network for a folder, and no code of a checkpoint is run.
 """
@@ -126,8 +126,8 @@ def read_transform(vision: dict, preprocess: dict) -> dict:
 def read_biovil_t(folder: Path) -> tuple[dict, dict[str, torch.Tensor], object]:
     """(config, tensors under our names, tokenizer) of BioViL-T for one image, which needs no transformer.
 
-    Its projection reads 256 channels of the image and 256 of the change since an earlier one, for which a learned
-    constant stands when there is none: before a 1 x 1 convolution that constant is a bias.
+    Its projection reads 256 channels of the image and 256 of the change since an earlier one, replaced by a
+    learned constant when there is none: before a 1 x 1 convolution that constant is a bias.
     """
     state = retune.read_weights(folder, BIOVIL_T_IMAGE) | retune.read_weights(folder, *retune.WEIGHTS)
     own = ("encoder.backbone_to_vit.weight", "encoder.missing_previous_emb", "image.head.0.weight")

@@ -29,7 +29,7 @@ import pandas as pd
 
 import retune
 from experiments.runs import OPPONENTS, REFERENCE, full_name, pick, run_row, scenarios, write_runs
-from experiments.scores import STEP, load_run, resampled_auroc
+from experiments.scores import STEP, load_run
 from experiments.sweep import sweep
 from experiments.tables import make_tables
 
@@ -49,8 +49,8 @@ CLOSED_FORM = [RETUNE | {"method": "analytic", "set": option} for option in ("",
 def write_folds(data_dir: str, folder: Path, findings: int = 5) -> list[Path]:
     """Write fold_<k>.csv with the findings that have the most positives; return the paths.
 
-    A fold tests a fifth of the patients and validates on half of those that the next fold tests. Of random
-    divisions the first is taken by which every finding is tested in every fold.
+    A fold tests a fifth of the patients and validates on half of those that the next fold tests. The division
+    is the first random one in which every finding is tested in every fold.
     """
     data = retune.load_radiographs(retune.Config(data="nih", data_dir=data_dir))
     chosen = np.sort(np.argsort(-data.labels.sum(0), kind="stable")[:findings])
@@ -79,7 +79,7 @@ def tested_auroc(scores: np.ndarray, data: retune.Radiographs, view: str = "all"
     tested = (data.split == "test") & ((np.array(data.view) == view) | (view == "all"))
     labels = np.where(tested[:, None], data.labels, np.nan)[:, columns]
     point = retune.evaluate(scores[:, columns], labels > 0, labels)["auroc_macro"]
-    return np.array([point, *resampled_auroc(scores[:, columns], labels, data.patients)])
+    return np.array([point, *retune.bootstrap_auroc(scores[:, columns], labels, data.patients)])
 
 
 def run_auroc(run: Path, zero_shot: bool = False) -> dict[str, np.ndarray]:
@@ -91,7 +91,7 @@ def run_auroc(run: Path, zero_shot: bool = False) -> dict[str, np.ndarray]:
 
 
 def collect_folds(folder: Path) -> pd.DataFrame:
-    """`runs.run_row` of every run below a folder, with what `run_auroc` gives, whose resamples all share."""
+    """`runs.run_row` of every run below a folder, with `run_auroc`'s values; all runs share its resamples."""
     rows = []
     paths = sorted(folder.rglob("metrics.json"), key=lambda path: (path.parent.name[-2:], path))  # by fold
     for path in retune.progress(paths, desc="runs"):

@@ -1,8 +1,8 @@
 """Where the encoder looks (ours): `retune.py --predict IMAGE --run FOLDER --heatmap DIR` (docs/deploy.md).
 
-The similarity of each patch, or position of the last map, with a finding's positive prompts minus that with its
-negative ones, before and after the adaptors, over the image that the encoder saw. It needs a tower whose positions
-go through the same head as its embedding; it shows what the score is made of, not why a finding is there.
+The similarity of each patch, or position of the last map, with a finding's positive prompts minus that with
+its negative ones, before and after the adaptors, over the image that the encoder saw. It needs a tower whose
+positions go through its embedding's head; it shows what the score is made of, not why a finding is there.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from experiments.common import new_figure
 
 @torch.inference_mode()
 def embed_positions(encoder, pixels: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Pixels [B,3,H,W] -> embeddings [B,T,D] of the positions, after the CLS token if there is one, and (h, w).
+    """Pixels [B,3,H,W] -> embeddings [B,T,D] of positions, after the CLS token if there is one, and (h, w).
 
-    InputError for towers that pool by more than a choice or a mean, or whose last map is not to be had.
+    InputError for towers that pool by more than a choice or a mean, or whose last map is not available.
     """
     image = encoder.image
     pool = getattr(image, "pool", "")  # open_clip's towers have none to name
@@ -51,7 +51,7 @@ def similarity_maps(encoder, model, bank, pixels: torch.Tensor) -> dict[str, tor
 def draw(images: Sequence[str], run: Path, folder: Path, config) -> None:
     """A PNG per image in `folder`: the image, and the maps of every finding before and after the adaptors.
 
-    A column per finding; red is for the finding, blue against it; each row has one scale, since the stages differ.
+    A column per finding; red is for the finding, blue against it; each row has its own scale.
     """
     encoder, model, bank, known = retune.load_predictor(run, config)
     if not isinstance(model, retune.RETune):

@@ -1,6 +1,6 @@
 """Hospitals as parts (ours): a task per value of the table's column `part`, and what is forgotten of each.
 
-`retune.run` with `--scenario data --parts column` takes its tasks from `column_tasks` and calls `measure` at the end.
+`retune.run` with `--scenario data --parts column` takes tasks from `column_tasks` and ends with `measure`.
 A part is a hospital, a scanner, a year. `python -m demo.hospitals FOLDER` draws three to try it on.
 """
 
@@ -35,10 +35,10 @@ def column_tasks(config, data) -> list[retune.Task]:
 
 
 def measure(config, folder, data, tasks, embeddings, bank, model) -> dict:
-    """{"parts" [U], "auroc" [T + 1, U], "auroc_ci", "forgetting" [U]}: macro AUROC on the test images of part u.
+    """{"parts" [U], "auroc" [T + 1, U], "auroc_ci", "forgetting" [U]}: macro AUROC on test images of part u.
 
-    Row 0 is zero-shot, row t the adaptors after the t-th part; parts that are tested alone come last. forgetting:
-    the most that a part reached from its own task on, before the last, minus its last.
+    Row 0 is zero-shot, row t the adaptors after the t-th part; parts without training images come last.
+    forgetting: a part's highest AUROC from its own task to the last but one, minus its last.
     """
     test = data.where("test")
     part = np.asarray(data.part, str)[test]

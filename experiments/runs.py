@@ -1,4 +1,4 @@
-"""Finished runs as a pandas table: a row per run with its settings and metrics; and how tables choose from it."""
+"""Finished runs as a pandas table, a row per run with settings and metrics; and how tables choose from it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from retune import InputError, atomic, progress, read_json, write_text
 # Settings that tables vary, as the paper has them.
 REFERENCE = {
     "method": "retune", "set": "", "whiten": False, "adaptor": "mlp", "adapt": "both", "pool": "mean",
-    "negatives": True, "score": "diff", "wording": "specific", "logit_scale": 1.0, "order": "",
-}  # fmt: skip
+    "negatives": True, "score": "diff", "wording": "specific", "logit_scale": 1.0, "order": ""}  # fmt: skip
 SCENARIOS = {
     "class-incremental": {"scenario": "class"},
     "label-incremental": {"scenario": "label"},
@@ -36,16 +35,14 @@ NAMES = {  # of a method with what --set gave it
     "replay": "MLP head, replay of 500 images", "joint": "MLP head, all data", "ncm": "NCM", "slda": "SLDA",
     "l3a": "L3A", "l3a features=1000": "L3A, M = 1,000", "ranpac": "RanPAC",
     "ranpac zero_shot=1": "RanPAC, zero-shot for unseen",
-    "ranpac features=1000 zero_shot=1": "RanPAC, M = 1,000, zero-shot for unseen",
-}  # fmt: skip
+    "ranpac features=1000 zero_shot=1": "RanPAC, M = 1,000, zero-shot for unseen"}  # fmt: skip
 BOUND = "joint"  # keeps the data of every patient
 OPPONENTS = [{"method": method, "set": "", "whiten": True} for method in ("lwf", "ewc")]  # chosen beforehand
 METHOD = ("method", "set", "whiten")  # the settings that make a method
 QUALITY = {
     "auroc_macro": "AUROC macro", "auroc_weighted": "AUROC weighted", "f1_macro": "F1 macro",
     "f1_weighted": "F1 weighted", "precision_weighted": "precision", "recall_weighted": "recall",
-    "accuracy": "exact match", "ap_macro": "average precision",
-}  # fmt: skip
+    "accuracy": "exact match", "ap_macro": "average precision"}  # fmt: skip
 LAST = "last.auroc_macro"
 
 
@@ -73,14 +70,13 @@ def run_row(path: Path, folder: Path) -> dict:
     row |= {
         "set": " ".join(config["set"] or ()), "order": " > ".join(config["class_order"] or ()),
         "parts": len(metrics["tasks"]), "encoder": Path(config["encoder"]).name,
-        "classes": ", ".join(metrics["classes"]), "train_n": sum(task["n_train"] for task in metrics["tasks"]),
-        "val_n": metrics["zero_shot"]["val"]["n"], "test_n": metrics["zero_shot"]["test"]["n"],
-    }  # fmt: skip
+        "classes": ", ".join(metrics["classes"]),
+        "train_n": sum(task["n_train"] for task in metrics["tasks"]),
+        "val_n": metrics["zero_shot"]["val"]["n"], "test_n": metrics["zero_shot"]["test"]["n"]}  # fmt: skip
     scores = score_facts(path.parent)
-    zero, last = metrics["zero_shot"], metrics["after_task"][-1]
-    measured = {
-        stage: {key: m["test"][key] for key in QUALITY} for stage, m in (("zero", zero), ("last", last))
-    }
+    last = metrics["after_task"][-1]
+    stages = {"zero": metrics["zero_shot"]["test"], "last": last["test"]}
+    measured = {stage: {key: found[key] for key in QUALITY} for stage, found in stages.items()}
     measured["last"]["val_auroc_macro"] = last["val"]["auroc_macro"]
     measured |= {kind: metrics[kind] for kind in ("continual", "cost")} | scores["calibration"]
     row |= {f"{kind}.{key}": value for kind, found in measured.items() for key, value in found.items()}
@@ -111,7 +107,7 @@ def load(folder: Path) -> pd.DataFrame:
 
 
 def pick(runs: pd.DataFrame, **wanted) -> pd.DataFrame:
-    """The runs with the wanted settings, REFERENCE where nothing is said; `order=None` is any random order."""
+    """The runs with the wanted settings, else those of REFERENCE; `order=None` is any random order."""
     mask = pd.Series(True, index=runs.index)
     for key, value in (REFERENCE | wanted).items():
         mask &= runs[key] != "" if value is None else runs[key] == value
@@ -124,7 +120,7 @@ def scenarios(runs: pd.DataFrame) -> dict[str, dict]:
 
 
 def lead(first: pd.DataFrame, second: pd.DataFrame | None = None) -> tuple[float, float, float]:
-    """(difference, low, high) of the mean macro AUROC of two sets of runs, or of one alone: 95%, resampled in pairs."""
+    """(difference, low, high) of mean macro AUROC, two sets of runs or one alone: 95%, resampled in pairs."""
     value = first[LAST].mean()
     resampled = np.stack(first["resampled"]).mean(0) * STEP
     if second is not None:

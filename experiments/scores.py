@@ -1,4 +1,4 @@
-"""What only a run's scores tell: intervals by patient and calibration, computed once from the saved adaptors."""
+"""What only a run's scores tell: intervals by patient and calibration, computed once from saved adaptors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ STEP = 1e-4  # resampled AUROCs are stored as whole multiples of it
 DATA_AND_ENCODER = (
     "data", "data_dir", "labels_csv", "classes", "view", "uncertain", "blank", "size", "demo_images",
     "skip_bad_images", "encoder", "encoder_dir", "crop", "precision", "encode_batch", "workers", "cache_dir",
-    "device",
-)  # fmt: skip
+    "device")  # fmt: skip
 
 
 def load_inputs(settings: dict) -> tuple:
-    """(data, encoder, embeddings [N, D]) of a run; `settings`: its configuration. The last ones stay in memory."""
+    """(data, encoder, embeddings [N, D]) of a run with these settings; the last ones stay in memory."""
     shared = {key: settings[key] for key in DATA_AND_ENCODER}
     shared = {key: tuple(value) if isinstance(value, list) else value for key, value in shared.items()}
     return embed_once(retune.Config(**shared))
@@ -33,8 +32,7 @@ def embed_once(config: retune.Config) -> tuple:
     embeddings = retune.embed(
         encoder, data, Path(config.cache_dir), batch_size=config.encode_batch, workers=config.workers,
         precision=config.precision, device=retune.pick_device(config.device),
-        skip_bad_images=config.skip_bad_images,
-    )  # fmt: skip
+        skip_bad_images=config.skip_bad_images)  # fmt: skip
     data.split[list(retune.embedding_facts(embeddings)["unreadable"])] = "unreadable"
     return data, encoder, embeddings
 
@@ -60,7 +58,7 @@ def score_facts(folder: Path) -> dict:
     settings, data, embeddings, bank, model = load_run(folder)
     test = data.where("test")
     scores, _ = retune.score_rows(model, bank, embeddings, test, settings["score"])
-    auroc = resampled_auroc(scores, data.labels[test], data.patients[test])
+    auroc = retune.bootstrap_auroc(scores, data.labels[test], data.patients[test])
     plain = {"adapt": "none", "pool": settings["pool"], "negatives": settings["negatives"]}
     models = {"model": model, "zero_shot": retune.RETune(embeddings.shape[1], **plain)}
     measured = {name: calibration(scorer, data, embeddings, bank) for name, scorer in models.items()}
@@ -73,28 +71,6 @@ def score_facts(folder: Path) -> dict:
 def draw_patients(count: int, resamples: int = 1000, seed: int = 0) -> np.ndarray:
     """How often each patient is drawn, [resamples, count], whole numbers; the same for every measure."""
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
-
-
-def resampled_auroc(scores, labels, patients, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """Macro AUROC [R] of patients drawn with replacement; scores, labels [N, C], patients [N].
-
-    A patient drawn k times is a weight of k on its images; ties count one half. A class without a positive or
-    a negative in a resample is left out of its mean.
-    """
-    ids, patient = np.unique(patients, return_inverse=True)
-    drawn = draw_patients(len(ids), resamples, seed).astype(np.float32)
-    auroc = []
-    for score, label in zip(scores.T, labels.T):
-        order = np.argsort(score[label == 0])
-        ranked = score[label == 0][order]
-        negative = drawn[:, patient[label == 0][order]]  # [R, negatives], by score
-        below = np.pad(negative.cumsum(1), ((0, 0), (1, 0)))  # their weight below a rank
-        ranks = [np.searchsorted(ranked, score[label == 1], side) for side in ("left", "right")]
-        positive = drawn[:, patient[label == 1]]
-        wins = (positive * (below[:, ranks[0]] + below[:, ranks[1]])).sum(1) / 2
-        pairs = positive.sum(1) * below[:, -1]
-        auroc.append(np.where(pairs > 0, wins / np.maximum(pairs, 1), np.nan))
-    return np.nanmean(auroc, axis=0)
 
 
 def resampled_rate(hit: np.ndarray, of: np.ndarray, patients: np.ndarray) -> np.ndarray:

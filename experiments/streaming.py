@@ -49,9 +49,9 @@ class NCM(Remembering):
 class SLDA(Remembering):
     """Deep streaming linear discriminant analysis: a Gaussian for each label, one covariance a finding.
 
-    Image by image, in file order: S <- (n S + n / (n + 1) d d') / (n + 1) with d = x - mean of its label so far,
-    which is 0 for the first. The score is the log odds, with the precision pinv((1 - shrinkage) S + shrinkage I); 0
-    for labels of one kind. shrinkage: 1e-4 in the authors' code; 1e-5 suits variances that are mostly small.
+    Image by image, in file order: S <- (n S + n / (n + 1) d d') / (n + 1) with d = x - mean of its label so
+    far, 0 for the first. The score is the log odds, with the precision pinv((1 - shrinkage) S + shrinkage I);
+    0 for labels of one kind. shrinkage: 1e-4 in the authors' code; 1e-5 suits small variances.
     """
 
     remembered = ("sums", "count", "scatter")
@@ -100,10 +100,10 @@ class SLDA(Remembering):
 
 
 class RandomFeatures(LeastSquares):
-    """Regression of labels, 1 or 0, on [relu(x W), 1] for a random W; a Gram matrix for each pattern of labels.
+    """Regression of labels, 1 or 0, on [relu(x W), 1] for a random W; a Gram matrix per pattern of labels.
 
-    ridge: 0, each finding's own, 1e-8 to 1e8, with the lowest squared error on a fifth of the images of the last task
-    that labels it, after learning all others seen so far; then the fifth is learned too.
+    ridge: 0, each finding's own, 1e-8 to 1e8, with the lowest squared error on a fifth of the images of the
+    last task that labels it, after learning all others seen so far; then the fifth is learned too.
     """
 
     remembered = ("ridges",)
@@ -121,7 +121,7 @@ class RandomFeatures(LeastSquares):
         return F.pad((images @ self.projection.to(images)).relu(), (0, 1), value=1.0)
 
     def logits(self, images: Tensor, bank: PromptBank | None = None) -> Tensor:
-        """4 (u - 1/2) [B, C] of the regression u, for its sigmoid is near u; 0 for a finding without labels."""
+        """4 (u - 1/2) [B, C] of the regression u, as its sigmoid is near u; 0 for findings without labels."""
         return 4 * (self.features(images) @ self.weights.to(images).T - 0.5) * self.learned
 
     def complete(self, features: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,9 +164,9 @@ def choose_ridges(training: Grams, held_out: Grams, findings: list[int]) -> Tens
 class RanPAC(RandomFeatures):
     """Ridge regression on random features, W ~ N(0, 1), without the authors' fine-tuning of the encoder.
 
-    features: 10,000 in the paper. ridge: 0, by the squared error on a fifth of the task's images. For that the authors
-    learn the task's other images alone, which gives ridges too small for all images seen (data-incremental 0.871
-    instead of 0.913 on the demo, seed 27). zero_shot: 1, a finding without labels keeps the zero-shot logit (ours).
+    features: 10,000 in the paper. ridge: 0, by the squared error on a fifth of the task's images. For that
+    the authors learn its other images alone: ridges too small for all images seen (data-incremental 0.871,
+    not 0.913, on the demo, seed 27). zero_shot: 1, findings without labels keep the zero-shot logit (ours).
     """
 
     def __init__(
@@ -189,10 +189,10 @@ class L3A(RandomFeatures):
     """Label-augmented analytic adaptation: pseudo-labels for earlier findings, images weighted by rarity.
 
     Labels of earlier findings that a task does not bring are 1 where the sigmoid of the regression is above
-    `threshold`, else 0. An image weighs the mean, over its positive findings, of 1 / sqrt(positives seen so far),
-    scaled to a mean of 1 over the findings, and 1 without a positive (undefined in the paper). Findings not seen yet
-    stay unknown; the authors count them as negatives. features: 4,096 in the paper, W uniform in +-1 / sqrt(D).
-    ridge: the authors' code has 1,000 for COCO; 0, by the squared error on a fifth of the task's images.
+    `threshold`, else 0. An image weighs the mean, over its positive findings, of 1 / sqrt(positives so far),
+    scaled to a mean of 1 over the findings; 1 without a positive (undefined in the paper). Findings not yet
+    seen stay unknown; the authors count them negative. features: 4,096 in the paper, W uniform within
+    1 / sqrt(D) of 0. ridge: the authors' code has 1,000 for COCO; 0, by squared error on a fifth of the task.
     """
 
     remembered = ("ridges", "positives")

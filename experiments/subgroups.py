@@ -1,9 +1,9 @@
-"""AUROC, sensitivity and specificity of a run by sex, age, view and part, with intervals over patients (ours).
+"""AUROC, sensitivity and specificity of a run by sex, age, view, part, with intervals over patients (ours).
 
     python -m experiments.subgroups RUN
 
-Writes subgroups.md, .csv and .png into the run's folder: test images, the run's adaptors, the thresholds it chose on
-validation. All groups share 1,000 resamples of the patients, so that the interval of a gap is a paired one.
+Writes subgroups.md, .csv and .png into the run's folder, from test images, the run's adaptors and thresholds.
+All groups share 1,000 resamples of the patients, so that the interval of a gap is a paired one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pandas as pd
 import retune
 from experiments.common import new_figure
 from experiments.decisions import decide
-from experiments.scores import load_run, logits_of, resampled_auroc, resampled_rate
+from experiments.scores import load_run, logits_of, resampled_rate
 
 MEASURES = ("AUROC", "sensitivity", "specificity")
 
@@ -35,14 +35,14 @@ def group_names(values: Sequence[str], column: str) -> pd.Series:
 
 
 def measure_group(labels: np.ndarray, scores: np.ndarray, present: np.ndarray, patients) -> np.ndarray:
-    """[1 + R, C, 3]: MEASURES of each finding, first as they are, then on each resample; nan where there are none.
+    """[1 + R, C, 3]: MEASURES of each finding as they are, then on each resample; nan where there are none.
 
     Labels [N, C] are nan outside the group, so that its patients are drawn with those of all groups.
     """
     auroc = np.full((1001, labels.shape[1]), np.nan)
     for c, value in enumerate(retune.evaluate(scores, present, labels)["auroc"].values()):
         if not np.isnan(value):
-            auroc[:, c] = [value, *resampled_auroc(scores[:, [c]], labels[:, [c]], patients)]
+            auroc[:, c] = [value, *retune.bootstrap_auroc(scores[:, [c]], labels[:, [c]], patients)]
     shares = [resampled_rate(present == value, labels == value, patients) for value in (1, 0)]
     return np.stack([auroc, *shares], axis=-1)
 

@@ -3,9 +3,9 @@
     python -m experiments.sweep --grid method=linear,lwf whiten=no,yes scenario=class,data \
         -- --seed 27 28 29 --output "runs/{method}-{whiten}/{scenario}-seed{seed}"
 
-Every combination runs with every seed. `yes` sets an option without a value and `no` leaves it out; several values
-of one option are separated by blanks ("set=features=1000 shared=0"). What follows `--` goes to retune.py as it
-is; braces in --output name settings, which the runs must differ in. Finished runs are skipped.
+Every combination runs with every seed. `yes` sets an option without a value and `no` leaves it out; blanks
+separate several values of one option ("set=features=1000 shared=0"). What follows `--` goes to retune.py as
+it is; braces in --output name settings, in which the runs must differ. Finished runs are skipped.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python -m experiments.tables experiments/results/demo-tiny                     # every table and figure
     python -m experiments.tables experiments/results/demo-tiny --only main cost    # some of them
 
-The runs are read from `<results>/runs`, and kept as `runs.csv` (settings and metrics) and `bootstrap.npz` (their
-AUROC on resampled patients); without that folder, from those two files. A table has rows {labels: settings of the
-runs it wants} and columns, each a metric and more such settings. Its function's docstring is its caption, with the
-zero-shot AUROC for {zero}.
+The runs are read from `<results>/runs` and kept as `runs.csv` (settings and metrics) and `bootstrap.npz`
+(AUROC on resampled patients); without that folder, they come from these two files. A table has rows {labels:
+settings of the runs it wants} and columns, each a metric and more such settings. Its function's docstring is
+its caption, with the zero-shot AUROC for {zero}.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Column(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The cells as text, the seeds, and what is said below."""
+    """The cells as text, the seeds, and the notes below."""
 
     text: pd.DataFrame
     seeds: Sequence[int]
@@ -99,7 +99,7 @@ def cell_text(values: pd.Series, digits: str) -> str:
 
 
 def leaders(found: Sequence[pd.DataFrame], wanted: Sequence[dict]) -> set[int]:
-    """In every scenario the row of the highest AUROC, if the interval of its lead over the next excludes zero."""
+    """In each scenario the row of highest AUROC, if the interval of its lead over the next excludes zero."""
     running = [i for i, where in enumerate(wanted) if where.get("method") != BOUND]
     ranked = sorted(running, key=lambda i: -found[i][LAST].mean())
     groups = pd.Series(ranked, dtype=int).groupby([str(wanted[i].get("scenario")) for i in ranked])
@@ -111,8 +111,7 @@ def leaders(found: Sequence[pd.DataFrame], wanted: Sequence[dict]) -> set[int]:
 
 CONTINUAL = {
     "AUROC": LAST, "forgetting": "continual.forgetting", "backward transfer": "continual.backward_transfer",
-    "forward transfer": "continual.forward_transfer",
-}  # fmt: skip
+    "forward transfer": "continual.forward_transfer"}  # fmt: skip
 
 
 def per_scenario(measure: str, scenarios: Sequence[str]) -> list[Column]:
@@ -137,8 +136,8 @@ def main_table(runs: pd.DataFrame) -> Table:
 
 
 def forgetting_table(runs: pd.DataFrame) -> Table:
-    """What is left of earlier tasks after the last one, test split. Forward transfer is a finding's AUROC before
-    its own part, against zero-shot. Keeping all data is a bound and not in the running."""
+    """What is left of earlier tasks after the last one, test split. Forward transfer is a finding's AUROC
+    before its own part, against zero-shot. Keeping all data is a bound and not in the running."""
     methods = ("retune", "linear", "mlp", "ewc", "lwf", "replay", BOUND)
     named = {method: labels_of({"method": method, "set": "", "whiten": False})[0] for method in methods}
     rows = {(s, named[m]): SCENARIOS[s] | {"method": m} for s in BASIC[1:] for m in methods}
@@ -158,7 +157,8 @@ def adaptors_table(runs: pd.DataFrame) -> Table:
 
 def prompts_table(runs: pd.DataFrame) -> Table:
     """How the prompts are used, test split."""
-    joint, classes = SCENARIOS["joint"], SCENARIOS["class-incremental"]
+    joint = SCENARIOS["joint"]
+    classes = SCENARIOS["class-incremental"]
     columns = [
         Column("zero-shot AUROC", "zero.auroc_macro", joint),
         Column("zero-shot F1", "zero.f1_macro", joint),
@@ -179,8 +179,8 @@ def prompts_table(runs: pd.DataFrame) -> Table:
 
 
 def cost_table(runs: pd.DataFrame) -> Table:
-    """What a method costs, class-incremental, all tasks together. Embedding is done once for all. Stored: what must
-    be kept beside the model for the next task, in all and per training patient."""
+    """What a method costs, class-incremental, all tasks together. Embedding is done once for all. Stored:
+    what must be kept beside the model for the next task, in all and per training patient."""
     columns = [
         Column("trainable parameters", "cost.trainable_parameters", digits=",.0f"),
         Column("of the encoder's", "cost.share_of_encoder", digits=".2%"),
@@ -194,8 +194,8 @@ def cost_table(runs: pd.DataFrame) -> Table:
 
 
 def calibration_table(runs: pd.DataFrame) -> Table:
-    """Calibration (ours) of sigmoid(logit / temperature), test split, mean over classes: expected calibration error
-    (15 bins of equal width) and Brier score, before and after one temperature fitted on validation."""
+    """Calibration (ours) of sigmoid(logit / temperature), test split, mean over classes: expected calibration
+    error (15 bins of equal width) and Brier score, before and after one temperature fitted on validation."""
     names = {"ece_before": "ECE", "ece_after": "ECE, with temperature", "brier_before": "Brier",
              "brier_after": "Brier, with temperature", "temperature": "temperature"}  # fmt: skip
     rows = {("zero-shot",): SCENARIOS["joint"]} | {(f"RE-tune, {name}",): SCENARIOS[name] for name in BASIC}
@@ -204,9 +204,9 @@ def calibration_table(runs: pd.DataFrame) -> Table:
 
 
 def summary_table(runs: pd.DataFrame) -> Table:
-    """Macro AUROC on test after the last task: RE-tune as published, and every method with the options and the
-    whitening that are best on validation, class-incremental; forgetting is of that scenario. Zero-shot: {zero:.3f}.
-    Keeping all data is a bound and not in the running."""
+    """Macro AUROC on test after the last task: RE-tune as published, and every method with the options and
+    the whitening that are best on validation, class-incremental; forgetting is of that scenario. Zero-shot:
+    {zero:.3f}. Keeping all data is a bound and not in the running."""
     classes = SCENARIOS["class-incremental"]
     columns = [Column(s, LAST, SCENARIOS[s]) for s in (*BASIC[1:], "joint")]
     columns.append(Column("forgetting", CONTINUAL["forgetting"], classes))
@@ -218,8 +218,8 @@ def summary_table(runs: pd.DataFrame) -> Table:
 
 
 def methods_table(runs: pd.DataFrame) -> Table:
-    """Every method after the last task, test split, by class-incremental AUROC. Seconds and stored bytes are of that
-    scenario, all tasks. Keeping all data is a bound and not in the running."""
+    """Every method after the last task, test split, by class-incremental AUROC. Seconds and stored bytes are
+    of that scenario, all tasks. Keeping all data is a bound and not in the running."""
     found = list(scenarios(runs))
     steps = [name for name in found if name != "joint"]
     columns = per_scenario("AUROC", found) + per_scenario("forgetting", steps)
@@ -230,8 +230,8 @@ def methods_table(runs: pd.DataFrame) -> Table:
 
 
 def intervals_table(runs: pd.DataFrame) -> Table:
-    """Macro AUROC on test after the last task, mean over seeds, with 95% intervals over 1,000 resamples of the
-    patients. Zero-shot: {zero:.3f}."""
+    """Macro AUROC on test after the last task, mean over seeds, with 95% intervals over 1,000 resamples of
+    the patients. Zero-shot: {zero:.3f}."""
     rows = method_rows(runs)
     text = pd.DataFrame(list(rows), columns=["method", "whitened"])
     for scenario, where in scenarios(runs).items():
@@ -251,16 +251,17 @@ def orders_table(runs: pd.DataFrame) -> Table:
 
 
 def differences_table(runs: pd.DataFrame) -> Table:
-    """Macro AUROC minus that of the best rival in the same scenario (neither RE-tune nor ours, nor the bound), mean
-    over seeds, test split, with 95% intervals over 1,000 resamples of the patients, the same for both."""
+    """Macro AUROC minus that of the best rival in the same scenario (neither RE-tune nor ours, nor the
+    bound), mean over seeds, test split, with 95% intervals over 1,000 resamples of the patients, the same for
+    both."""
     rivals = [v for v in variants(runs) if v["method"] not in (*OURS, BOUND)]
     text, notes = compare_with(runs, rivals, "the best rival")
     return Table(text, sorted(published(runs)["seed"]), notes + whitening_notes(runs))
 
 
 def rivals_table(runs: pd.DataFrame) -> Table:
-    """Macro AUROC minus that of whitened LwF and of whitened EWC, mean over seeds, test split, with 95% intervals
-    over 1,000 resamples of the patients, the same for both."""
+    """Macro AUROC minus that of whitened LwF and of whitened EWC, mean over seeds, test split, with 95%
+    intervals over 1,000 resamples of the patients, the same for both."""
     found = [compare_with(runs, [rival], full_name(rival)) for rival in OPPONENTS if rival in variants(runs)]
     text = pd.concat([text for text, _ in found], ignore_index=True)
     return Table(text, sorted(published(runs)["seed"]), [note for _, notes in found for note in notes])
@@ -294,7 +295,7 @@ def compare_with(runs: pd.DataFrame, rivals: Sequence[dict], against: str) -> tu
 
 
 def whitening_notes(runs: pd.DataFrame) -> list[str]:
-    """What whitening changes in the methods that were run with and without it; nothing without such methods."""
+    """What whitening changes in methods that were run with and without it; nothing without such methods."""
     whitened = [v for v in variants(runs) if v["whiten"] and v | {"whiten": False} in variants(runs)]
     if not whitened:
         return []
@@ -309,9 +310,9 @@ def whitening_notes(runs: pd.DataFrame) -> list[str]:
 
 TABLES: dict[str, Callable[[pd.DataFrame], Table]] = {
     "summary": summary_table, "main": main_table, "forgetting": forgetting_table, "adaptors": adaptors_table,
-    "prompts": prompts_table, "cost": cost_table, "calibration": calibration_table, "methods": methods_table,
-    "intervals": intervals_table, "differences": differences_table, "rivals": rivals_table, "orders": orders_table,
-}  # fmt: skip
+    "prompts": prompts_table, "cost": cost_table, "calibration": calibration_table,
+    "methods": methods_table, "intervals": intervals_table, "differences": differences_table,
+    "rivals": rivals_table, "orders": orders_table}  # fmt: skip
 
 # ------------------------------------------------------------------------------------- 3. Files, command line
 
@@ -325,10 +326,10 @@ def render(name: str, runs: pd.DataFrame) -> dict[str, str]:
     lead_or_difference = "difference" if name in ("differences", "rivals") else "lead over the next best"
     bold = f" Bold: the paired 95% interval of the {lead_or_difference} excludes zero."
     caption = (
-        f"{' '.join(TABLES[name].__doc__.split()).format(zero=zero)} Data: {run['data']} ({runs['train_n'].max():,} "
-        f"training images of {run['cost.train_patients']:,} patients, {run['val_n']:,} validation and "
-        f"{run['test_n']:,} test images{demo}). Encoder: {run['encoder']}, frozen. Classes: {run['classes']}. "
-        f"Seeds: {', '.join(map(str, seeds))}; mean ± standard deviation."
+        f"{' '.join(TABLES[name].__doc__.split()).format(zero=zero)} Data: {run['data']} "
+        f"({runs['train_n'].max():,} training images of {run['cost.train_patients']:,} patients, "
+        f"{run['val_n']:,} validation and {run['test_n']:,} test images{demo}). Encoder: {run['encoder']}, "
+        f"frozen. Classes: {run['classes']}. Seeds: {', '.join(map(str, seeds))}; mean ± standard deviation."
     )
     caption += bold if "**" in str(text.values) else ""
     latex = text.map(to_latex).rename(columns=to_latex)

@@ -1,6 +1,6 @@
-"""What the tests share: one random encoder, one CSV set, one finished run, and helpers to run and read programs.
+"""What the tests share: a random encoder, a CSV set, a finished run, and helpers to run and read programs.
 
-One thread for torch here and in the processes that tests start, since bits depend on the number of threads.
+One thread for torch, here and in the processes that tests start, since bits depend on the number of threads.
 """
 
 import csv
@@ -34,7 +34,7 @@ def pytest_configure(config):
 
 
 def save_random_encoder(folder: Path, seed: int) -> Path:
-    """A small untrained encoder in the format of `demo/tiny`: 32 px, 16 dimensions, the words of prompts.json."""
+    """A small untrained encoder in the format of `demo/tiny`: 32 px, 16 dimensions, words of prompts.json."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -52,8 +52,8 @@ def save_random_encoder(folder: Path, seed: int) -> Path:
         "name": folder.name, "dim": 16,
         "image": {"model": resnet | {"layer_type": "basic"}, "pool": "mean", "head": head},
         "text": {"model": gpt2 | ends, "pool": "last", "head": head, "context_length": 64},
-        "transform": {"resize": 32, "crop": 32, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.25] * 3},
-    }  # fmt: skip
+        "transform": {"resize": 32, "crop": 32, "interpolation": "bilinear",
+                      "mean": [0.5] * 3, "std": [0.25] * 3}}  # fmt: skip
     with retune.seeded(seed):
         retune.DualEncoder(config, tokenizer).save(folder)
     return folder

@@ -1,5 +1,5 @@
-"""adaptor/: the method against plain versions, the whole chain, bad input; published encoders, decoders and losses, and
-each published experiment on a miniature of its layout."""
+"""adaptor/: the method against plain versions, the whole chain, bad input; published encoders, decoders and
+losses, and each published experiment on a miniature of its layout."""
 
 import importlib.util
 import itertools
@@ -29,8 +29,10 @@ from adaptor.model import Adaptor, Layer, contrastive_loss, count_parameters, lo
 from retune import DualEncoder, InputError
 from tests.fixtures import model_bytes, read_failure, read_metrics, write_rows
 
-SMALL = "--width 16 --heads 2 --feedforward 32 --repeats 1 --head-epochs 2 --mask-epochs 2 --decoder-width 16 --workers 0"
-QUICK = f"{SMALL} --demo-images 240 --epochs 3 --batch-size 32 --lr 1e-3 --mask-images 40 --mask-batch 16 --device cpu"
+SMALL = "--width 16 --heads 2 --feedforward 32 --repeats 1 --head-epochs 2 --mask-epochs 2 --decoder-width 16"
+SMALL += " --workers 0"
+QUICK = f"{SMALL} --demo-images 240 --epochs 3 --batch-size 32 --lr 1e-3 --mask-images 40 --mask-batch 16"
+QUICK += " --device cpu"
 SLICES = f"{SMALL} --epochs 2 --batch-size 8 --head-batch 8 --mask-images 12 --fractions 0.5 1 --device cpu"
 
 
@@ -146,8 +148,7 @@ def test_defaults_are_the_papers():
     ({"model_type": "dinov2", "hidden_size": 384, "num_attention_heads": 6}, 130_520_832, 11_912_705, 0.909),
     ({"model_type": "dinov2"}, 194_617_344, 12_207_617, 0.938),
     ({"model_type": "swin", "embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]},
-     195_634_872, 12_404_225, 0.937),
-])  # fmt: skip
+     195_634_872, 12_404_225, 0.937)])  # fmt: skip
 def test_parameters_of_the_published_pairs(model, frozen, trained, share):
     with torch.device("meta"):
         models = (model, {"model_type": "bert"})
@@ -264,8 +265,8 @@ def test_a_run_writes_its_results(finished, towers):
     metrics = read_metrics(run)
     files = {p.name for p in run.iterdir() if not p.name.startswith(".")}
     assert files == {
-        "config.json", "metrics.json", "table.md", "splits.csv", "embeddings.png", "overlay.png", "adaptor.safetensors",
-        "retrieval.json", "classification.json", "segmentation.json"}  # fmt: skip
+        "config.json", "metrics.json", "table.md", "splits.csv", "embeddings.png", "overlay.png",
+        "adaptor.safetensors", "retrieval.json", "classification.json", "segmentation.json"}  # fmt: skip
     assert len(metrics["retrieval"]["history"]) == 3 and metrics["retrieval"]["test"]["n"] > 20
     for stage in ("classification", "segmentation"):
         assert [r["fraction"] for r in metrics[stage]] == [0.01, 0.01, 0.1, 0.1, 1.0, 1.0]
@@ -367,11 +368,12 @@ def test_texts_are_reports_or_captions_and_it_says_so(towers, csv_set, tmp_path,
 
 @pytest.mark.parametrize("more, named", [
     ("--width 15", "--width 15"), ("--fractions 2", "--fractions (2.0,)"), ("--epochs 0", "--epochs 0"),
-    ("--layers -1", "--layers -1"), ("--text-to-image 1.5", "--text-to-image 1.5"), ("--dropout 1", "--dropout 1.0"),
-    ("--unfreeze --pretrained x", "--unfreeze"), ("--pretrained none", "none/adaptor"), ("--export images", "images"),
-    ("--image-encoder nowhere/x", "--image-encoder nowhere/x"), ("--image-encoder torchxrayvision:50=x", "101-elastic"),
-    ("--data siim --data-dir none", "none"), ("--data csv --data-dir . --stages segmentation", "masks"),
-])  # fmt: skip
+    ("--layers -1", "--layers -1"), ("--text-to-image 1.5", "--text-to-image 1.5"),
+    ("--dropout 1", "--dropout 1.0"), ("--unfreeze --pretrained x", "--unfreeze"),
+    ("--pretrained none", "none/adaptor"), ("--export images", "images"),
+    ("--image-encoder nowhere/x", "--image-encoder nowhere/x"),
+    ("--image-encoder torchxrayvision:50=x", "101-elastic"), ("--data siim --data-dir none", "none"),
+    ("--data csv --data-dir . --stages segmentation", "masks")])  # fmt: skip
 def test_bad_options_exit_2_with_the_option_and_the_value(
     towers, csv_set, tmp_path, capsys, monkeypatch, more, named
 ):
@@ -395,8 +397,9 @@ def published(tmp_path_factory) -> Path:
                   "vit": transformers.ViTModel(transformers.ViTConfig(**small, **sizes)),
                   "plain": transformers.BertModel(bert, add_pooling_layer=False),
                   "cxr": transformers.BertForMaskedLM(bert)}  # fmt: skip
-    settings = {"do_center_crop": True, "size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28},
-                "resample": 3, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.2, 0.2]}  # fmt: skip
+    settings = {"do_center_crop": True, "size": {"shortest_edge": 32},
+                "crop_size": {"height": 28, "width": 28}, "resample": 3,
+                "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.2, 0.2]}  # fmt: skip
     for name, model in models.items():
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
@@ -546,9 +549,9 @@ def test_autoencoder_equals_torchxrayvisions(published, tmp_path, monkeypatch):
     for ours, theirs in zip(segmentation.unet_maps(encoder.image.tower, pixels), blocks, strict=True):
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
     write_masked(tmp_path / "rsna", "rsna", 24, split=True)
-    argv = f"--data rsna --data-dir {tmp_path / 'rsna'} --text-encoder {published / 'text'} --image-encoder {name}"
-    argv += f" {SLICES} --stages segmentation --mask-images 4 --mask-epochs 1 --output {tmp_path / 'run'}"
-    argv += f" --cache-dir {tmp_path / 'cache'}"
+    argv = f"--data rsna --data-dir {tmp_path / 'rsna'} --text-encoder {published / 'text'}"
+    argv += f" --image-encoder {name} {SLICES} --stages segmentation --mask-images 4 --mask-epochs 1"
+    argv += f" --output {tmp_path / 'run'} --cache-dir {tmp_path / 'cache'}"
     assert main(argv.split()) == 0  # with its own decoder
     assert len(read_metrics(tmp_path / "run")["segmentation"]) == 4
     assert main(f"{argv} --export {tmp_path / 'pair'}".split()) == 2
@@ -755,11 +758,12 @@ def test_covidx_lists(tmp_path):
 
 
 @pytest.mark.parametrize("name, expected", [
-    ("rsna", {"head_lr": 5e-5, "head_weight_decay": 1e-4, "head_batch": 512, "decoder_width": 512, "image_size": 224}),
-    ("siim", {"image_size": 896, "mask_batch": 4, "mask_lr": 5e-4, "mask_weight_decay": 1e-4, "balance": "yes"}),
+    ("rsna", {"head_lr": 5e-5, "head_weight_decay": 1e-4, "head_batch": 512, "decoder_width": 512,
+              "image_size": 224}),
+    ("siim", {"image_size": 896, "mask_batch": 4, "mask_lr": 5e-4, "mask_weight_decay": 1e-4,
+              "balance": "yes"}),
     ("covidx", {"head_lr": 5e-4, "head_weight_decay": 0.05, "head_batch": 128, "multiclass": True}),
-    ("mimic", {"epochs": 50, "lr": 2e-5, "batch_size": 1024, "width": 768, "text_tokens": 112}),
-])  # fmt: skip
+    ("mimic", {"epochs": 50, "lr": 2e-5, "batch_size": 1024, "width": 768, "text_tokens": 112})])  # fmt: skip
 def test_presets_follow_the_data_set_not_its_size(name, expected):
     config, text = resolve_defaults(Config(data=name), 18_000)
     assert {key: getattr(config, key) for key in expected} == expected
@@ -794,7 +798,8 @@ def pretrained(published, tmp_path_factory) -> tuple[Path, str]:
     """MIMIC-CXR's miniature with a run, and the options of all that follow."""
     root = tmp_path_factory.mktemp("mimic")
     write_mimic(root / "MIMIC")
-    shared = f"--image-encoder {published / 'vit'} --text-encoder {published / 'text'} --cache-dir {root / 'cache'}"
+    shared = f"--image-encoder {published / 'vit'} --text-encoder {published / 'text'}"
+    shared += f" --cache-dir {root / 'cache'}"
     argv = f"--data mimic --data-dir {root / 'MIMIC'} --view frontal --classes Edema --output {root / 'run'}"
     assert main(f"{argv} {shared} {SLICES}".split()) == 0
     return root, f"{shared} {SLICES} --pretrained {root / 'run'}"

@@ -34,8 +34,7 @@ def folder(tmp_path_factory):
         "image": {"model": vit, "pool": "pre_norm_mean", "head": [retune.linear(24, 8)]},
         "text": {"model": text, "pool": "last", "head": [retune.linear(16, 8)], "context_length": 96},
         "transform": {"resize": [18, 18], "crop": 16, "interpolation": "bilinear", "mean": [0.5] * 3,
-                      "std": [0.5] * 3},
-    }  # fmt: skip
+                      "std": [0.5] * 3}}  # fmt: skip
     target = tmp_path_factory.mktemp("encoder") / "vit"
     with retune.seeded(0):
         DualEncoder(settings, tokenizer).save(target)
@@ -43,9 +42,10 @@ def folder(tmp_path_factory):
 
 
 def settings(folder, **changes):
-    base = {"image": str(folder), "text": str(folder), "dim": 8, "batch_size": 12, "steps": 4, "prompt_steps": 4,
-            "prompt_lr": 0.1, "lr": 1e-2, "lora_dropout": 0.0, "truncate": True, "demo_images": 300, "device": "cpu",
-            "foreground": "off", "augment": "off", "save_every": 2}  # fmt: skip
+    base = {"image": str(folder), "text": str(folder), "dim": 8, "batch_size": 12, "steps": 4,
+            "prompt_steps": 4, "prompt_lr": 0.1, "lr": 1e-2, "lora_dropout": 0.0, "truncate": True,
+            "demo_images": 300, "device": "cpu", "foreground": "off", "augment": "off",
+            "save_every": 2}  # fmt: skip
     return resolve_defaults(Config(**base | changes))
 
 
@@ -269,8 +269,9 @@ def test_unknown_labels_are_never_no_finding():
     chosen, nan = resolve_defaults(Config()), math.nan
     names = ["No Finding", "Edema", "Mass", "Nodule"]
     base = "a chest X-ray of a patient with"
-    told = {(0, 1, 0, 1): f"{base} edema, nodule", (0, 0, 0, 0): f"{base} no finding", (0, nan, nan, nan): "",
-            (0, 0, nan, 0): "", (1, nan, 0, 0): f"{base} no finding", (nan, 1, nan, nan): f"{base} edema"}  # fmt: skip
+    told = {(0, 1, 0, 1): f"{base} edema, nodule", (0, 0, 0, 0): f"{base} no finding",
+            (0, nan, nan, nan): "", (0, 0, nan, 0): "", (1, nan, 0, 0): f"{base} no finding",
+            (nan, 1, nan, nan): f"{base} edema"}  # fmt: skip
     for labels, text in told.items():
         assert captions.chest_caption(labels, names, chosen) == text
     negative = dataclasses.replace(chosen, negative_captions=True)
@@ -618,8 +619,8 @@ def test_bad_options_exit_2_with_the_option_and_the_value(argv, named, capsys):
 
 
 @pytest.mark.parametrize("old, new, named", [
-    ("p2,,,,,0", "p2,,,,,7", "row 5: Target '7'"), ("p2,,,,,0", "missing,,,,,0", "row 5: patientId 'missing'"),
-])  # fmt: skip
+    ("p2,,,,,0", "p2,,,,,7", "row 5: Target '7'"),
+    ("p2,,,,,0", "missing,,,,,0", "row 5: patientId 'missing'")])  # fmt: skip
 def test_rsna_marks_pneumonia_and_names_rows_that_do_not_fit(tmp_path, old, new, named):
     root = write_rsna(tmp_path)
     chosen = resolve_defaults(Config(data="rsna", data_dir=str(root)))

@@ -14,12 +14,12 @@ import torch
 import retune
 from tests.fixtures import ROOT, run_python
 
-PASTED = (  # DESIGN's list
-    "Adaptor", "RETune", "PromptBank", "prompt_contrastive_loss", "make_tasks", "evaluate", "continual_metrics",
-)  # fmt: skip
+PASTED = (  # what users copy
+    "Adaptor", "RETune", "PromptBank", "prompt_contrastive_loss", "make_tasks", "evaluate",
+    "continual_metrics")  # fmt: skip
 PLUMBING = {  # what none of them may need
-    "Config", "Radiographs", "DualEncoder", "Tower", "embed", "fit", "run", "predict", "atomic", "log", "ranks",
-}  # fmt: skip
+    "Config", "Radiographs", "DualEncoder", "Tower", "embed", "fit", "run", "predict", "atomic", "log",
+    "ranks"}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -46,9 +46,9 @@ def without_annotations(tree: ast.AST) -> ast.AST:
 
 
 def pasted(*names: str) -> dict:
-    """The names that a fresh module has after `names`, and what they are made of, are pasted into it.
+    """The namespace of a fresh module into which `names`, and what they are made of, were pasted.
 
-    Of the imports it gets those of the standard library, torch, numpy and scikit-learn alone.
+    It imports only the standard library, torch, numpy and scikit-learn.
     """
     tree = ast.parse((ROOT / "retune.py").read_text(encoding="utf-8"))
     defined, imports = {}, []

@@ -31,7 +31,7 @@ SMALL_TOWER = SMALL_BERT | {"num_attention_heads": 4, "layer_norm_eps": 1e-5}
 
 
 def peers_of_biovil(monkeypatch):
-    """hi-ml-multimodal's image model, and its text model shrunk, as is `retune.BIOVIL`; its readers are not needed."""
+    """hi-ml-multimodal's image model and, shrunk like `retune.BIOVIL`, its text model; no file readers."""
     for name in ("pydicom", "SimpleITK", "skimage", "skimage.io"):
         module = types.ModuleType(name)
         module.io = module
@@ -49,7 +49,7 @@ def peers_of_biovil(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """Every test here fails as soon as anything opens a connection or looks a name up."""
+    """Every test here fails as soon as anything opens a connection or looks up a name."""
 
     def refuse(*arguments, **options):
         raise AssertionError(f"network touched: {arguments}")
@@ -60,7 +60,7 @@ def no_network(monkeypatch):
 
 @torch.no_grad()
 def randomise(module, seed=0):
-    """Random weights of which none is at a value (0, 1) that would hide a wrong mapping."""
+    """Random weights, none of them at a value (0, 1) that would hide a wrong mapping."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point():
@@ -96,13 +96,13 @@ BIOMEDBERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
 OPEN_CLIP_CONFIG = {
     "model_cfg": {
         "embed_dim": 512,
-        "vision_cfg": {"timm_model_name": "vit_base_patch16_224", "timm_model_pretrained": False, "timm_pool": "",
-                       "timm_proj": "linear", "image_size": 224},
+        "vision_cfg": {"timm_model_name": "vit_base_patch16_224", "timm_model_pretrained": False,
+                       "timm_pool": "", "timm_proj": "linear", "image_size": 224},
         "text_cfg": {"hf_model_name": BIOMEDBERT, "hf_tokenizer_name": BIOMEDBERT, "hf_proj_type": "mlp",
                      "hf_pooler_type": "cls_last_hidden_state_pooler", "context_length": 256},
     },
-    "preprocess_cfg": {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]},
-}  # fmt: skip
+    "preprocess_cfg": {"mean": [0.48145466, 0.4578275, 0.40821073],
+                       "std": [0.26862954, 0.26130258, 0.27577711]}}  # fmt: skip
 
 
 def test_biomedclip_equals_open_clip(tmp_path, monkeypatch):
@@ -164,8 +164,7 @@ def write_biovil_configs(folder, vocabulary=30522):
 BIOVIL_NAMES = {
     "image.tower": "encoder.encoder", "image.head": "projector.model", "text.tower": "bert",
     "text.head.0": "cls_projection_head.dense_to_hidden", "text.head.2": "cls_projection_head.LayerNorm",
-    "text.head.3": "cls_projection_head.dense_to_output",
-}  # fmt: skip
+    "text.head.3": "cls_projection_head.dense_to_output"}  # fmt: skip
 
 
 @pytest.fixture
@@ -342,7 +341,7 @@ def films(count=12):
 
 
 def peer_transform(name: str, tmp_path):
-    """(our transform, the peer's on PIL images) of an encoder, a BioViL with a crop, or a transformers model."""
+    """(our transform, the peer's of PIL images) of an encoder, a cropped BioViL or a transformers model."""
     if name == "biomedclip":
         config = retune.BIOMEDCLIP["transform"]
         open_clip = pytest.importorskip("open_clip")
@@ -364,7 +363,7 @@ def peer_transform(name: str, tmp_path):
 
 @pytest.mark.parametrize("name", ["biomedclip", "biovil 512", "biovil 480", "clip", "siglip"])
 def test_transforms_are_the_peers(tmp_path, name):
-    """Within two grey levels of 255. CLIP on squares: an odd margin transformers rounds down, OpenAI's CLIP to even."""
+    """Within two grey levels of 255. CLIP on squares: odd margins round down, in OpenAI's to even."""
     config, peer = peer_transform(name, tmp_path)
     std, differences = torch.tensor(config["std"]).view(3, 1, 1), []
     for image in films():

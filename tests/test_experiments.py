@@ -1,4 +1,4 @@
-"""Tables against plain arithmetic and raw scores, the sweep, the script with a stand-in for python, the benchmark."""
+"""Tables against plain arithmetic and raw scores, the sweep, the script with a fake python, the benchmark."""
 
 import io
 import json
@@ -26,7 +26,7 @@ SMALL = ["--demo-images", "240", "--epochs", "2", "--no-figures", "--workers", "
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """A folder with small runs of two methods, with and without whitening, in every scenario: {m}-{w}/{s}-{seed}."""
+    """A folder with small runs of two methods, whitened and not, in every scenario: {m}-{w}/{s}-{seed}."""
     root = tmp_path_factory.mktemp("results")
     shared = [*SMALL, "--cache-dir", str(root / "cache"), "--seed", "27", "28"]
     output = ["--output", f"{root}/runs/{{method}}-{{whiten}}/{{scenario}}-{{seed}}"]
@@ -53,7 +53,7 @@ def mean_and_deviation(values: pd.Series) -> str:
     return f"{values.mean():.3f} ± {values.std():.3f}" if values.nunique() > 1 else f"{values.mean():.3f}"
 
 
-# ---------------------------------------------------------------------------------------------- from the scores
+# -------------------------------------------------------------------------------------------- from the scores
 
 
 def test_sweep_runs_every_combination_and_skips_finished(results, capsys):
@@ -106,23 +106,6 @@ def test_runs_read_as_written(results):
     columns = collected.columns.drop("resampled")
     pd.testing.assert_frame_equal(collected[columns], found[columns], check_dtype=False)
     np.testing.assert_array_equal(np.stack(collected["resampled"]), np.stack(found["resampled"]))
-
-
-def test_resampled_auroc_is_the_weighted_auroc():
-    generator = np.random.default_rng(0)
-    labels = (generator.random((80, 3)) < 0.3).astype(np.float32)
-    labels[::7, 1] = np.nan
-    score = np.round(generator.random((80, 3)) + 0.3 * np.nan_to_num(labels), 1)  # with ties
-    patients = generator.integers(0, 30, 80)
-    found = scores.resampled_auroc(score, labels, patients, resamples=5, seed=3)
-    ids, patient = np.unique(patients, return_inverse=True)
-    drawn = np.random.default_rng(3).multinomial(len(ids), np.full(len(ids), 1 / len(ids)), 5)
-    for weight, value in zip(drawn[:, patient], found):
-        known = ~np.isnan(labels.T)
-        expected = [
-            roc_auc_score(labels[k, c], score[k, c], sample_weight=weight[k]) for c, k in enumerate(known)
-        ]
-        assert value == pytest.approx(np.mean(expected), abs=1e-6)
 
 
 def test_resampled_rate_is_the_share_among_the_drawn():
@@ -270,8 +253,9 @@ def test_committed_table_is_that_of_the_committed_runs(name):
         assert (COMMITTED / f"{name}{suffix}").read_text(encoding="utf-8") == text
 
 
-SETTINGS = {"class-incremental": ("class", 5), "label-incremental": ("label", 5), "data, 5 parts": ("data", 5),
-            "data, 10 parts": ("data", 10), "data, 20 parts": ("data", 20), "joint": ("joint", 1)}  # fmt: skip
+SETTINGS = {"class-incremental": ("class", 5), "label-incremental": ("label", 5),
+            "data, 5 parts": ("data", 5), "data, 10 parts": ("data", 10), "data, 20 parts": ("data", 20),
+            "joint": ("joint", 1)}  # fmt: skip
 
 
 def committed_runs(scenario: str) -> pd.DataFrame:
@@ -279,13 +263,14 @@ def committed_runs(scenario: str) -> pd.DataFrame:
     found = pd.read_csv(COMMITTED / "runs.csv", keep_default_na=False, na_values={"continual.forgetting": ""})
     kind, parts = SETTINGS[scenario]
     published = {"adaptor": "mlp", "adapt": "both", "pool": "mean", "negatives": True, "score": "diff",
-                 "wording": "specific", "logit_scale": 1, "order": "", "scenario": kind, "parts": parts}  # fmt: skip
+                 "wording": "specific", "logit_scale": 1, "order": "",
+                 "scenario": kind, "parts": parts}  # fmt: skip
     return found[(found[list(published)] == pd.Series(published)).all(axis=1)]
 
 
 def test_committed_cells_of_main_by_plain_arithmetic():
-    keys = ("auroc_macro", "auroc_weighted", "f1_macro", "f1_weighted", "precision_weighted", "recall_weighted",
-            "accuracy", "ap_macro")  # fmt: skip
+    keys = ("auroc_macro", "auroc_weighted", "f1_macro", "f1_weighted", "precision_weighted",
+            "recall_weighted", "accuracy", "ap_macro")  # fmt: skip
     for scenario, *cells in read_table("main").values:
         found = committed_runs("joint" if scenario == "zero-shot" else scenario)
         found = found[(found["method"] == "retune") & ~found["whiten"]]
@@ -332,12 +317,12 @@ def test_a_run_of_today_gives_the_committed_value(tmp_path):
         assert today[metric] == pytest.approx(committed[metric], abs=0.03), metric
 
 
-# ----------------------------------------------------------------------------------------- script and benchmark
+# --------------------------------------------------------------------------------------- script and benchmark
 
 
 @pytest.fixture
 def script(tmp_path):
-    """Run the script with a stand-in for python that notes its arguments and fails where FAIL is among them."""
+    """Run the script with a stand-in for python that notes its arguments and fails if FAIL is among them."""
     stand_in = tmp_path / "bin" / "python"
     stand_in.parent.mkdir()
     stand_in.write_text(
@@ -365,8 +350,9 @@ def test_script_runs_everything_once_and_then_nothing(script):
     assert all("--data chexpert --data-dir /x y --encoder biovil" in c and "--seed 1 2" in c for c in sweeps)
     assert calls[-1].startswith("-m experiments.tables") and "chexpert-biovil" in calls[-1]
     assert [call.split()[1:3] for call in calls[-3:-1]] == [["adaptor", "grid"], ["cleft", "tables"]]
-    for option in ("parts=10,20", "l3a whiten=no,yes", "adapt=both,shared", "pool=single,max", "negatives=yes",
-                   "wording=generic", "score=pos", "class-order=random", "set=features=1000", "whiten=yes"):  # fmt: skip
+    for option in ("parts=10,20", "l3a whiten=no,yes", "adapt=both,shared", "pool=single,max",
+                   "negatives=yes", "wording=generic", "score=pos", "class-order=random",
+                   "set=features=1000", "whiten=yes"):  # fmt: skip
         assert any(option in call for call in sweeps), option
     done, calls = script(**settings)
     assert done.returncode == 0 and calls == [] and "nothing to do" in done.stdout

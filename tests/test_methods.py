@@ -1,4 +1,4 @@
-"""Methods against plain versions: baselines, streaming rivals, the closed form, and a plug-in of one's own."""
+"""Methods against plain versions: baselines, streaming rivals, the closed form, and a user's own plug-in."""
 
 import json
 import math
@@ -317,7 +317,7 @@ def test_l3a_is_weighted_ridge_with_pseudo_labels():
         torch.testing.assert_close(model.weights.double(), W, atol=1e-5, rtol=1e-4)
 
 
-# --------------------------------------------------------------------------------------------------- closed form
+# ------------------------------------------------------------------------------------------------ closed form
 
 
 def plain_posterior(f, y, centres, lam):
@@ -427,7 +427,7 @@ def test_one_image_and_two_images_are_enough_to_run():
     assert (logits[0] > logits[1]).all()
 
 
-# -------------------------------------------------------------------------------------------- runs and plug-ins
+# ------------------------------------------------------------------------------------------ runs and plug-ins
 
 SMALL = {"demo_images": 240, "epochs": 2, "figures": False, "workers": 0}
 

@@ -1,4 +1,4 @@
-"""Data from files: images, a CSV of one's own, and miniature trees in the layouts of the published data sets."""
+"""Data from files: images, a user's own CSV, and miniature trees in the layouts of published data sets."""
 
 import gzip
 import os
@@ -21,7 +21,7 @@ HEADER = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *CHEXPERT_FINDINGS]
 pytestmark = pytest.mark.usefixtures("in_empty_folder")
 
 
-# ------------------------------------------------------------------------------------------------------ image files
+# ------------------------------------------------------------------------------------------------ image files
 
 
 def test_pixels_of_every_kind_of_image_are_read_exactly(tmp_path):
@@ -38,9 +38,10 @@ def test_pixels_of_every_kind_of_image_are_read_exactly(tmp_path):
     Image.fromarray(np.full((16, 16), 77, np.uint8)).save(tmp_path / "flat.JPEG", quality=95)
     stretched = np.round((deep - deep.min()) / float(deep.max() - deep.min()) * 255)
     for name, wanted in {
-        "grey.PNG": grey[None], "rgb.png": rgb.transpose(2, 0, 1), "rgba.png": rgba[..., :3].transpose(2, 0, 1),
-        "la.png": grey[None], "deep.png": stretched[None], "constant.png": np.zeros((1, 7, 5)),
-        "flat.JPEG": np.full((1, 16, 16), 77), "grey.tiff": grey[None], "deep.TIF": stretched[None],
+        "grey.PNG": grey[None], "rgb.png": rgb.transpose(2, 0, 1),
+        "rgba.png": rgba[..., :3].transpose(2, 0, 1), "la.png": grey[None], "deep.png": stretched[None],
+        "constant.png": np.zeros((1, 7, 5)), "flat.JPEG": np.full((1, 16, 16), 77), "grey.tiff": grey[None],
+        "deep.TIF": stretched[None],
     }.items():  # fmt: skip
         pixels = retune.read_image(tmp_path / name)
         assert pixels.dtype == torch.uint8, name
@@ -87,7 +88,7 @@ def test_dicom_follows_rescale_window_and_monochrome1(tmp_path):
         retune.read_image(tmp_path / "a.dcm")
 
 
-# ------------------------------------------------------------------------------------------------ a CSV of one's own
+# ------------------------------------------------------------------------------------------- a user's own CSV
 
 
 def test_a_csv_set_is_read_as_written_with_chosen_classes(csv_set):
@@ -168,17 +169,18 @@ def drop(split):
 
 
 @pytest.mark.parametrize("change, named", [
-    ({"path": "images/none.png"}, ["labels.csv row 7", "images/none.png"]), ({"path": ""}, ["labels.csv row 7", "path"]),
+    ({"path": "images/none.png"}, ["labels.csv row 7", "images/none.png"]),
+    ({"path": ""}, ["labels.csv row 7", "path"]),
     ({"path": "images/01.png"}, ["labels.csv row 7", "'images/01.png'", "row 3"]),
-    ({"path": "./images//01.png"}, ["labels.csv row 7", "row 3"]), ({"patient": ""}, ["labels.csv row 7", "patient"]),
+    ({"path": "./images//01.png"}, ["labels.csv row 7", "row 3"]),
+    ({"patient": ""}, ["labels.csv row 7", "patient"]),
     ({"split": "validation"}, ["labels.csv row 7", "'validation'"]),
     ({"patient": "Patient-013-Kowalski"}, ["row", "'Patient-013-Kowalski'", "train", "test"]),
     (lambda rows: [row.update(Edema="", Mass="") for row in rows], ["label", "Edema, Mass"]),
     (lambda rows: [row.update(Edema="x", Mass="y") for row in rows], ["labels.csv", "--classes"]),
     (lambda rows: write_rows(Path("my x-rays/b.csv"), rows), ["--labels-csv"]),
-    (one_patient, ["split", "patients: 1"]),
-    (drop("val"), ["val split"]), (drop("test"), ["test split"]), (drop("train"), ["train split"]),
-])  # fmt: skip
+    (one_patient, ["split", "patients: 1"]), (drop("val"), ["val split"]), (drop("test"), ["test split"]),
+    (drop("train"), ["train split"])])  # fmt: skip
 def test_bad_rows_of_a_csv_set_exit_2_naming_file_row_and_value(csv_set, capsys, change, named):
     """A dictionary changes row 7 of the file."""
     root, rows, arguments = csv_set
@@ -209,7 +211,7 @@ def test_a_corrupt_image_is_named_with_its_row_or_skipped_and_counted(csv_set, c
     assert "val" in read_failure(capsys, [*arguments, *other])
 
 
-# ------------------------------------------------------------------------------------------------ published data sets
+# ---------------------------------------------------------------------------------------- published data sets
 
 
 def write_csv(path: Path, header, rows) -> Path:
@@ -258,8 +260,8 @@ def chexpert_rows(split: str, patients, prefix="CheXpert-v1.0-small/", labels=("
     """A frontal and a lateral image a patient; every label column holds labels[patient % 3]."""
     views = ("frontal", "lateral", "AP", "")
     return [
-        [f"{prefix}{split}/patient{p:05d}/study1/view{v + 1}_{views[v]}.jpg", "Male", 60, views[v].title(), views[v + 2]]
-        + [labels[p % 3]] * 14
+        [f"{prefix}{split}/patient{p:05d}/study1/view{v + 1}_{views[v]}.jpg",
+         "Male", 60, views[v].title(), views[v + 2]] + [labels[p % 3]] * 14
         for p in patients
         for v in (0, 1)
     ]  # fmt: skip
@@ -415,12 +417,11 @@ FIRST, TWICE = r"(?s)^([^\n]*\n)([^\n]*\n)", r"\1\2\2"
     ("chexpert", "test_labels.csv", "patient00071", "patient00001", "'patient00001'"),
     ("mimic", STUDIES, FIRST, TWICE, "chexpert.csv row 3: .*'50414267'"),
     ("mimic", SPLIT, "validate", "valid", "split.csv row 8: .*'valid'"),
-    ("mimic", "mimic-cxr-2.0.0-metadata.csv", None, None, "metadata.csv.*: no such file"),
-])  # fmt: skip
+    ("mimic", "mimic-cxr-2.0.0-metadata.csv", None, None, "metadata.csv.*: no such file")])  # fmt: skip
 def test_bad_tables_of_published_sets_are_refused_by_file_row_and_value(
     tmp_path, name, file, old, new, message
 ):
-    """The first match of `old` becomes `new`; without `old` the file is written, or deleted if `new` is None."""
+    """The first `old` becomes `new`; without `old` the file is written, or deleted if `new` is None."""
     {"nih": nih_tree, "chexpert": chexpert_tree, "mimic": mimic_tree}[name](tmp_path)
     path = tmp_path / file
     if new is None:
@@ -485,10 +486,9 @@ def test_chestmnist_is_downloaded_with_its_checksum(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [
-    {"val_images": None}, {"val_images": np.zeros((3, 28, 28), np.uint8)}, {"val_images": np.zeros((3, 64, 64))},
-    {"val_labels": np.full((3, 14), 2)}, {"val_labels": np.zeros((3, 13))}, {"val_labels": np.array([{}] * 3, object)},
-    b"not a zip",
-])  # fmt: skip
+    {"val_images": None}, {"val_images": np.zeros((3, 28, 28), np.uint8)},
+    {"val_images": np.zeros((3, 64, 64))}, {"val_labels": np.full((3, 14), 2)},
+    {"val_labels": np.zeros((3, 13))}, {"val_labels": np.array([{}] * 3, object)}, b"not a zip"])  # fmt: skip
 def test_chestmnist_refuses_other_files(tmp_path, change):
     arrays = chestmnist_arrays(64) | (change if isinstance(change, dict) else {})
     path = tmp_path / "chestmnist_64.npz"
@@ -499,12 +499,12 @@ def test_chestmnist_refuses_other_files(tmp_path, change):
         load_chestmnist(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------- scale
+# ------------------------------------------------------------------------------------------------------ scale
 
 
 @pytest.mark.slow
 def test_a_table_of_chexperts_size_loads_in_little_memory(tmp_path):
-    """223,414 rows of CheXpert's own columns, in another process; the README's bound is 400 MB above torch."""
+    """223,414 rows with CheXpert's columns, in another process; the README's bound: 400 MB above torch."""
     rows = [line for p in range(1, 111_708) for line in chexpert_rows("train", [p])][:223_414]
     write_csv(tmp_path / "train.csv", HEADER, rows)
     write_csv(tmp_path / "valid.csv", HEADER, chexpert_rows("valid", range(120_000, 120_003)))

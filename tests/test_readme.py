@@ -1,4 +1,4 @@
-"""README and docs are true: programs take the options they show, the cheap commands run, the example prints its output."""
+"""README and docs: programs take the options shown, cheap commands run, the example prints its output."""
 
 import argparse
 import re
@@ -22,7 +22,7 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-    """The calls in a page's bash blocks, indented lines and inline code, with its shell variables filled in."""
+    """The calls in a page's bash blocks, indented lines and inline code, with shell variables filled in."""
     text = text.replace("\\\n", " ")
     lines = "\n".join(blocks("bash", text)).splitlines()
     lines += re.findall(r"^    (python .+)$", text, re.MULTILINE) + re.findall(r"`([^`\n]+)`", text)
@@ -74,7 +74,7 @@ def test_programs_take_the_options_that_are_shown(program, arguments, monkeypatc
 
 @pytest.mark.slow
 def test_the_demo_command_gives_the_number_to_expect(tmp_path, monkeypatch):
-    """The calls of retune.py on the demo as they stand; what the text after one says it gives, if it does."""
+    """The demo calls of retune.py as they stand, and the number that the text after one promises, if any."""
     monkeypatch.chdir(tmp_path)
     needs = {"--data", "--predict", "--convert", "--encoder"}
     calls = program_calls("\n".join(f"```bash\n{block}```" for block in blocks("bash")))

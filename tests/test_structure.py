@@ -11,18 +11,14 @@ import pytest
 from tests.fixtures import ROOT, run_python
 
 TOP = {
-    "retune.py", "prompts.json", "run_experiments.sh", "test_retune.py", "requirements.txt", "README.md", "LICENSE",
-    ".gitignore", ".ruff.toml", ".ci", "adaptor", "cleft", "experiments", "demo", "tests", "docs",
+    "retune.py", "prompts.json", "run_experiments.sh", "test_retune.py", "requirements.txt", "README.md",
+    "LICENSE", ".gitignore", ".ruff.toml", ".ci", "adaptor", "cleft", "experiments", "demo", "tests", "docs",
 }  # fmt: skip
 BOUNDS = {
-    "retune.py": 2330, "test_retune.py": 1200, "README.md": 150, "adaptor/**/*.py": 1900, "cleft/**/*.py": 1400,
-    "experiments/**/*.py": 2750, "tests/**/*.py": 5400,
-}  # fmt: skip
+    "retune.py": 2315, "test_retune.py": 1200, "README.md": 150, "adaptor/**/*.py": 1900,
+    "cleft/**/*.py": 1400, "experiments/**/*.py": 2715, "tests/**/*.py": 5040}  # fmt: skip
 LONGEST_FUNCTION = 60
-FROM_RETUNE = {
-    "demo.phantoms",
-    "experiments",
-}  # the demo's images and the list of methods, both when asked for
+FROM_RETUNE = {"demo.phantoms", "experiments"}  # the demo's images, the list of methods; when asked for
 APART = {"adaptor", "cleft", "experiments"}
 
 
@@ -38,7 +34,7 @@ def module_name(path: Path) -> str:
 
 
 def imports_of(source: str, module: str, known: set[str]) -> set[str]:
-    """The project's modules that a source imports anywhere, also inside functions; a package is its __init__."""
+    """The project's modules that a source imports, also inside functions; a package is its __init__."""
     named = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -74,7 +70,8 @@ def find_circle(graph: dict[str, set[str]]) -> list[str]:
 
 
 def test_the_graph_sees_every_form_of_import():
-    source = "import cleft.towers\ndef f():\n    from adaptor import retrieval\n    from . import b\n    from .c import d"
+    source = "import cleft.towers\ndef f():\n    from adaptor import retrieval\n"
+    source += "    from . import b\n    from .c import d"
     known = {"cleft.towers", "adaptor", "adaptor.retrieval", "x.b", "x.c", "x.a"}
     assert imports_of(source, "x.a", known) == {"cleft.towers", "adaptor.retrieval", "x.b", "x.c"}
     assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]

@@ -1,4 +1,4 @@
-"""What a user relies on whatever happens: kills, full disks, damaged files, several processes, odd numbers, privacy."""
+"""What users rely on through kills, full disks, damaged files, several processes, odd numbers; privacy."""
 
 import contextlib
 import importlib
@@ -40,11 +40,11 @@ pytestmark = [
 
 SMALL_RUNS = {
     "retune": "--epochs 2 --workers 0 --demo-images 240 --scenario label --parts 3 --encoder {encoder}",
-    "adaptor": "--epochs 2 --batch-size 32 --width 16 --heads 2 --feedforward 32 --head-epochs 1 --workers 0 --repeats 1"
-    " --demo-images 150 --stages retrieval classification --image-encoder {encoder} --text-encoder {encoder}",
-    "cleft": "all --dim 8 --batch-size 12 --steps 4 --prompt-steps 4 --save-every 2 --truncate --balanced 0 --augment on"
-    " --demo-images 300 --image {encoder} --text {encoder}",
-}  # fmt: skip
+    "adaptor": "--epochs 2 --batch-size 32 --width 16 --heads 2 --feedforward 32 --head-epochs 1 --workers 0"
+    " --repeats 1 --demo-images 150 --stages retrieval classification"
+    " --image-encoder {encoder} --text-encoder {encoder}",
+    "cleft": "all --dim 8 --batch-size 12 --steps 4 --prompt-steps 4 --save-every 2 --truncate --balanced 0"
+    " --augment on --demo-images 300 --image {encoder} --text {encoder}"}  # fmt: skip
 
 
 def program_arguments(program: str, encoder: Path) -> list[str]:
@@ -91,7 +91,7 @@ def run_until_change(program: str, arguments: list[str], folder: Path, last: flo
 
 
 def contents(folder: Path) -> dict:
-    """What every file below `folder` holds but for what a clock measured; JSON and pickles by content."""
+    """What every file below `folder` holds, except for measured times; JSON and pickles by content."""
     measured = {"seconds", "embed_seconds", "train_seconds", "images_per_second", "peak_memory_mb"}
 
     def plain(value):
@@ -112,7 +112,7 @@ def contents(folder: Path) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["retune", "adaptor", "cleft"])
 def test_a_killed_program_ends_like_an_uninterrupted_one(program, fork, encoder_folder, tmp_path):
-    """Each process dies a few changes of files later than the one before: nothing is lost, nothing left over."""
+    """Each process dies a few file changes later than the one before; nothing is lost or left over."""
     arguments, kills = program_arguments(program, encoder_folder), 0
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
@@ -173,7 +173,7 @@ NUMBERS = (b"9" * 20, b"-1", b"1e999", b"NaN", b"0", b"", b"2147483648", b"[]", 
 
 
 def damage(generator: np.random.Generator, content: bytes) -> bytes:
-    """Flip bits, cut, insert, double, delete or replace a span, or change a number; half of it hits the head."""
+    """Flip bits, cut, insert, double, delete or replace a span, or change a number; half hit the head."""
     near = len(content) if generator.random() < 0.5 else min(len(content), 400)
     start = int(generator.integers(0, near + 1))
     length = int(2 ** generator.uniform(0, 9))
@@ -324,9 +324,9 @@ def test_no_file_runs_code(name, encoder, encoder_folder, tmp_path):
 
 NORMAL = np.random.default_rng(0).normal(size=(12, 6))
 EMBEDDINGS = {
-    "constant": np.ones((12, 6)), "zeros": np.zeros((12, 6)), "one zero": np.eye(12, 6), "1e15": NORMAL * 1e15,
-    "1e30": NORMAL * 1e30, "1e-30": NORMAL * 1e-30, "float32 max": np.full((12, 6), 3.4e38),
-}  # fmt: skip
+    "constant": np.ones((12, 6)), "zeros": np.zeros((12, 6)), "one zero": np.eye(12, 6),
+    "1e15": NORMAL * 1e15, "1e30": NORMAL * 1e30, "1e-30": NORMAL * 1e-30,
+    "float32 max": np.full((12, 6), 3.4e38)}  # fmt: skip
 
 
 @pytest.mark.parametrize("adaptor, pool", [("mlp", "mean"), ("linear", "single"), ("residual", "max")])
@@ -387,7 +387,7 @@ def everything(encoder_folder, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def secrets(data: Path, results: Path) -> set[bytes]:
-    """What no model may hold: texts of patients, rows of pixels, labels, 3 neighbouring numbers of an embedding."""
+    """What no model may hold: patients' texts, pixel rows, labels, 3 neighbouring numbers of an embedding."""
     table = retune.read_table(data / "labels.csv")
     texts = [*table["patient"], *table["path"], *table["report"], "Kowalski", "ärztin"]
     found = {text.encode() for text in texts}
