@@ -81,7 +81,7 @@ class Config:
     crop: int | None = setting(None, "centre crop of BioViL (RE-tune: 512; its own: 480)", type=int)
     precision: str = setting("fp32", "arithmetic of the encoder", choices=("fp32", "bf16", "fp16"))
     encode_batch: int = setting(32, "images a batch of the encoder")
-    workers: int = setting(min(8, os.cpu_count() or 1), "processes that decode images")
+    workers: int = setting(min(8, max(0, (os.cpu_count() or 1) - 2)), "processes that decode images")
     cache_dir: str = setting("runs/cache", "folder of the embedding cache")
 
     scenario: str = setting("data", "how training data arrive", group="scenario",
@@ -471,13 +471,14 @@ def chexpert_table(path: str, classes: Sequence[str], home: dict[str, str]):
     kept = [name for name in table if name in (*classes, "Sex", "Age", "Frontal/Lateral", "AP/PA")]
     places = table[column].tolist()
     split = next((name for name in ("train", "valid", "test") if f"{name}/" in places[0]), "train")
-    inside = [place.partition(f"{split}/")[2] for place in places]  # whatever archive's name comes before
-    bad = np.array(["/" not in place for place in inside])
-    refuse_row(table, bad, f"is not {split}/<patient>/<study>/<image>", column)
-    names = [f"{split}/{place}" for place in inside]
-    patients = [place.partition("/")[0] for place in inside]
+    archive = places[0].partition(f"{split}/")[0]  # whatever name it has
+    names = [place.removeprefix(archive) for place in places]
+    bad = np.array([name.count("/") < 2 or not name.startswith(split) for name in names])
+    refuse_row(table, bad, f"is not {archive}{split}/<patient>/<study>/<image>", column)
+    patients = [name.split("/", 2)[1] for name in names]
     folder = f"{home[split]}/{split}"
-    paths = [f"{home.get(patient, folder)}/{place}" for patient, place in zip(patients, inside)]
+    cut = len(split)
+    paths = [home.get(patient, folder) + name[cut:] for patient, name in zip(patients, names)]
     table = table[kept].assign(name=names, patient=patients, path=paths)
     if column == "Study":  # a row stands for each image in the study's folder
         images = [[image.name for image in sorted(Path(path).glob("*.jpg"))] for path in paths]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
 
 import retune
@@ -38,7 +37,7 @@ class Config:
     image_size: int | None = setting(None, "side of the images (the encoder's; SIIM, authors: 896)", type=int)
     precision: str = setting("fp32", "arithmetic of the encoders", choices=("fp32", "bf16", "fp16"))
     encode_batch: int = setting(32, "images a batch of the encoder")
-    workers: int = setting(min(8, os.cpu_count() or 1), "processes that decode images")
+    workers: int = setting(retune.Config.workers, "processes that decode images")
     cache_dir: str = setting("runs/cache", "folder of the embedding cache")
     width: int | None = setting(None, "width (authors: 768; small: 256)", type=int, group="pre-training")
     layers: int = setting(2, "transformer layers; 0 leaves the projections alone")
