@@ -455,12 +455,12 @@ def load_chexpert(config: Config) -> Radiographs:
     files["test"] = test[0] if test else files.pop("val")
     classes = config.classes or COMPETITION_FINDINGS
     tables = [chexpert_table(path, classes, home).assign(split=split) for split, path in files.items()]
+    if not test:
+        tables[0]["split"] = patient_split(tables[0]["patient"].tolist(), {"train": 0.95, "val": 0.05})
     table = pandas.concat(tables).rename(columns={"Sex": "sex", "Age": "age"}).fillna("")
     labels, note = parse_labels(table, classes, config.uncertain, config.blank or "zero")
     if not test:
         note += "; no test labels, so valid.csv is the test set and val is cut from train by patient"
-        held_out = patient_split(table["patient"].tolist(), {"train": 0.95, "val": 0.05})
-        table["split"] = np.where(table["split"] == "train", held_out, table["split"])
     return from_table(table, labels, classes, config, note)
 
 
@@ -473,11 +473,12 @@ def chexpert_table(path: str, classes: Sequence[str], home: dict[str, str]):
     split = next((name for name in ("train", "valid", "test") if f"{name}/" in places[0]), "train")
     archive = places[0].partition(f"{split}/")[0]  # whatever name it has
     names = [place.removeprefix(archive) for place in places]
-    bad = np.array([name.count("/") < 2 or not name.startswith(split) for name in names])
-    refuse_row(table, bad, f"is not {archive}{split}/<patient>/<study>/<image>", column)
-    patients = [name.split("/", 2)[1] for name in names]
-    folder = f"{home[split]}/{split}"
     cut = len(split)
+    ends = [name.find("/", cut + 1) for name in names]  # of the patient's name
+    bad = np.array([end < 0 or not name.startswith(split) for name, end in zip(names, ends)])
+    refuse_row(table, bad, f"is not {archive}{split}/<patient>/<study>/<image>", column)
+    patients = [name[cut + 1 : end] for name, end in zip(names, ends)]
+    folder = f"{home[split]}/{split}"
     paths = [home.get(patient, folder) + name[cut:] for patient, name in zip(patients, names)]
     table = table[kept].assign(name=names, patient=patients, path=paths)
     if column == "Study":  # a row stands for each image in the study's folder
