@@ -1555,11 +1555,12 @@ def fit(
     steps = epochs * math.ceil(len(rows) / batch_size)
     batches = progress(batches, total=steps, desc=f"training {task.name}", unit="step")
     for step, batch in enumerate(batches, 1):
-        if targets[batch].isnan().all():
+        wanted = targets[batch]  # [B, classes]
+        if wanted.isnan().all():
             continue  # momentum alone would move the weights
         images = model.whitening(gather(embeddings, rows[batch], bank.embeddings))
         logits = model.logits(images, bank)
-        loss = prompt_contrastive_loss(logits[:, columns], targets[batch]) + model.penalty(images, logits)
+        loss = prompt_contrastive_loss(logits[:, columns], wanted) + model.penalty(images, logits)
         if not math.isfinite(loss.item()):
             raise InputError(f"task {task.name!r}, step {step}: the loss is {loss.item()}; lower --lr")
         optimizer.zero_grad(set_to_none=True)

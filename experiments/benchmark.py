@@ -172,7 +172,9 @@ def embedding(repeats: int, folder: Path) -> Iterator[tuple]:
 
     def from_files() -> None:
         with tempfile.TemporaryDirectory(dir=folder) as cache:
-            retune.embed(encoder, data, Path(cache), batch_size=batch, workers=2, device=device)
+            retune.embed(
+                encoder, data, Path(cache), batch_size=batch, workers=retune.Config.workers, device=device
+            )
 
     rate = "{:.1f} images/s".format
     ours, forward = interleaved(from_files, bare, repeats)
