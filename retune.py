@@ -586,10 +586,10 @@ def load_radiographs(config: Config) -> Radiographs:
         )
     split = data.split.tolist()
     patients = data.patients.tolist()
-    home = dict(zip(patients, split))
+    home = dict(zip(reversed(patients), reversed(split)))  # of a patient's first image
     for i, patient in enumerate(patients):
         if home[patient] != split[i]:
-            raise InputError(f"{data.rows[i]}: patient {patient!r} is in {split[i]} and in {home[patient]}")
+            raise InputError(f"{data.rows[i]}: patient {patient!r} is in {home[patient]} and in {split[i]}")
     check_splits(data)
     return data
 

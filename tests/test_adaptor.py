@@ -249,9 +249,11 @@ def test_best_epoch_is_kept_and_patience_ends_training(tmp_path):
 
 
 def test_the_demos_towers_are_trained_once(tmp_path, monkeypatch):
-    first = demo_encoders.demo_encoder(tmp_path, 64, {"image": 2, "text": 2})
+    monkeypatch.setattr(demo_encoders, "PHANTOMS", 64)
+    monkeypatch.setattr(demo_encoders, "STEPS", {"image": 2, "text": 2})
+    first = demo_encoders.demo_encoder(tmp_path)
     monkeypatch.setattr(demo_encoders, "train_towers", None)
-    again = demo_encoders.demo_encoder(tmp_path, 64, {"image": 2, "text": 2})
+    again = demo_encoders.demo_encoder(tmp_path)
     assert again.fingerprint() == first.fingerprint() and not again.training
     assert (
         again.encode_images(torch.zeros(2, 3, 64, 64)).shape

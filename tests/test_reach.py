@@ -153,7 +153,7 @@ def test_what_an_encoder_folder_lacks_is_named_with_its_source(tmp_path):
     with pytest.raises(retune.InputError, match=f"no config.json: download it from {source}"):
         retune.DualEncoder.load(str(tmp_path))
     where = "https://huggingface.co/owner/gated .*; --encoder-dir FOLDER"
-    with pytest.raises(retune.InputError, match=f"get .* from {where}"):
+    with pytest.raises(retune.InputError, match=f"get .* at {where}"):
         retune.DualEncoder.load("open_clip:owner/gated")
 
 
