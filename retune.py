@@ -455,13 +455,13 @@ def load_chexpert(config: Config) -> Radiographs:
     files["test"] = test[0] if test else files.pop("val")
     classes = config.classes or COMPETITION_FINDINGS
     tables = [chexpert_table(path, classes, home).assign(split=split) for split, path in files.items()]
+    cut = ""
     if not test:
+        cut = "; no test labels, so valid.csv is the test set and val is cut from train by patient"
         tables[0]["split"] = patient_split(tables[0]["patient"].tolist(), {"train": 0.95, "val": 0.05})
     table = pandas.concat(tables).rename(columns={"Sex": "sex", "Age": "age"}).fillna("")
     labels, note = parse_labels(table, classes, config.uncertain, config.blank or "zero")
-    if not test:
-        note += "; no test labels, so valid.csv is the test set and val is cut from train by patient"
-    return from_table(table, labels, classes, config, note)
+    return from_table(table, labels, classes, config, note + cut)
 
 
 def chexpert_table(path: str, classes: Sequence[str], home: dict[str, str]):
@@ -1460,6 +1460,12 @@ def evaluate(scores, predictions, labels, class_names=None) -> dict:
     }  # fmt: skip
 
 
+@functools.lru_cache(maxsize=2)
+def draw_patients(count: int, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """How often each of `count` patients is drawn, [R, count]: the same resamples for every measure."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
+
+
 def bootstrap_auroc(
     scores, labels, patients: Sequence[str], resamples: int = 1000, seed: int = 0
 ) -> np.ndarray:
@@ -1469,8 +1475,7 @@ def bootstrap_auroc(
     """
     scores, labels = map(to_numpy, (scores, labels))
     ids, patient = np.unique(np.asarray(patients), return_inverse=True)
-    drawn = np.random.default_rng(seed).multinomial(len(ids), np.full(len(ids), 1 / len(ids)), resamples)
-    drawn = drawn.astype(np.float32)  # [R, patients], whole numbers
+    drawn = draw_patients(len(ids), resamples, seed).astype(np.float32)  # [R, patients]
     total = np.zeros(resamples)
     scored = np.zeros(resamples)
     for c in range(labels.shape[1]):

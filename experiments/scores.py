@@ -67,12 +67,6 @@ def score_facts(folder: Path) -> dict:
     return facts
 
 
-@functools.lru_cache(maxsize=2)
-def draw_patients(count: int, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """How often each patient is drawn, [resamples, count], whole numbers; the same for every measure."""
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
-
-
 def resampled_rate(hit: np.ndarray, of: np.ndarray, patients: np.ndarray) -> np.ndarray:
     """The share of the images `of` [N, C] that are `hit` [N, C]: [1 + R, C], as it is and on each resample.
 
@@ -81,7 +75,7 @@ def resampled_rate(hit: np.ndarray, of: np.ndarray, patients: np.ndarray) -> np.
     ids, patient = np.unique(patients, return_inverse=True)
     counts = np.zeros((2, len(ids), hit.shape[1]))
     np.add.at(counts, (slice(None), patient), np.stack([hit & of, of]))
-    weight = np.vstack([np.ones(len(ids)), draw_patients(len(ids))])
+    weight = np.vstack([np.ones(len(ids)), retune.draw_patients(len(ids))])
     hits, total = weight @ counts
     return np.where(total > 0, hits / np.maximum(total, 1), np.nan)
 

@@ -115,7 +115,7 @@ def test_resampled_rate_is_the_share_among_the_drawn():
     patients = generator.integers(0, 20, 50).astype(str)
     found = scores.resampled_rate(hit, of, patients)
     ids, patient = np.unique(patients, return_inverse=True)
-    weight = scores.draw_patients(len(ids))[7][patient]
+    weight = retune.draw_patients(len(ids))[7][patient]
     expected = [np.average(hit[of[:, c], c], weights=weight[of[:, c]]) for c in (0, 1)]
     assert found[0] == pytest.approx([hit[of[:, c], c].mean() for c in (0, 1)])
     assert found[8] == pytest.approx(expected) and found.shape == (1001, 2)
