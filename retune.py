@@ -1643,10 +1643,12 @@ def load_model(path: Path, config: Config) -> tuple[Method, dict]:
     """
     tensors, known = load_tensors(path)
     with input_errors(path, "is not a run's model"):
-        if ":" in known["method"] and config.method != known["method"]:
-            raise ValueError(f"its method is code of your own; name it again: --method {known['method']}")
         settings = dataclasses.replace(config, **{key: known[key] for key in MODEL_KEYS})
-        model = build_model(settings, known["dim"], len(known["classes"]), known["method_options"])
+        sizes = (known["dim"], len(known["classes"]))
+        options = known["method_options"]
+    if ":" in settings.method and config.method != settings.method:
+        raise InputError(f"{path}: its method is your own code; name it again: --method {settings.method}")
+    model = build_model(settings, *sizes, options)
     load_weights(model, tensors, path)
     return model.eval(), known
 
