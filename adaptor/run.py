@@ -170,7 +170,7 @@ def summary(metrics: dict) -> str:
     if "segmentation" in metrics:
         parts.append(segmentation_table(metrics["segmentation"]))
     trained, whole = (metrics["cost"][f"{kind}_parameters"] for kind in ("trainable", "end_to_end"))
-    parts.append(f"{trained:,} parameters trained, {1 - trained / whole:.1%} fewer than {whole:,} end-to-end")
+    parts.append(f"{trained:,} parameters trained, {trained / whole - 1:+.1%} against {whole:,} end-to-end")
     if metrics["config"]["data"] == "demo":
         parts.append("Demo on synthetic phantoms: not clinical numbers.")
     return "\n\n".join(parts)
