@@ -67,8 +67,7 @@ class Config:
                         choices=("demo", "csv", "nih", "chexpert", "mimic", "chestmnist"))
     data_dir: str | None = setting(None, "folder of the data set; chestmnist is downloaded to it")
     labels_csv: str | None = setting(None, "label file instead of the data set's own")
-    classes: tuple[str, ...] | None = setting(None, "findings, in order (default: see docs/data.md)",
-                                              nargs="+")
+    classes: tuple[str, ...] | None = setting(None, "findings, in order (see docs/data.md)", nargs="+")
     view: str = setting("all", "views to use", choices=("all", "frontal", "lateral", "pa", "ap"))
     uncertain: str = setting("ignore", "what a label of -1 becomes", choices=("ones", "zeros", "ignore"))
     blank: str | None = setting(None, "what a blank label becomes (csv: ignore)", choices=("zero", "ignore"))
@@ -86,8 +85,7 @@ class Config:
 
     scenario: str = setting("data", "how training data arrive", group="scenario",
                             choices=("data", "class", "label", "joint", "zero"))
-    parts: int | str | None = setting(None, "parts of the training set (5, or one per class), or `column`",
-                                      type=number_or_column)
+    parts: int | str | None = setting(None, "parts (5, or one per class), or `column`", type=number_or_column)
     part_order: tuple[str, ...] | None = setting(None, "order of --parts column (the file's)", nargs="+")
     class_order: tuple[str, ...] | None = setting(None, "order of arrival, or `random` by seed", nargs="+")
     contiguous: bool = setting(False, "cut parts in file order, as the authors do, instead of by patient")
@@ -103,8 +101,7 @@ class Config:
     score: str = setting("diff", "score for AUROC; diff is the loss's", choices=("diff", "pos"))
     logit_scale: float = setting(1.0, "factor on the logits (authors: none)")
     prompts: str = setting(str(HERE / "prompts.json"), "file of positive and negative prompts")
-    wording: str = setting("specific", "prompts of each finding, or templates",
-                           choices=("specific", "generic"))
+    wording: str = setting("specific", "prompts, own or of templates", choices=("specific", "generic"))
 
     epochs: int = setting(10, "epochs a task (authors: 10)", group="training")
     lr: float | None = setting(None, "learning rate (authors: 1e-4; small sets: 1e-3)", type=float)
@@ -113,8 +110,7 @@ class Config:
     threshold: str = setting("youden", "thresholds, from validation: youden, f1 or sensitivity=0.95 (ours)")
     seed: int = setting(27, "seed; several give mean and standard deviation", nargs="+")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    output: str = setting("runs/{data}-{encoder}-{scenario}-seed{seed}",
-                          "folder of the run; {any setting} works")
+    output: str = setting("runs/{data}-{encoder}-{scenario}-seed{seed}", "folder; {any setting} works")
     figures: bool = setting(True, "draw no figures", flag="--no-figures")
     # fmt: on
 
@@ -249,8 +245,11 @@ def patient_split(patients: Sequence[str], shares: dict[str, float]) -> np.ndarr
     return np.array([home[patient] for patient in patients])
 
 
-def read_table(path: str | Path, required: Sequence[str] = ()):
-    """A CSV (or .gz) as a pandas frame of texts whose index says where a row stands: "labels.csv row 7"."""
+def read_table(path: str | Path, required: Sequence[str] = (), optional: Sequence[str] | None = None):
+    """A CSV (or .gz) as a pandas frame of texts whose index says where a row stands: "labels.csv row 7".
+
+    With `optional` no columns are read but the required ones and those.
+    """
     import pandas
 
     with input_errors(path, "not a readable CSV"):
@@ -272,6 +271,7 @@ def read_table(path: str | Path, required: Sequence[str] = ()):
         if duplicated := [name for name in header if header.count(name) > 1]:
             raise ValueError(f"column {duplicated[0]!r} is duplicated")
         options = {"skiprows": 1, "nrows": n, "skip_blank_lines": False, "encoding": "utf-8-sig"}
+        options["usecols"] = [name for name in header if optional is None or name in (*required, *optional)]
         table = pandas.read_csv(path, names=header, dtype=str, keep_default_na=False, **options)
     if missing := [name for name in required if name not in header]:
         raise InputError(f"{path}: no column {missing[0]!r}; the columns are {', '.join(header)}")
@@ -459,7 +459,7 @@ def load_chexpert(config: Config) -> Radiographs:
     if not test:
         cut = "; no test labels, so valid.csv is the test set and val is cut from train by patient"
         tables[0]["split"] = patient_split(tables[0]["patient"].tolist(), {"train": 0.95, "val": 0.05})
-    table = pandas.concat(tables).rename(columns={"Sex": "sex", "Age": "age"}).fillna("")
+    table = pandas.concat(tables)
     labels, note = parse_labels(table, classes, config.uncertain, config.blank or "zero")
     return from_table(table, labels, classes, config, note + cut)
 
@@ -467,12 +467,12 @@ def load_chexpert(config: Config) -> Radiographs:
 def chexpert_table(path: str, classes: Sequence[str], home: dict[str, str]):
     """A CheXpert table, a row per image; `home` says which folder holds a split, or a batch's patient."""
     column = "Study" if Path(path).name == "groundtruth.csv" else "Path"
-    table = read_table(path, [column, *classes])
-    kept = [name for name in table if name in (*classes, "Sex", "Age", "Frontal/Lateral", "AP/PA")]
+    groups = ["Sex", "Age", "Frontal/Lateral", "AP/PA"]
+    table = read_table(path, [column, *classes], groups)
     places = table[column].tolist()
     split = next((name for name in ("train", "valid", "test") if f"{name}/" in places[0]), "train")
     archive = places[0].partition(f"{split}/")[0]  # whatever name it has
-    names = [place.removeprefix(archive) for place in places]
+    names = [place[len(archive) :] for place in places]
     cut = len(split)
     ends = [name.find("/", cut + 1) for name in names]  # of the patient's name
     bad = np.array([end < 0 or not name.startswith(split) for name, end in zip(names, ends)])
@@ -480,17 +480,19 @@ def chexpert_table(path: str, classes: Sequence[str], home: dict[str, str]):
     patients = [name[cut + 1 : end] for name, end in zip(names, ends)]
     folder = f"{home[split]}/{split}"
     paths = [home.get(patient, folder) + name[cut:] for patient, name in zip(patients, names)]
-    table = table[kept].assign(name=names, patient=patients, path=paths)
+    table = table.reindex(columns=[*classes, *groups], fill_value="")
+    table.columns = [*classes, "sex", "age", "view", "fine"]
+    table = table.assign(name=names, patient=patients, path=paths)
     if column == "Study":  # a row stands for each image in the study's folder
         images = [[image.name for image in sorted(Path(path).glob("*.jpg"))] for path in paths]
         refuse_row(table, np.array([not names for names in images]), "holds no .jpg of this study", "path")
         table = table.assign(image=images).explode("image")
         for name in ("name", "path"):
             table[name] += "/" + table["image"]
-    if "Frontal/Lateral" not in table:  # VisualCheXbert has the view only in the file name: view1_frontal.jpg
-        table["Frontal/Lateral"] = table["name"].str.extract(r"_(\w+)\.\w+$")[0]
-    fine = table.get("AP/PA", table["Frontal/Lateral"])
-    table["view"] = np.where(fine.isin(["AP", "PA"]), fine, table["Frontal/Lateral"])
+    if (table["view"] == "").all():  # VisualCheXbert has the view only in the file name: view1_frontal.jpg
+        table["view"] = table["name"].str.extract(r"_(\w+)\.\w+$", expand=False).fillna("")
+    fine = table.pop("fine")
+    table["view"] = table["view"].mask(fine.isin(["AP", "PA"]), fine)
     return table
 
 
