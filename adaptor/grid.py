@@ -32,7 +32,6 @@ def main(argv: Sequence[str]) -> None:
     parser = retune.build_parser(Config, __doc__)
     parser.add_argument("--image-encoders", nargs="+", default=["demo", "efficientnet-lite0"])
     parser.add_argument("--text-encoders", nargs="+", default=["demo", "minilm"])
-    parser.add_argument("--no-ablations", action="store_true", help="pairs of encoders alone")
     parser.set_defaults(output="runs/adaptor-grid-{data}", stages=["classification"], demo_images=2000)
     arguments = parser.parse_args(argv)
     base = retune.parse_config(Config, arguments)
@@ -41,10 +40,8 @@ def main(argv: Sequence[str]) -> None:
              if is_installed(i) and is_installed(t)}  # fmt: skip
     log(f"pairs: {', '.join(pairs)}; {len(chosen) - len(pairs)} left out: packages are not installed")
     title, first = next(iter(pairs.items()))
-    tables = {"encoders": run_all(base, pairs)}
-    if not arguments.no_ablations:
-        ablations = {name: first | change for name, change in ABLATIONS.items()}
-        tables[f"ablations, {title}"] = run_all(base, ablations)
+    ablations = {name: first | change for name, change in ABLATIONS.items()}
+    tables = {"encoders": run_all(base, pairs), f"ablations, {title}": run_all(base, ablations)}
     root = base.folder
     retune.write_json(root / "grid.json", tables)
     text = "\n\n".join(grid_table(name, rows) for name, rows in tables.items())

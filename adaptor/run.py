@@ -87,7 +87,8 @@ def run_stages(config: Config, data: Radiographs, texts, encoder: DualEncoder, d
         pairs = make_pairs(config, data, texts, encoder, images)
     model = load_adaptor(folder, encoder).to(device)
     if "classification" in stages:
-        dummy = encoder.to(device).encode_texts([""])[0].clone() if config.dummy_text else None
+        with retune.input_errors("--dummy-text", "the tokenizer makes no token of an empty report"):
+            dummy = encoder.to(device).encode_texts([""])[0].clone() if config.dummy_text else None
         metrics["classification"] = classify(model, images, data, config, dummy)
         metrics["probe"] = probe(images, data) if config.probe else []
     if masks is not None:
