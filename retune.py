@@ -117,11 +117,13 @@ class Config:
     def __post_init__(self):
         positive = "demo_images encode_batch parts epochs batch_size lr logit_scale"
         check_values(self, positive, lambda value: value == "column" or 0 < value < math.inf, "be positive")
-        rule = re.compile(r"youden|f1|sensitivity=(0?\.\d+|1)")
+        rule = re.compile(r"youden|f1|sensitivity=(0?\.\d+|1(\.0*)?)")
         check_values(self, "threshold", rule.fullmatch, "be youden, f1 or sensitivity=0.95")
         check_values(self, "seed workers", lambda value: 0 <= value < 2**32, "be from 0 to 4294967295")
-        if self.data == "demo" and self.data_dir is not None:
-            raise InputError(f"--data-dir {self.data_dir}: the demo reads none; say which --data it is")
+        if self.data == "demo" and (files := self.data_dir or self.labels_csv):
+            raise InputError(f"{files}: the demo has no --data-dir, --labels-csv; say which --data it is")
+        if self.part_order and self.parts != "column":
+            raise InputError(f"--part-order {' '.join(self.part_order)} goes with --parts column")
 
     @property
     def root(self) -> Path:
@@ -271,6 +273,7 @@ def read_table(path: str | Path, required: Sequence[str] = (), optional: Sequenc
         if duplicated := [name for name in header if header.count(name) > 1]:
             raise ValueError(f"column {duplicated[0]!r} is duplicated")
         options = {"skiprows": 1, "nrows": n, "skip_blank_lines": False, "encoding": "utf-8-sig"}
+        options["index_col"] = False  # a row that is too long is an error, not an index
         options["usecols"] = [name for name in header if optional is None or name in (*required, *optional)]
         table = pandas.read_csv(path, names=header, dtype=str, keep_default_na=False, **options)
     if missing := [name for name in required if name not in header]:
@@ -331,9 +334,10 @@ def from_table(table, labels: np.ndarray, classes: Sequence[str], config: Config
         wanted = table["view"].str.lower().isin(views.get(config.view, [config.view])).to_numpy()
         if not wanted.any():
             raise InputError(f"--view {config.view}: the views are {', '.join(sorted(set(table['view'])))}")
+        note += f"; left out {(~wanted).sum():,} images of other views"
         table = table[wanted]
         labels = labels[wanted]
-    root = str(config.root)
+    root = os.path.abspath(config.root)
     paths = table["path"].tolist()
     images = [path if path[0] == os.sep else os.path.join(root, path) for path in paths]
     columns = (table[name].tolist() for name in ("patient", "split", "name"))
@@ -362,24 +366,30 @@ def load_csv(config: Config) -> Radiographs:
     """
     path = config.labels_csv or only_file(config.root, "*.csv")
     table = read_table(path, ["path"])
-    table = table.rename(columns={name: name.lower() for name in table if name.lower() in GROUPS})
-    other = ("path", "patient", "split", "report", *GROUPS)
-    values = {name: label_values(table[name]) for name in table if name not in other}
+    known = ("path", "patient", "split", "report", *GROUPS)
+    table = table.rename(columns={name: name.lower() for name in table if name.lower() in known})
+    if table.columns.has_duplicates:
+        raise InputError(f"{path}: a column of {', '.join(known)} is duplicated, in upper and lower case")
+    values = {name: label_values(table[name]) for name in table if name not in known}
     # a column mostly of labels is a finding, so that its misspelt label is refused below
-    findings = [name for name, found in values.items() if (found <= 1).sum() >= np.isinf(found).sum()]
+    findings = [name for name, v in values.items() if np.isinf(v).sum() <= np.isfinite(v).sum() > 0]
     classes = check_classes(config, list(table)) or findings
     if not classes:
-        raise InputError(f"{path}: no column holds labels; findings can be named with --classes")
+        raise InputError(f"{path}: no column holds labels ({', '.join(values)}); --classes names findings")
     labels, note = parse_labels(table, classes, config.uncertain, config.blank or "ignore")
     if len(findings) < len(values) and not config.classes:
-        note += f"; left out columns that hold no labels: {', '.join(set(values) - set(findings))}"
+        left_out = [repr(name) for name in values if name not in findings]
+        note += f"; left out columns that hold no labels: {', '.join(left_out)}"
+    for name in table.columns.intersection(known):
+        table[name] = table[name].str.strip()
     if "patient" not in table:
+        if alike := [name for name in values if re.search("patient|subject", name.lower())]:
+            raise InputError(f"{path}: if {alike[0]!r} says whose image it is, name the column `patient`")
         table["patient"] = table["path"]
         note += "; no `patient` column: each image counts as a patient of its own"
     if "split" not in table:
-        table["split"] = patient_split(table["patient"].str.strip(), SHARES)
+        table["split"] = patient_split(table["patient"], SHARES)
     for name in ("path", "patient", "split"):
-        table[name] = table[name].str.strip()
         refuse_row(table, table[name] == "", "is blank", name)
     refuse_row(table, ~table["split"].isin(list(SHARES)), "is not train, val or test", "split")
     return from_table(table.assign(name=table["path"]), labels, classes, config, note)
@@ -578,14 +588,13 @@ def load_radiographs(config: Config) -> Radiographs:
     wanted = tuple(check_classes(config, data.class_names) or data.class_names)
     columns = [list(data.class_names).index(name) for name in wanted]
     data = dataclasses.replace(data, labels=data.labels[:, columns], class_names=wanted)
-    written = "\n".join(data.names)
-    names = list(map(os.path.normpath, data.names)) if "./" in written or "//" in written else data.names
-    row = dict(zip(names, range(len(names))))
-    if len(row) < len(names):
-        first = next(i for i, name in enumerate(names) if row[name] != i)
-        raise InputError(
-            f"{data.rows[row[names[first]]]}: image {names[first]!r} is also in {data.rows[first]}"
-        )
+    paths = data.images if isinstance(data.images, list) else data.names
+    if re.search(r"/\.{0,2}/", "\n".join(paths)):  # normpath is slow
+        paths = list(map(os.path.normpath, paths))
+    last = dict(zip(paths, range(len(paths))))
+    if len(last) < len(paths):
+        i = next(i for i, path in enumerate(paths) if last[path] != i)
+        raise InputError(f"{data.rows[last[paths[i]]]}: image {data.names[i]!r} is also in {data.rows[i]}")
     split = data.split.tolist()
     patients = data.patients.tolist()
     home = dict(zip(reversed(patients), reversed(split)))  # of a patient's first image
@@ -611,15 +620,20 @@ IMAGE_FILES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")
 def list_images(paths: Sequence[str]) -> list[str]:
     """Paths of images: as given, anywhere in a folder, or in a CSV's column `path`, relative to the CSV."""
     found = []
-    for path in map(Path, paths):
-        if path.suffix.lower() == ".csv":
-            found += [path.parent / name for name in read_table(path, ["path"])["path"].str.strip().tolist()]
+    for path in paths:
+        if path.lower().endswith(".csv"):
+            table = read_table(path, ["path"])
+            names = table["path"].str.strip()
+            refuse_row(table, names == "", "is blank", "path")
+            found += [os.path.join(os.path.dirname(path), name) for name in names.tolist()]
+        elif os.path.isdir(path):
+            files = (f"{at}/{name}" for at, _, names in os.walk(path, followlinks=True) for name in names)
+            found += sorted(file for file in files if file.lower().endswith(IMAGE_FILES))
         else:
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_FILES)
-            found += inside if path.is_dir() else [path]
+            found.append(path)
     if not found:
         raise InputError(f"{', '.join(paths)}: no images ({', '.join(IMAGE_FILES)})")
-    return [str(path) for path in found]
+    return found
 
 
 def read_image(path: str | Path) -> torch.Tensor:
@@ -627,14 +641,21 @@ def read_image(path: str | Path) -> torch.Tensor:
 
     More than 8 bits are scaled by the image's own range: 12-bit images come in 16-bit files. No alpha.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    with input_errors(path, "not a readable PNG, JPEG, TIFF or (with pip install pydicom) DICOM image"):
-        if Path(path).suffix.lower() in (".dcm", ".dicom"):
-            return read_dicom(path)
+    if Path(path).suffix.lower() in (".dcm", ".dicom"):
+        return read_dicom(path)
+    with input_errors(path, "not a readable PNG, JPEG, TIFF or DICOM image"):
         with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
-            if image.mode[0] in "IF":
-                return stretch(np.array(image, np.float32))
+            if image.format == "TIFF" and image.n_frames > 1:
+                raise ValueError(f"it holds {image.n_frames} pages")
+            deep = image.mode[0] in "IF"
+            if not deep and ";16" in str(image.tile):  # Pillow would keep the upper 8 bits alone
+                raise ValueError("its 16 bits are of colour or with alpha; save it as 16-bit grey")
+            white_is_zero = deep and image.format == "TIFF" and image.tag_v2.get(262) == 0
+            ImageOps.exif_transpose(image, in_place=True)
+            if deep:
+                return stretch(np.array(image, np.float32) * (-1 if white_is_zero else 1))
             pixels = np.array(image.convert("L" if image.mode in ("L", "LA", "1") else "RGB"))
         return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()
 
@@ -650,14 +671,19 @@ def stretch(pixels: np.ndarray) -> torch.Tensor:
 
 def read_dicom(path: str | Path) -> torch.Tensor:
     """One grey DICOM frame as uint8 [1, H, W]: modality LUT, window or VOI LUT; MONOCHROME1 is inverted."""
-    import pydicom
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+    try:
+        import pydicom
+        from pydicom.pixels import apply_modality_lut, apply_voi_lut
+    except ImportError:  # no InputError: --skip-bad-images must not skip what only lacks a package
+        raise OSError(f"{path}: DICOM needs pydicom: pip install pydicom") from None
 
-    image = pydicom.dcmread(path)
-    values = apply_voi_lut(apply_modality_lut(image.pixel_array, image), image, index=0).astype(np.float32)
-    if values.ndim != 2:
-        raise ValueError(f"pixels of shape {values.shape}; one grey frame is read")
-    return stretch(-values if image.get("PhotometricInterpretation") == "MONOCHROME1" else values)
+    with input_errors(path, "not a readable PNG, JPEG, TIFF or DICOM image"):
+        image = pydicom.dcmread(path)
+        values = apply_modality_lut(image.pixel_array, image)
+        values = apply_voi_lut(values, image, index=0).astype(np.float32)
+        if values.ndim != 2:
+            raise ValueError(f"pixels of shape {values.shape}; one grey frame is read")
+        return stretch(-values if image.get("PhotometricInterpretation") == "MONOCHROME1" else values)
 
 
 # ----------------------------------------------------------------------------------------- 4. Frozen encoders
