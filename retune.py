@@ -79,7 +79,7 @@ class Config:
     encoder_dir: str | None = setting(None, "folder of the encoder's files as published: no network")
     crop: int | None = setting(None, "centre crop of BioViL (RE-tune: 512; its own: 480)", type=int)
     precision: str = setting("fp32", "arithmetic of the encoder", choices=("fp32", "bf16", "fp16"))
-    encode_batch: int = setting(32, "images a batch of the encoder")
+    encode_batch: int = setting(32, "images per batch of the encoder")
     workers: int = setting(min(8, max(0, (os.cpu_count() or 1) - 2)), "processes that decode images")
     cache_dir: str = setting("runs/cache", "folder of the embedding cache")
 
@@ -101,9 +101,9 @@ class Config:
     score: str = setting("diff", "score for AUROC; diff is the loss's", choices=("diff", "pos"))
     logit_scale: float = setting(1.0, "factor on the logits (authors: none)")
     prompts: str = setting(str(HERE / "prompts.json"), "file of positive and negative prompts")
-    wording: str = setting("specific", "prompts, own or of templates", choices=("specific", "generic"))
+    wording: str = setting("specific", "generic: templates for all", choices=("specific", "generic"))
 
-    epochs: int = setting(10, "epochs a task (authors: 10)", group="training")
+    epochs: int = setting(10, "epochs per task (authors: 10)", group="training")
     lr: float | None = setting(None, "learning rate (authors: 1e-4; small sets: 1e-3)", type=float)
     batch_size: int | None = setting(None, "batch size (authors: 6144; small sets: 64)", type=int)
     optimizer: str = setting("adam", "optimiser, one for all tasks", choices=("adam", "sgd"))
@@ -133,7 +133,7 @@ class Config:
         return Path(self.data_dir)
 
 
-SMALL_SET = 20_000  # training images from which on the authors' settings hold
+SMALL_SET = 20_000  # the authors' settings apply from this many training images on
 MAY_DIFFER = (  # when a run is resumed; of --prompts and --set the contents are compared
     "data_dir", "output", "cache_dir", "device", "workers", "encode_batch", "encoder_dir", "prompts",
     "figures", "skip_bad_images", "set",
@@ -146,7 +146,8 @@ def resolve_defaults(config: Config, data: Radiographs) -> Config:
     if order == ("random",):
         shuffled = np.random.default_rng(config.seed).permutation(len(data.class_names))
         order = tuple(data.class_names[c] for c in shuffled)
-    small = len(data.where("train")) < SMALL_SET  # (ours) enough steps for a small set to learn
+    small = len(data.where("train")) < SMALL_SET
+    # (ours) a small set needs a larger rate and more steps
     lr = config.lr or (1e-3 if small else 1e-4)
     batch_size = config.batch_size or (64 if small else 6144)
     return dataclasses.replace(config, class_order=order, lr=lr, batch_size=batch_size)
@@ -260,7 +261,7 @@ def read_table(path: str | Path, required: Sequence[str] = (), optional: Sequenc
             text = file.read().rstrip()
         header = [name.strip() for name in next(csv.reader([text.partition("\n")[0]]), [])]
         n = text.count("\n")
-        if '"' in text or text.count(",") != (n + 1) * (len(header) - 1):  # each row by itself, which is slow
+        if '"' in text or text.count(",") != (n + 1) * (len(header) - 1):  # then row by row, which is slow
             widths = [len(fields) for fields in csv.reader(io.StringIO(text))]
             n = len(widths) - 1
             if wrong := [i for i, width in enumerate(widths) if width != len(header)]:
@@ -1025,7 +1026,7 @@ def read_transformers(folder: Path) -> dict:
 
 # ----------------------------------------------------------------------------------------- 5. Embedding cache
 
-CHUNK = 4096  # images a chunk: the most that a killed process loses; batches never straddle chunks
+CHUNK = 4096  # images per chunk: the most that a killed process loses; batches never straddle chunks
 
 
 def read_batch(rows: Sequence[int], images: Sequence, transform: Callable) -> list[tuple]:
@@ -1124,7 +1125,7 @@ def embed_rows(
             pixels = torch.stack(list(good.values())).to(device)
             block[list(good)] = encoder.encode_images(pixels, precision).cpu().numpy()
             norms = np.linalg.norm(block[list(good)], axis=1)
-            if not np.isfinite(norms).all():  # above 1e19 all cosines would be 0
+            if not np.isfinite(norms).all():  # the square of a value above 1e19 overflows float32
                 first = data.rows[batch[0][0]]
                 raise InputError(f"{first}: its batch embeds to nan or huge numbers; use --precision fp32")
         bar.update(len(batch))
