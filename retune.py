@@ -1177,38 +1177,6 @@ def embed_prompts(encoder: DualEncoder, prompts: dict[str, dict[str, list[str]]]
     return PromptBank(embeddings.clone(), torch.tensor(group))  # a plain tensor: adaptors train through it
 
 
-class Whitening(nn.Module):
-    """x [B, D] -> (x / |x| - mean) matrix: centred and half-whitened, of mean squared length D (ours).
-
-    With the covariance U diag(l) U' of normalised embeddings and q = l + mean(l) the matrix is
-    sqrt(D) U q^(-1/2) / sqrt(sum(l / q)). Estimated once, on the first part's training images without labels.
-    """
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("matrix", torch.eye(dim))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (F.normalize(x, dim=-1) - self.mean.to(x)) @ self.matrix.to(x)
-
-    def estimate(self, embeddings: np.ndarray, rows: np.ndarray) -> None:
-        """Take mean and covariance over rows [n] of embeddings [N, D], in float64."""
-        total = torch.zeros(len(self.mean), dtype=torch.float64)
-        moment = torch.zeros(len(total), len(total), dtype=torch.float64)
-        for piece in torch.from_numpy(rows).split(8192):
-            x = F.normalize(gather(embeddings, piece, total), dim=-1)
-            total += x.sum(0)
-            moment += x.T @ x
-        mean = total / len(rows)
-        values, vectors = torch.linalg.eigh(moment / len(rows) - mean.outer(mean))
-        values = values.clamp_min(0)
-        softened = (values + values.mean()).clamp_min(1e-12)
-        scale = math.sqrt(len(mean) / max(1e-12, float((values / softened).sum())))
-        self.mean.copy_(mean)
-        self.matrix.copy_(scale * vectors * softened.rsqrt())
-
-
 class Method(nn.Module):
     """Base class of what `--method` names: a model of image embeddings that learns task after task.
 
@@ -1626,7 +1594,7 @@ def build_model(config: Config, dim: int, n_classes: int, options: dict | None =
     with seeded(config.seed):
         model = method.build(config, dim, n_classes, **options)
     if config.whiten or method.whitens:
-        model.whitening = Whitening(dim)
+        model.whitening = experiment("whitening").Whitening(dim)
     return model
 
 
@@ -1783,7 +1751,7 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
     options = {"epochs": config.epochs, "batch_size": config.batch_size}
     for k, task in list(enumerate(tasks, 1))[done:]:
         start = time.perf_counter()
-        if k == 1 and isinstance(model.whitening, Whitening):
+        if k == 1 and not isinstance(model.whitening, nn.Identity):
             model.whitening.estimate(embeddings, task.rows)
         trained, targets = model.before_task(task, labels, bank)
         if optimizer:  # what has nothing to train by gradient learns only in after_task

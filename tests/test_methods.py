@@ -20,7 +20,8 @@ from experiments.analytic import LAMBDAS, Analytic, solve
 from experiments.baselines import EWC, MLP, Distil, LwF, Replay, fisher_diagonal
 from experiments.common import Grams, zero_shot_logits
 from experiments.streaming import L3A, NCM, SLDA, RanPAC
-from retune import Config, InputError, PromptBank, RETune, Task, Whitening
+from experiments.whitening import Whitening
+from retune import Config, InputError, PromptBank, RETune, Task
 
 HERE = Path(__file__).resolve().parent.parent
 DIM, CLASSES, N = 6, 3, 120
