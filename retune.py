@@ -1153,8 +1153,8 @@ class PromptBank:
         found = self.group.unique().tolist()
         self.groups = len(found)
         if self.groups % 2 or found != list(range(self.groups)) or len(self.group) != len(self.embeddings):
-            shapes = f"{tuple(self.group.shape)} for {tuple(self.embeddings.shape)}"
-            raise ValueError(f"prompt groups {found} {shapes}: give each prompt one of 0 to 2C - 1, all used")
+            sizes = f"{len(self.group)} for {len(self.embeddings)} prompts"
+            raise ValueError(f"groups {found}, {sizes}: give each prompt one of 0 to 2C - 1, all used")
 
     def to(self, target: str | torch.device | torch.dtype) -> PromptBank:
         """The bank on another device, or its embeddings in another dtype."""
@@ -1311,17 +1311,17 @@ class Task:
             raise ValueError(f"task {self.name!r}: rows must be row numbers, as np.flatnonzero(mask) gives")
 
 
-def data_incremental(part: np.ndarray, parts: int, n_classes: int) -> list[Task]:
+def data_incremental(part: np.ndarray, groups: Sequence, class_names: Sequence[str]) -> list[Task]:
     """Every part of the images trains all classes; part [N] is the part of each row."""
-    everything = tuple(range(n_classes))
-    return [Task(f"part {t + 1}", np.flatnonzero(part == t), everything) for t in range(parts)]
+    everything = tuple(range(len(class_names)))
+    return [Task(f"part {t + 1}", np.flatnonzero(part == t), everything) for t in range(len(groups))]
 
 
 def class_incremental(part: np.ndarray, groups: Sequence, class_names: Sequence[str]) -> list[Task]:
     """Part t of the images trains only the t-th group of classes."""
     names = [" + ".join(class_names[c] for c in group) for group in groups]
-    rows = [np.flatnonzero(part == t) for t in range(len(groups))]
-    return [Task(name, rows[t], tuple(map(int, groups[t]))) for t, name in enumerate(names)]
+    parts = enumerate(zip(names, groups))
+    return [Task(name, np.flatnonzero(part == t), tuple(group.tolist())) for t, (name, group) in parts]
 
 
 def label_incremental(part: np.ndarray, groups: Sequence, class_names: Sequence[str]) -> list[Task]:
@@ -1345,7 +1345,8 @@ def make_tasks(
     """
     names = list(class_names)
     n = len(labels)
-    if scenario not in ("data", "class", "label", "joint", "zero"):
+    protocols = {"data": data_incremental, "class": class_incremental, "label": label_incremental}
+    if scenario not in (*protocols, "joint", "zero"):
         raise ValueError(f"scenario {scenario!r} is not data, class, label, joint or zero")
     if positives_only and scenario not in ("class", "label"):
         raise ValueError(f"--positives-only is for the scenarios class and label, not for {scenario}")
@@ -1364,15 +1365,10 @@ def make_tasks(
         part = np.arange(n) // math.ceil(n / parts)  # [N], the part of each row
     else:
         part = np.empty(len(ids), np.int64)
-        shuffled = np.random.default_rng(seed).permutation(len(ids))
-        for t, chosen in enumerate(np.array_split(shuffled, parts)):
-            part[chosen] = t
+        part[np.random.default_rng(seed).permutation(len(ids))] = np.sort(np.arange(len(ids)) % parts)
         part = part[patient]
     groups = np.array_split([names.index(name) for name in order or names], parts)
-    if scenario == "data":
-        tasks = data_incremental(part, parts, len(names))
-    else:
-        tasks = {"class": class_incremental, "label": label_incremental}[scenario](part, groups, names)
+    tasks = protocols[scenario](part, groups, names)
     if positives_only:
         positives = [np.flatnonzero((labels[:, group] == 1).any(1)) for group in groups]
         tasks = [dataclasses.replace(task, rows=rows) for task, rows in zip(tasks, positives)]
