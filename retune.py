@@ -1551,44 +1551,20 @@ def score_rows(model: Method, bank: PromptBank, embeddings: np.ndarray, rows: np
     return scores, decisions
 
 
-def load_method(name: str) -> type[Method]:
-    """The class that `--method` names: retune, a method of `experiments/`, or your own MODULE:CLASS."""
-    if name == "retune":
-        return RETune
-    has_experiments = importlib.util.find_spec("experiments") is not None
-    known = importlib.import_module("experiments").METHODS if has_experiments else {}
-    if ":" not in name and name not in known:
-        raise InputError(f"--method {name!r}: {suggest(name, ['retune', *known])}; or MODULE:CLASS")
-    module, _, attribute = known.get(name, name).partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    with input_errors(f"--method {name}", "is not a subclass of retune.Method that can be imported"):
-        method = getattr(importlib.import_module(module), attribute)
-        if not issubclass(method, Method):
-            raise TypeError(f"{attribute} is another class")
-    return method
-
-
-def method_options(method: type[Method], given: Iterable[str]) -> dict[str, object]:
-    """A method's keyword parameters: their defaults, or `--set NAME=VALUE` typed as the default is."""
-    parameters = {} if method is RETune else inspect.signature(method.__init__).parameters
-    options = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
-    for name, _, value in (pair.partition("=") for pair in given):
-        try:
-            kind = type(options[name])
-            options[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
-        except (KeyError, TypeError, ValueError):
-            takes = ", ".join(f"{key}={default}" for key, default in options.items()) or "no --set"
-            raise InputError(f"--set {name}={value}: {method.__name__} takes {takes}") from None
-    return options
+def load_method(name: str, given: Sequence[str] = ()) -> tuple[type[Method], dict]:
+    """The class that `--method` names, and its options by `--set`: RE-tune, or what `experiments` finds."""
+    if name != "retune":
+        return experiment().find_method(name, given)
+    if given:
+        raise InputError(f"--set {given[0]}: RETune takes no --set")
+    return RETune, {}
 
 
 def build_model(config: Config, dim: int, n_classes: int, options: dict | None = None) -> Method:
     """The model of `config.method` for embeddings [.., D], seeded without touching the global generator."""
-    method = load_method(config.method)
-    options = method_options(method, config.set) if options is None else options
+    method, _ = load_method(config.method)
     with seeded(config.seed):
-        model = method.build(config, dim, n_classes, **options)
+        model = method.build(config, dim, n_classes, **(options or {}))
     if config.whiten or method.whitens:
         model.whitening = experiment("whitening").Whitening(dim)
     return model
@@ -1676,7 +1652,7 @@ def run(config: Config, load_data: Callable | None = None, load_encoder: Callabl
     digest = hashlib.sha256(repr((data.names, data.patients.tolist(), data.split.tolist())).encode())
     digest.update(data.labels.tobytes())
     identity = dataclasses.asdict(config) | {
-        "method_options": method_options(load_method(config.method), config.set), "prompt_texts": prompts,
+        "method_options": load_method(config.method, config.set)[1], "prompt_texts": prompts,
         "encoder_fingerprint": encoder.fingerprint(), "data_fingerprint": digest.hexdigest(),
     }  # fmt: skip
     folder = output_folder(config)
@@ -1734,7 +1710,8 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
     known = {"classes": data.class_names, "prompts": identity["prompt_texts"], "dim": dim}
     known |= {key: identity[key] for key in keys}
     if tasks:
-        model = build_model(config, dim, len(data.class_names)).to(bank.embeddings.device)
+        model = build_model(config, dim, len(data.class_names), identity["method_options"])
+        model = model.to(bank.embeddings.device)
     else:  # the encoder alone; saved, so that --predict scores with it
         known |= {"method": "retune", "adapt": "none", "whiten": False, "method_options": {}}
     optimizer = None
@@ -1758,7 +1735,9 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
         after_task.append(measure(model))
         save_tensors(folder / f"task_{k}.safetensors", model.state_dict(), known)
         save_checkpoint(folder, model, optimizer, k, (seconds, after_task))
-    extras = measure_extras(config, folder, data, tasks, embeddings, bank, model)
+    extras = {}
+    if (HERE / "experiments").is_dir():  # (ours)
+        extras = experiment().measure(config, folder, data, tasks, embeddings, bank, model)
     known["decisions"] = extras.get("decisions", {})
     save_tensors(folder / "adaptors.safetensors", model.state_dict(), known)
     if memory := model.memory():
@@ -1774,16 +1753,6 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
                  "peak_memory_mb": peak_memory_mb(), "stored_bytes": model.stored_bytes(),
                  "train_patients": len(np.unique(data.patients[data.where("train")]))},
     } | extras)  # fmt: skip
-
-
-EXTRAS = ("decisions", "hospitals")  # modules of experiments/ with `measure` and `summary`
-
-
-def measure_extras(config: Config, folder: Path, *measured) -> dict:
-    """(ours) After a run: {"decisions": thresholds, "hospitals": AUROC by part, with --parts column}."""
-    names = EXTRAS if config.parts == "column" else EXTRAS[:1]
-    here = (HERE / "experiments").is_dir()
-    return {name: experiment(name).measure(config, folder, *measured) for name in names if here}
 
 
 def save_checkpoint(folder: Path, model: Method, optimizer, task: int, finished=None) -> None:
@@ -1842,14 +1811,11 @@ def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
             embedding = encoder.encode_images(pixels[None].to(device), known["precision"])
             embedding = model.whitening(embedding)
             scores, decisions = model.scores(embedding, bank, known["score"])
-            logits = dict(zip(known["classes"], model.logits(embedding, bank)[0].tolist()))
+            logits = model.logits(embedding, bank)
         findings = zip(known["classes"], scores[0].tolist(), decisions[0].tolist())
         findings = {finding: {"score": round(s, 6), "present": d > 0} for finding, s, d in findings}
-        for finding, threshold in known["decisions"].get("threshold", {}).items():
-            if threshold is not None:
-                odds = max(-700.0, logits[finding] / known["decisions"]["temperature"][finding])
-                probability = round(1 / (1 + math.exp(-odds)), 6)
-                findings[finding] |= {"probability": probability, "decision": probability >= threshold}
+        if known["decisions"]:  # (ours)
+            experiment("decisions").add_decisions(findings, logits[0].tolist(), known["decisions"])
         predictions.append({"image": image, "findings": findings})
     return predictions
 
@@ -1911,7 +1877,8 @@ def summary(metrics: dict) -> str:
     measures = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in continual.items())
     line = f"{run}, seed {config['seed']}: macro AUROC {auroc} ({interval})"
     lines = [markdown_table(header, rows), measures, line]
-    lines += [experiment(name).summary(metrics[name]) for name in EXTRAS if name in metrics]
+    if "decisions" in metrics:  # (ours)
+        lines += experiment().summaries(metrics)
     if config["data"] == "demo":
         lines.append("Demo on synthetic phantoms: not clinical numbers.")
     return "\n\n".join(lines)
@@ -2028,10 +1995,10 @@ def execute(argv: Sequence[str]) -> None:
     parser = build_parser(Config, __doc__)
     asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     asked.add_argument("--method", default="retune")
-    method = load_method(asked.parse_known_args(argv)[0].method)
+    method, options = load_method(asked.parse_known_args(argv)[0].method)
     if method is not RETune:  # --help of another method says what it is and what --set takes
-        options = [f"\n  --set {name}={value}" for name, value in method_options(method, ()).items()]
-        parser.description = inspect.getdoc(method) + "".join(options)
+        takes = (f"\n  --set {name}={value}" for name, value in options.items())
+        parser.description = inspect.getdoc(method) + "".join(takes)
     other = parser.add_argument_group("instead of a run")
     images = "score images, folders or CSVs (column `path`) with a run's adaptors; also to --output FILE.csv"
     other.add_argument("--predict", nargs="+", metavar="PATH", help=images)
@@ -2224,10 +2191,10 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def experiment(name: str):
-    """The module `experiments.NAME`, where what goes beyond the method lives."""
-    with input_errors(f"experiments/{name}.py", "needed for this, with what it imports"):
-        return importlib.import_module(f"experiments.{name}")
+def experiment(name: str = ""):
+    """The module `experiments.NAME`, or that package, where what goes beyond the method lives."""
+    with input_errors(f"experiments/{name}", "needed for this, with what it imports"):
+        return importlib.import_module(f".{name}", "experiments")
 
 
 def pick_device(name: str) -> str:
