@@ -1,7 +1,8 @@
 """Usable decisions (ours): per finding a temperature and a threshold, fitted on validation images alone.
 
-A run ends with `measure`; `--predict` calls `add_decisions`. A finding's probability is sigmoid(logit / temperature); at
-or above the threshold it is called present. F1 and exact match keep the paper's rule (cos+ > cos-).
+A run ends with `measure`; `--predict` calls `add_decisions`. A finding's probability is
+sigmoid(logit / temperature); at or above the threshold it is called present. F1 and exact match keep the
+paper's rule (cos+ > cos-).
 """
 
 from __future__ import annotations
