@@ -1398,7 +1398,7 @@ def evaluate(scores, predictions, labels, class_names=None) -> dict:
     scores, predictions, labels = map(to_numpy, (scores, predictions, labels))
     labels = labels.astype(float)
     names = list(class_names or map(str, range(labels.shape[1])))
-    values = np.full((5, len(names)), np.nan)  # AUROC, F1, average precision, precision, recall
+    values = np.full((5, len(names)), np.nan)  # AUROC, average precision, precision, recall, F1
     positives = np.zeros(len(names))
     for c, name in enumerate(names):
         known = ~np.isnan(labels[:, c])
@@ -1406,22 +1406,22 @@ def evaluate(scores, predictions, labels, class_names=None) -> dict:
         if len(np.unique(y)) < 2:
             warnings.warn(f"{name}: known labels in a split are all alike, so it is not scored", stacklevel=2)
             continue
-        recalled = precision_recall_fscore_support(y, decision, average="binary", zero_division=0)
-        precision, recall, f1, _ = recalled
-        values[:, c] = roc_auc_score(y, score), f1, average_precision_score(y, score), precision, recall
+        measured = precision_recall_fscore_support(y, decision, average="binary", zero_division=0)
+        values[:, c] = roc_auc_score(y, score), average_precision_score(y, score), *measured[:3]
         positives[c] = y.sum()
     scored = positives > 0
-    complete = ~np.isnan(labels).any(1)
     macro = values[:, scored].mean(1) if scored.any() else values[:, 0]
     weighted = np.average(values[:, scored], axis=1, weights=positives[scored]) if scored.any() else macro
+    complete = ~np.isnan(labels).any(1)
     exact = (predictions == labels)[complete].all(1).mean() if complete.any() else math.nan
-    auroc, f1, ap = (dict(zip(names, row.tolist())) for row in values[:3])
-    return {
-        "auroc_macro": float(macro[0]), "auroc_weighted": float(weighted[0]), "f1_macro": float(macro[1]),
-        "f1_weighted": float(weighted[1]), "precision_weighted": float(weighted[3]),
-        "recall_weighted": float(weighted[4]), "accuracy": float(exact), "ap_macro": float(macro[2]),
-        "auroc": auroc, "f1": f1, "ap": ap, "n": int((~np.isnan(labels)).any(1).sum()),
+    auroc, ap, _, _, f1 = (dict(zip(names, row)) for row in values.tolist())
+    means = {
+        "auroc_macro": macro[0], "auroc_weighted": weighted[0], "f1_macro": macro[4],
+        "f1_weighted": weighted[4], "precision_weighted": weighted[2], "recall_weighted": weighted[3],
+        "accuracy": exact, "ap_macro": macro[1],
     }  # fmt: skip
+    count = (~np.isnan(labels)).any(1).sum()
+    return {k: float(v) for k, v in means.items()} | {"auroc": auroc, "f1": f1, "ap": ap, "n": int(count)}
 
 
 @functools.lru_cache(maxsize=2)
@@ -1430,10 +1430,8 @@ def draw_patients(count: int, resamples: int = 1000, seed: int = 0) -> np.ndarra
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
 
 
-def bootstrap_auroc(
-    scores, labels, patients: Sequence[str], resamples: int = 1000, seed: int = 0
-) -> np.ndarray:
-    """Macro AUROC [R] when patients are drawn with replacement; nan where no class can be scored.
+def bootstrap_auroc(scores, labels, patients, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """Macro AUROC [R] when patients [N] are drawn with replacement; nan where no class can be scored.
 
     Patients become weights, so one sort a class serves all resamples; ties count half, as in scikit-learn.
     """
@@ -1444,8 +1442,6 @@ def bootstrap_auroc(
     scored = np.zeros(resamples)
     for c in range(labels.shape[1]):
         positive, negative = (np.flatnonzero(labels[:, c] == value) for value in (1, 0))
-        if not len(positive) or not len(negative):
-            continue
         negative = negative[np.argsort(scores[negative, c], kind="stable")]
         ranked = scores[negative, c]
         below, upto = (np.searchsorted(ranked, scores[positive, c], side) for side in ("left", "right"))
@@ -1460,15 +1456,12 @@ def bootstrap_auroc(
     return np.where(scored > 0, total / np.maximum(scored, 1), np.nan)
 
 
-def bootstrap_ci(
-    scores, labels, patients: Sequence[str], resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """95% interval of macro AUROC, resampling patients; nan when no class can be scored."""
+def bootstrap_ci(scores, labels, patients, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """95% interval of macro AUROC, resampling patients [N]; nan when no class can be scored."""
     auroc = bootstrap_auroc(scores, labels, patients, resamples, seed)
     if np.isnan(auroc).all():
         return math.nan, math.nan
-    low, high = np.nanpercentile(auroc, [2.5, 97.5])
-    return float(low), float(high)
+    return tuple(np.nanpercentile(auroc, [2.5, 97.5]).tolist())
 
 
 def continual_metrics(auroc: np.ndarray, tasks: Sequence[Task], zero: np.ndarray) -> dict[str, float]:
@@ -1476,22 +1469,19 @@ def continual_metrics(auroc: np.ndarray, tasks: Sequence[Task], zero: np.ndarray
 
     auroc [T, C]: test AUROC of class c after task t; zero [C]: zero-shot. Unscored classes are left out.
     """
-
-    def mean(values: list[float]) -> float:
-        return float(np.mean(values)) if values else math.nan
-
     grid = np.vstack([zero, *auroc])  # [T + 1, C]; row 0 is zero-shot
     last = len(grid) - 1
     first = {c: t for t, task in reversed(list(enumerate(tasks, 1))) for c in task.classes}  # k(c)
     scored = [c for c in range(len(zero)) if not np.isnan(grid[:, c]).any()]
     earlier = [(c, first[c]) for c in scored if first.get(c, last) < last]
     later = [(c, first[c]) for c in scored if first.get(c, 1) > 1]
-    return {
-        "average_auroc": mean([grid[last, c] for c in scored]),
-        "forgetting": mean([grid[k:last, c].max() - grid[last, c] for c, k in earlier]),
-        "backward_transfer": mean([grid[last, c] - grid[k, c] for c, k in earlier]),
-        "forward_transfer": mean([grid[k - 1, c] - grid[0, c] for c, k in later]),
+    measures = {
+        "average_auroc": [grid[last, c] for c in scored],
+        "forgetting": [grid[k:last, c].max() - grid[last, c] for c, k in earlier],
+        "backward_transfer": [grid[last, c] - grid[k, c] for c, k in earlier],
+        "forward_transfer": [grid[k - 1, c] - grid[0, c] for c, k in later],
     }
+    return {name: float(np.mean(values or [math.nan])) for name, values in measures.items()}
 
 
 # ------------------------------------------------------------------------------------------------ 9. Training
