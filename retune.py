@@ -1409,19 +1409,18 @@ def evaluate(scores, predictions, labels, class_names=None) -> dict:
         measured = precision_recall_fscore_support(y, decision, average="binary", zero_division=0)
         values[:, c] = roc_auc_score(y, score), average_precision_score(y, score), *measured[:3]
         positives[c] = y.sum()
-    scored = positives > 0
-    macro = values[:, scored].mean(1) if scored.any() else values[:, 0]
-    weighted = np.average(values[:, scored], axis=1, weights=positives[scored]) if scored.any() else macro
+    scored = positives > 0 if positives.any() else slice(None)  # means of nothing are nan
+    macro = values[:, scored].mean(1).tolist()
+    weighted = np.average(values[:, scored], axis=1, weights=positives[scored].clip(1)).tolist()
     complete = ~np.isnan(labels).any(1)
-    exact = (predictions == labels)[complete].all(1).mean() if complete.any() else math.nan
     auroc, ap, _, _, f1 = (dict(zip(names, row)) for row in values.tolist())
-    means = {
+    return {
         "auroc_macro": macro[0], "auroc_weighted": weighted[0], "f1_macro": macro[4],
         "f1_weighted": weighted[4], "precision_weighted": weighted[2], "recall_weighted": weighted[3],
-        "accuracy": exact, "ap_macro": macro[1],
+        "accuracy": float((predictions == labels)[complete].all(1).mean()) if complete.any() else math.nan,
+        "ap_macro": macro[1], "auroc": auroc, "f1": f1, "ap": ap,
+        "n": int((~np.isnan(labels)).any(1).sum()),
     }  # fmt: skip
-    count = (~np.isnan(labels)).any(1).sum()
-    return {k: float(v) for k, v in means.items()} | {"auroc": auroc, "f1": f1, "ap": ap, "n": int(count)}
 
 
 @functools.lru_cache(maxsize=2)
@@ -1508,23 +1507,21 @@ def fit(
     targets = torch.as_tensor(labels)[rows][:, columns].to(bank.embeddings.dtype)  # [n, classes]
     if columns == list(range(labels.shape[1])):
         columns = slice(None)  # a view of all; a list would copy in every step
-    orders = (torch.randperm(len(rows), generator=generator) for _ in range(epochs))
-    batches = (batch for order in orders for batch in order.split(batch_size))
     model.train()
-    steps = epochs * math.ceil(len(rows) / batch_size)
-    batches = progress(batches, total=steps, desc=f"training {task.name}", unit="step")
-    for step, batch in enumerate(batches, 1):
-        wanted = targets[batch]  # [B, classes]
-        if wanted.isnan().all():
-            continue  # momentum alone would move the weights
-        images = model.whitening(gather(embeddings, rows[batch], bank.embeddings))
-        logits = model.logits(images, bank)
-        loss = prompt_contrastive_loss(logits[:, columns], wanted) + model.penalty(images, logits)
-        if not math.isfinite(loss.item()):
-            raise InputError(f"task {task.name!r}, step {step}: the loss is {loss.item()}; lower --lr")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+    for epoch in progress(range(epochs), desc=f"training {task.name}", unit="epoch"):
+        batches = torch.randperm(len(rows), generator=generator).split(batch_size)
+        for step, batch in enumerate(batches, 1 + epoch * len(batches)):
+            wanted = targets[batch]  # [B, classes]
+            if wanted.isnan().all():
+                continue  # momentum alone would move the weights
+            images = model.whitening(gather(embeddings, rows[batch], bank.embeddings))
+            logits = model.logits(images, bank)
+            loss = prompt_contrastive_loss(logits[:, columns], wanted) + model.penalty(images, logits)
+            if not math.isfinite(loss.item()):
+                raise InputError(f"task {task.name!r}, step {step}: the loss is {loss.item()}; lower --lr")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
 
 @torch.inference_mode()
@@ -1574,11 +1571,10 @@ def load_model(path: Path, config: Config) -> tuple[Method, dict]:
     tensors, known = load_tensors(path)
     with input_errors(path, "is not a run's model"):
         settings = dataclasses.replace(config, **{key: known[key] for key in MODEL_KEYS})
-        sizes = (known["dim"], len(known["classes"]))
-        options = known["method_options"]
+        form = (known["dim"], len(known["classes"]), known["method_options"])
     if ":" in settings.method and config.method != settings.method:
         raise InputError(f"{path}: its method is your own code; name it again: --method {settings.method}")
-    model = build_model(settings, *sizes, options)
+    model = build_model(settings, *form)
     load_weights(model, tensors, path)
     return model.eval(), known
 
@@ -1595,18 +1591,17 @@ def check_same_config(folder: Path, identity: dict) -> None:
     if not path.exists():
         return write_json(path, identity)
     old = read_json(path)
-    reasons = {"data_fingerprint": "labels changed (or names, patients or split)",
-               "encoder_fingerprint": "the encoder changed"}  # fmt: skip
-    found = []
+    changes = []
     for key, value in to_json(identity).items():
         before = str(old.get(key))
         now = str(value)
         if before != now and key not in MAY_DIFFER:
             start = max(0, len(os.path.commonprefix([before, now])) - 30)
-            change = f"{key} {before[start : start + 60]}, now {now[start : start + 60]}"
-            found.append(reasons.get(key, change))
-    if found:
-        raise InputError(f"{folder}: holds another run ({'; '.join(found)}); use another --output")
+            change = f"{key} {before[start:][:60]}, now {now[start:][:60]}"
+            reasons = {"data_fingerprint": "labels changed (or names, patients or split)"}
+            changes.append(reasons.get(key, change))
+    if changes:
+        raise InputError(f"{folder}: holds another run ({'; '.join(changes)}); use another --output")
 
 
 def scenario_tasks(config: Config, data: Radiographs) -> list[Task]:
@@ -1614,16 +1609,18 @@ def scenario_tasks(config: Config, data: Radiographs) -> list[Task]:
     if config.parts == "column":
         return experiment("hospitals").column_tasks(config, data)
     train = data.where("train")
-    arrival = (config.parts, config.seed, data.patients[train], config.class_order)
-    known = (data.labels[train], data.class_names, *arrival, config.contiguous, config.positives_only)
+    order = (config.parts, config.seed, data.patients[train], config.class_order)
+    options = (*order, config.contiguous, config.positives_only)
     with input_errors(f"--scenario {config.scenario}", "is not possible"):
-        tasks = make_tasks(config.scenario, *known)
-    for name, rows, c in [(task.name, task.rows, c) for task in tasks for c in task.classes]:
-        values = known[0][rows, c]
-        if len(np.unique(values[~np.isnan(values)])) < 2 and not config.positives_only:
-            trouble = "no known label" if np.isnan(values).all() else "labels that are all alike"
-            warnings.warn(f"task {name!r}: {data.class_names[c]} has {trouble}", stacklevel=2)
-    return [dataclasses.replace(task, rows=train[task.rows]) for task in tasks]
+        tasks = make_tasks(config.scenario, data.labels[train], data.class_names, *options)
+    tasks = [dataclasses.replace(task, rows=train[task.rows]) for task in tasks]
+    for task in tasks:
+        for c in task.classes:
+            known = np.isfinite(np.unique(data.labels[task.rows, c]))
+            if known.sum() < 2 and not config.positives_only:
+                trouble = "labels that are all alike" if known.any() else "no known label"
+                warnings.warn(f"task {task.name!r}: {data.class_names[c]} has {trouble}", stacklevel=2)
+    return tasks
 
 
 def run(config: Config, load_data: Callable | None = None, load_encoder: Callable | None = None) -> dict:
@@ -1639,11 +1636,11 @@ def run(config: Config, load_data: Callable | None = None, load_encoder: Callabl
     device = pick_device(config.device)
     encoder = (load_encoder or DualEncoder.load)(config.encoder, config.encoder_dir, config.crop)
     print_summary(config, data, tasks, device)
-    digest = hashlib.sha256(repr((data.names, data.patients.tolist(), data.split.tolist())).encode())
-    digest.update(data.labels.tobytes())
+    content = repr((data.names, data.patients.tolist(), data.split.tolist())).encode() + data.labels.tobytes()
     identity = dataclasses.asdict(config) | {
         "method_options": load_method(config.method, config.set)[1], "prompt_texts": prompts,
-        "encoder_fingerprint": encoder.fingerprint(), "data_fingerprint": digest.hexdigest(),
+        "encoder_fingerprint": encoder.fingerprint(),
+        "data_fingerprint": hashlib.sha256(content).hexdigest(),
     }  # fmt: skip
     folder = output_folder(config)
     with input_errors(f"--output {folder}", "cannot be written"):
@@ -1748,9 +1745,8 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
 def save_checkpoint(folder: Path, model: Method, optimizer, task: int, finished=None) -> None:
     """Save what the task after `task` starts from: weights, optimiser, method's memory; and `finished`."""
     state = {"task": task, "finished": finished, "model": model.state_dict(), "memory": model.memory()}
-    state["optimizer"] = optimizer.state_dict() if optimizer else None
     content = io.BytesIO()  # torch.save to a full disk is no OSError
-    torch.save(state, content)
+    torch.save(state | {"optimizer": optimizer and optimizer.state_dict()}, content)
     with atomic(folder / "resume.pt") as partial:
         partial.write_bytes(content.getvalue())
 
@@ -1791,19 +1787,18 @@ def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
     predictions = []
     for image in progress(images, desc="predicting", unit="image"):
         try:
-            pixels = encoder.transform(read_image(image))
+            pixels = encoder.transform(read_image(image))[None].to(device)
         except InputError as error:
             if not config.skip_bad_images:
                 raise
             predictions.append({"image": image, "error": str(error)})
             continue
         with torch.inference_mode():
-            embedding = encoder.encode_images(pixels[None].to(device), known["precision"])
-            embedding = model.whitening(embedding)
+            embedding = model.whitening(encoder.encode_images(pixels, known["precision"]))
             scores, decisions = model.scores(embedding, bank, known["score"])
             logits = model.logits(embedding, bank)
-        findings = zip(known["classes"], scores[0].tolist(), decisions[0].tolist())
-        findings = {finding: {"score": round(s, 6), "present": d > 0} for finding, s, d in findings}
+        values = zip(known["classes"], scores[0].tolist(), decisions[0].tolist())
+        findings = {name: {"score": round(score, 6), "present": d > 0} for name, score, d in values}
         if known["decisions"]:  # (ours)
             experiment("decisions").add_decisions(findings, logits[0].tolist(), known["decisions"])
         predictions.append({"image": image, "findings": findings})
