@@ -1288,8 +1288,6 @@ class RETune(Method):
 def prompt_contrastive_loss(logits: torch.Tensor, labels) -> torch.Tensor:
     """Mean binary cross-entropy with logits over known labels, both [B, C]; nan is unknown; 0 if all are."""
     labels = torch.as_tensor(labels).to(logits)
-    if labels.shape != logits.shape:
-        raise ValueError(f"labels {tuple(labels.shape)} must have the shape of logits {tuple(logits.shape)}")
     known = ~labels.isnan()
     loss = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
     return (loss * known).sum() / known.sum().clamp_min(1)
@@ -1305,10 +1303,6 @@ class Task:
     name: str
     rows: np.ndarray
     classes: tuple[int, ...]
-
-    def __post_init__(self):
-        if np.asarray(self.rows).dtype.kind not in "iu":
-            raise ValueError(f"task {self.name!r}: rows must be row numbers, as np.flatnonzero(mask) gives")
 
 
 def data_incremental(part: np.ndarray, groups: Sequence, class_names: Sequence[str]) -> list[Task]:
@@ -1504,7 +1498,7 @@ def fit(
     """
     rows = torch.from_numpy(task.rows)
     columns = list(task.classes)
-    targets = torch.as_tensor(labels)[rows][:, columns].to(bank.embeddings.dtype)  # [n, classes]
+    targets = gather(to_numpy(labels), rows, bank.embeddings)[:, columns]  # [n, classes]
     if columns == list(range(labels.shape[1])):
         columns = slice(None)  # a view of all; a list would copy in every step
     model.train()
@@ -1691,16 +1685,15 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
             metrics[split]["auroc_macro_ci"] = bootstrap_ci(scores, data.labels[rows], data.patients[rows])
         return metrics
 
-    model = zero_model = RETune(dim, adapt="none", pool=config.pool, negatives=config.negatives)
-    zero_shot = measure(zero_model)
-    keys = ("encoder", "encoder_fingerprint", "method_options", *MODEL_KEYS)
+    zero_shot = measure(RETune(dim, adapt="none", pool=config.pool, negatives=config.negatives))
+    options = identity["method_options"]
+    if not tasks:  # the encoder alone; saved, so that --predict scores with it
+        config = dataclasses.replace(config, method="retune", adapt="none", whiten=False)
+        options = {}
     known = {"classes": data.class_names, "prompts": identity["prompt_texts"], "dim": dim}
-    known |= {key: identity[key] for key in keys}
-    if tasks:
-        model = build_model(config, dim, len(data.class_names), identity["method_options"])
-        model = model.to(bank.embeddings.device)
-    else:  # the encoder alone; saved, so that --predict scores with it
-        known |= {"method": "retune", "adapt": "none", "whiten": False, "method_options": {}}
+    known |= {key: identity[key] for key in ("encoder", "encoder_fingerprint")}
+    known |= {"method_options": options} | {key: getattr(config, key) for key in MODEL_KEYS}
+    model = build_model(config, dim, len(data.class_names), options).to(bank.embeddings.device)
     optimizer = None
     if parameters := [p for p in model.parameters() if p.requires_grad]:
         optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer]
@@ -1708,15 +1701,15 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
     done, finished = load_checkpoint(folder, model, optimizer)
     seconds, after_task = finished or (0.0, [])
     labels = torch.from_numpy(data.labels)
-    options = {"epochs": config.epochs, "batch_size": config.batch_size}
+    training = {"epochs": config.epochs, "batch_size": config.batch_size}
     for k, task in list(enumerate(tasks, 1))[done:]:
         start = time.perf_counter()
         if k == 1 and not isinstance(model.whitening, nn.Identity):
             model.whitening.estimate(embeddings, task.rows)
         trained, targets = model.before_task(task, labels, bank)
         if optimizer:  # what has nothing to train by gradient learns only in after_task
-            options["generator"] = torch.Generator().manual_seed(10_007 * config.seed + k)
-            fit(model, bank, embeddings, targets, trained, optimizer, **options)
+            training["generator"] = torch.Generator().manual_seed(10_007 * config.seed + k)
+            fit(model, bank, embeddings, targets, trained, optimizer, **training)
         model.after_task(embeddings, labels, task, bank)
         seconds += time.perf_counter() - start
         after_task.append(measure(model))
@@ -2119,12 +2112,7 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
 
 def to_json(value):
     """Plain JSON types all the way down; NaN and infinity, which JSON lacks, become None."""
-    if isinstance(value, dict):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value, default=np.generic.item), parse_constant=lambda _: None)
 
 
 def write_text(path: Path, text: str) -> None:
