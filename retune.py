@@ -1846,15 +1846,14 @@ def summary(metrics: dict) -> str:
     header = ["test AUROC after", *metrics["classes"], "macro AUROC", "macro AP", "macro F1", "exact match"]
     keys = ("auroc_macro", "ap_macro", "f1_macro", "accuracy")
     rows = [[name, *m["auroc"].values(), *(m[key] for key in keys)] for name, m in stages(metrics)]
-    continual = {key: "-" if value is None else f"{value:.3f}" for key, value in metrics["continual"].items()}
     last = stages(metrics)[-1][1]
-    numbers = (last["auroc_macro"], *last["auroc_macro_ci"])
-    auroc, low, high = ("-" if value is None else f"{value:.3f}" for value in numbers)
+    numbers = (*metrics["continual"].values(), last["auroc_macro"], *last["auroc_macro_ci"])
+    *continual, auroc, low, high = ("-" if value is None else f"{value:.3f}" for value in numbers)
+    measures = (f"{key.replace('_', ' ')} {value}" for key, value in zip(metrics["continual"], continual))
     run = ", ".join(str(config[key]) for key in ("method", "data", "encoder", "scenario"))
     interval = f"95% CI {low} to {high}, 1,000 patient-level bootstrap resamples, n = {last['n']:,} images"
-    measures = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in continual.items())
     line = f"{run}, seed {config['seed']}: macro AUROC {auroc} ({interval})"
-    lines = [markdown_table(header, rows), measures, line]
+    lines = [markdown_table(header, rows), ", ".join(measures), line]
     if "decisions" in metrics:  # (ours)
         lines += experiment().summaries(metrics)
     if config["data"] == "demo":
@@ -1890,7 +1889,6 @@ def heatmap(path: Path, metrics: dict, key: str, title: str, low: float) -> None
         from matplotlib.figure import Figure
     except ImportError:
         return log(f"{path.name} is not drawn: it needs matplotlib (pip install matplotlib)")
-    config = metrics["config"]
     grid = np.array([list(m[key].values()) for _, m in stages(metrics)], dtype=float)  # [T + 1, C]
     size = (3.2 + min(0.95 * grid.shape[1], 60), 1.7 + min(0.4 * len(grid), 60))  # inches
     figure = Figure(figsize=size, layout="constrained")
@@ -1902,8 +1900,8 @@ def heatmap(path: Path, metrics: dict, key: str, title: str, low: float) -> None
     axes.set_xticks(range(grid.shape[1]), metrics["classes"], rotation=25, ha="right")
     axes.set_yticks(range(len(grid)), [name for name, _ in stages(metrics)])
     axes.axhline(0.5, color="black", linewidth=2)
-    encoder = Path(config["encoder"]).name
-    axes.set_title(f"{title}: {config['data']}, {encoder}, {config['scenario']}", fontsize=10)
+    run = (metrics["config"][name] for name in ("data", "encoder", "scenario"))
+    axes.set_title(f"{title}: {', '.join(Path(name).name for name in run)}", fontsize=10)
     figure.colorbar(picture, ax=axes)
     with atomic(path) as partial:
         figure.savefig(partial, dpi=150, format="png", metadata={"Software": None})
@@ -1980,9 +1978,7 @@ def execute(argv: Sequence[str]) -> None:
     other = parser.add_argument_group("instead of a run")
     images = "score images, folders or CSVs (column `path`) with a run's adaptors; also to --output FILE.csv"
     other.add_argument("--predict", nargs="+", metavar="PATH", help=images)
-    other.add_argument(
-        "--heatmap", type=Path, metavar="FOLDER", help="where the encoder looks, for --predict"
-    )
+    other.add_argument("--heatmap", type=Path, metavar="DIR", help="where the encoder looks, for --predict")
     other.add_argument("--export", type=Path, metavar="FILE", help="write a run as an ONNX file")
     other.add_argument("--export-card", action="store_true", help="write a model card into a run")
     other.add_argument("--run", type=Path, metavar="FOLDER", help="a finished run")
@@ -2044,13 +2040,8 @@ def input_errors(subject: str | Path, trouble: str) -> Iterator[None]:
         yield
     except Exception as error:
         missing = isinstance(error, FileNotFoundError) and str(error.filename) == str(subject)
-        reason = "no such file" if missing else f"{trouble} ({one_line(error)})"
-        raise InputError(f"{subject}: {reason}") from None
-
-
-def one_line(error: BaseException) -> str:
-    """The first 500 characters of an error's message, on one line."""
-    return " ".join(str(error).split())[:500] or type(error).__name__
+        said = " ".join(str(error).split())[:500] or type(error).__name__
+        raise InputError(f"{subject}: {'no such file' if missing else f'{trouble} ({said})'}") from None
 
 
 def check_values(config, names: str, good: Callable, rule: str) -> None:
@@ -2081,8 +2072,7 @@ def check_new_folder(directory: str | Path) -> Path:
 def suggest(name: str, known: Iterable[str]) -> str:
     """A message's tail: the known name most like `name`, then all of them."""
     known = list(known)
-    alike = [k for k in known if name.lower() in k.lower()]
-    alike = alike or difflib.get_close_matches(name, known, 1, cutoff=0)
+    alike = difflib.get_close_matches(name, known, 1, cutoff=0)
     return f"did you mean {alike[0]!r}? Known: {', '.join(known)}"
 
 
@@ -2183,12 +2173,12 @@ def pick_device(name: str) -> str:
 
 def peak_memory_mb() -> float | None:
     """Peak resident memory of this process; None on Windows, which does not report it."""
-    try:
-        import resource
-    except ImportError:
+    if sys.platform == "win32":
         return None
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KB; in bytes on macOS
-    return peak / (1 << (20 if sys.platform == "darwin" else 10))
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def join_ranks() -> None:

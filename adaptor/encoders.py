@@ -79,7 +79,7 @@ def load_backbones(config) -> Backbones:
         encoder.text_dim = encoder.encode_texts(["no finding"]).shape[-1]
     except Exception as error:  # a tower of another kind fails in its own way
         side = "text" if encoder.dim else "image"
-        message = f"gives no hidden states for {side}s ({type(error).__name__}: {retune.one_line(error)})"
+        message = f"gives no hidden states for {side}s ({error!r:.500})"
         raise InputError(f"--{side}-encoder {getattr(config, f'{side}_encoder')}: {message}") from None
     return encoder
 
