@@ -94,7 +94,7 @@ def load_side(side: str, config) -> tuple[dict, dict, object]:
     except ImportError as error:
         raise InputError(f"--{side}-encoder {name}: {error}; pip install {error.name}") from None
     except Exception as error:
-        raise InputError(f"--{side}-encoder {name}: cannot be read ({retune.one_line(error)})") from None
+        raise InputError(f"--{side}-encoder {name}: cannot be read ({error!r:.500})") from None
 
 
 def open_side(side: str, name: str, pool: str | None, cache_dir: Path) -> tuple[dict, dict, object]:
