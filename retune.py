@@ -1266,10 +1266,7 @@ class RETune(Method):
         # Dividing the small product spares a normalised copy of v, in forward and backward.
         cosine = (v @ F.normalize(t, dim=-1).T) / length  # [B, 2C or M]
         if self.pool == "max":
-            # -2 is below every cosine; backward would count ties with it if it equalled one
-            lowest = cosine.new_full((v.shape[0], bank.groups), -2.0)
-            group = bank.group.expand(v.shape[0], -1)
-            cosine = lowest.scatter_reduce(1, group, cosine, "amax", include_self=False)  # [B, 2C]
+            cosine = cosine[:, None].masked_fill(bank.pooling("mean") == 0, -torch.inf).amax(-1)  # [B, 2C]
         return cosine[:, 0::2], cosine[:, 1::2]
 
     def logits(self, images: torch.Tensor, bank: PromptBank) -> torch.Tensor:
@@ -1891,8 +1888,7 @@ def heatmap(path: Path, metrics: dict, key: str, title: str, low: float) -> None
         return log(f"{path.name} is not drawn: it needs matplotlib (pip install matplotlib)")
     grid = np.array([list(m[key].values()) for _, m in stages(metrics)], dtype=float)  # [T + 1, C]
     size = (3.2 + min(0.95 * grid.shape[1], 60), 1.7 + min(0.4 * len(grid), 60))  # inches
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
+    axes = Figure(figsize=size, layout="constrained").add_subplot()
     picture = axes.imshow(grid, cmap="Greys", vmin=low, vmax=1, aspect="auto")
     for (t, c), value in np.ndenumerate(grid) if max(grid.shape) <= 64 else ():
         color = "white" if value > (low + 1.5) / 2.5 else "black"
@@ -1902,9 +1898,9 @@ def heatmap(path: Path, metrics: dict, key: str, title: str, low: float) -> None
     axes.axhline(0.5, color="black", linewidth=2)
     run = (metrics["config"][name] for name in ("data", "encoder", "scenario"))
     axes.set_title(f"{title}: {', '.join(Path(name).name for name in run)}", fontsize=10)
-    figure.colorbar(picture, ax=axes)
+    axes.figure.colorbar(picture, ax=axes)
     with atomic(path) as partial:
-        figure.savefig(partial, dpi=150, format="png", metadata={"Software": None})
+        axes.figure.savefig(partial, dpi=150, format="png", metadata={"Software": None})
 
 
 # ------------------------------------------------------------------------------------------- 11. Command line
@@ -1968,13 +1964,8 @@ def predictions_table(predictions: list[dict]) -> str:
 
 def execute(argv: Sequence[str]) -> None:
     """Do what the command line says."""
-    parser = build_parser(Config, __doc__)
-    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    asked.add_argument("--method", default="retune")
-    method, options = load_method(asked.parse_known_args(argv)[0].method)
-    if method is not RETune:  # --help of another method says what it is and what --set takes
-        takes = (f"\n  --set {name}={value}" for name, value in options.items())
-        parser.description = inspect.getdoc(method) + "".join(takes)
+    has_experiments = (HERE / "experiments").is_dir()
+    parser = build_parser(Config, has_experiments and experiment().describe(argv) or __doc__)
     other = parser.add_argument_group("instead of a run")
     images = "score images, folders or CSVs (column `path`) with a run's adaptors; also to --output FILE.csv"
     other.add_argument("--predict", nargs="+", metavar="PATH", help=images)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import retune
 
@@ -53,6 +54,18 @@ def method_options(method: type[retune.Method], given: Iterable[str]) -> dict[st
             takes = ", ".join(f"{key}={default}" for key, default in options.items()) or "no --set"
             raise retune.InputError(f"--set {name}={value}: {method.__name__} takes {takes}") from None
     return options
+
+
+def describe(argv: Sequence[str]) -> str | None:
+    """What --help says of the method that a command line names, and what --set takes; None for RE-tune."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", default="retune")
+    name = parser.parse_known_args(argv)[0].method
+    if name == "retune":
+        return None
+    method, options = find_method(name, ())
+    takes = (f"\n  --set {option}={value}" for option, value in options.items())
+    return inspect.getdoc(method) + "".join(takes)
 
 
 def measure(config, *measured) -> dict:
