@@ -1132,10 +1132,8 @@ class Adaptor(nn.Module):
             nn.init.zeros_(self.layers[2].bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.residual:
-            return self.layers(x)
-        x = F.normalize(x, dim=-1)
-        return x + self.layers(x)
+        x = F.normalize(x, dim=-1) if self.residual else x
+        return x + self.layers(x) if self.residual else self.layers(x)
 
 
 @dataclass
@@ -1153,8 +1151,7 @@ class PromptBank:
         found = self.group.unique().tolist()
         self.groups = len(found)
         if self.groups % 2 or found != list(range(self.groups)) or len(self.group) != len(self.embeddings):
-            sizes = f"{len(self.group)} for {len(self.embeddings)} prompts"
-            raise ValueError(f"groups {found}, {sizes}: give each prompt one of 0 to 2C - 1, all used")
+            raise ValueError(f"prompts' groups {found} must be 0 to 2C - 1, all used, one for each prompt")
 
     def to(self, target: str | torch.device | torch.dtype) -> PromptBank:
         """The bank on another device, or its embeddings in another dtype."""
@@ -1262,9 +1259,8 @@ class RETune(Method):
         t = self.text_adaptor(bank.embeddings)  # [M, D]
         if self.pool != "max":
             t = bank.pooling(self.pool) @ t  # [2C, D]
-        length = v.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         # Dividing the small product spares a normalised copy of v, in forward and backward.
-        cosine = (v @ F.normalize(t, dim=-1).T) / length  # [B, 2C or M]
+        cosine = v @ F.normalize(t, dim=-1).T / v.norm(dim=-1, keepdim=True).clamp_min(1e-12)  # [B, 2C or M]
         if self.pool == "max":
             cosine = cosine[:, None].masked_fill(bank.pooling("mean") == 0, -torch.inf).amax(-1)  # [B, 2C]
         return cosine[:, 0::2], cosine[:, 1::2]
@@ -1352,9 +1348,8 @@ def make_tasks(
     most = len(ids) if scenario == "data" else len(names)
     if not 1 <= parts <= most:
         raise ValueError(f"--parts {parts}: the scenario {scenario} can have 1 to {most} parts here")
-    if contiguous:
-        part = np.arange(n) // math.ceil(n / parts)  # [N], the part of each row
-    else:
+    part = np.arange(n) // math.ceil(n / parts)  # [N], the part of each row
+    if not contiguous:
         part = np.empty(len(ids), np.int64)
         part[np.random.default_rng(seed).permutation(len(ids))] = np.sort(np.arange(len(ids)) % parts)
         part = part[patient]
@@ -1449,9 +1444,8 @@ def bootstrap_auroc(scores, labels, patients, resamples: int = 1000, seed: int =
 def bootstrap_ci(scores, labels, patients, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
     """95% interval of macro AUROC, resampling patients [N]; nan when no class can be scored."""
     auroc = bootstrap_auroc(scores, labels, patients, resamples, seed)
-    if np.isnan(auroc).all():
-        return math.nan, math.nan
-    return tuple(np.nanpercentile(auroc, [2.5, 97.5]).tolist())
+    auroc = auroc[~np.isnan(auroc)]
+    return tuple(np.percentile(auroc, [2.5, 97.5]).tolist()) if len(auroc) else (math.nan, math.nan)
 
 
 def continual_metrics(auroc: np.ndarray, tasks: Sequence[Task], zero: np.ndarray) -> dict[str, float]:
