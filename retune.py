@@ -1488,10 +1488,7 @@ def fit(
     on the device of the prompts. InputError for a loss that is not finite.
     """
     rows = torch.from_numpy(task.rows)
-    columns = list(task.classes)
-    targets = gather(to_numpy(labels), rows, bank.embeddings)[:, columns]  # [n, classes]
-    if columns == list(range(labels.shape[1])):
-        columns = slice(None)  # a view of all; a list would copy in every step
+    targets = gather(to_numpy(labels), rows, bank.embeddings)[:, task.classes]  # [n, classes]
     model.train()
     for epoch in progress(range(epochs), desc=f"training {task.name}", unit="epoch"):
         batches = torch.randperm(len(rows), generator=generator).split(batch_size)
@@ -1501,7 +1498,7 @@ def fit(
                 continue  # momentum alone would move the weights
             images = model.whitening(gather(embeddings, rows[batch], bank.embeddings))
             logits = model.logits(images, bank)
-            loss = prompt_contrastive_loss(logits[:, columns], wanted) + model.penalty(images, logits)
+            loss = prompt_contrastive_loss(logits[:, task.classes], wanted) + model.penalty(images, logits)
             if not math.isfinite(loss.item()):
                 raise InputError(f"task {task.name!r}, step {step}: the loss is {loss.item()}; lower --lr")
             optimizer.zero_grad()
@@ -1549,15 +1546,12 @@ MODEL_KEYS = (  # what builds a run's model again, saved with its weights
 
 
 def load_model(path: Path, config: Config) -> tuple[Method, dict]:
-    """The model that a run saved, on the CPU, and what is known of it; `config` sets nothing of the model.
-
-    Code from outside `experiments` runs only if the command line names it: --method MODULE:CLASS.
-    """
+    """The model that a run saved, on the CPU, and what is known of it; `config` sets nothing of the model."""
     tensors, known = load_tensors(path)
     with input_errors(path, "is not a run's model"):
         settings = dataclasses.replace(config, **{key: known[key] for key in MODEL_KEYS})
         form = (known["dim"], len(known["classes"]), known["method_options"])
-    if ":" in settings.method and config.method != settings.method:
+    if ":" in settings.method and config.method != settings.method:  # a file alone must not run code
         raise InputError(f"{path}: its method is your own code; name it again: --method {settings.method}")
     model = build_model(settings, *form)
     load_weights(model, tensors, path)
@@ -1685,10 +1679,9 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
     known |= {key: identity[key] for key in ("encoder", "encoder_fingerprint")}
     known |= {"method_options": options} | {key: getattr(config, key) for key in MODEL_KEYS}
     model = build_model(config, dim, len(data.class_names), options).to(bank.embeddings.device)
-    optimizer = None
-    if parameters := [p for p in model.parameters() if p.requires_grad]:
-        optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer]
-        optimizer = optimizer(parameters, lr=config.lr, fused=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer]
+    optimizer = kind(parameters, lr=config.lr, fused=True) if parameters else None
     done, finished = load_checkpoint(folder, model, optimizer)
     seconds, after_task = finished or (0.0, [])
     labels = torch.from_numpy(data.labels)
@@ -1706,9 +1699,8 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
         after_task.append(measure(model))
         save_tensors(folder / f"task_{k}.safetensors", model.state_dict(), known)
         save_checkpoint(folder, model, optimizer, k, (seconds, after_task))
-    extras = {}
-    if (HERE / "experiments").is_dir():  # (ours)
-        extras = experiment().measure(config, folder, data, tasks, embeddings, bank, model)
+    measured = (config, folder, data, tasks, embeddings, bank, model)
+    extras = experiment().measure(*measured) if (HERE / "experiments").is_dir() else {}  # (ours)
     known["decisions"] = extras.get("decisions", {})
     save_tensors(folder / "adaptors.safetensors", model.state_dict(), known)
     if memory := model.memory():
