@@ -1846,11 +1846,10 @@ def summary(metrics: dict) -> str:
 
 def report(folder: Path, metrics: dict, data: Radiographs, tasks: Sequence[Task]) -> None:
     """Write splits.csv, figures, table.md and, last, metrics.json, which marks the run as complete."""
-    seen = [[] for _ in data.names]
+    seen = np.full(len(data.names), "", object)
     for k, task in enumerate(tasks, 1):
-        for row in task.rows.tolist():
-            seen[row].append(str(k))
-    write_splits(folder / "splits.csv", data, "task", map(" ".join, seen))
+        seen[task.rows] += f" {k}"
+    write_splits(folder / "splits.csv", data, "task", map(str.strip, seen))
     if metrics["config"]["figures"]:
         heatmap(folder / "auroc.png", metrics, "auroc", "test AUROC", 0.5)
         heatmap(folder / "f1.png", metrics, "f1", "test F1", 0.0)
