@@ -1175,11 +1175,7 @@ def embed_prompts(encoder: DualEncoder, prompts: dict[str, dict[str, list[str]]]
 
 
 class Method(nn.Module):
-    """Base class of what `--method` names: a model of image embeddings that learns task after task.
-
-    `--set NAME=VALUE` gives the keyword parameters of `__init__` after dim and n_classes. A method without
-    trainable parameters learns only in `after_task`.
-    """
+    """Base of what `--method` names (docs/methods.md): a model of image embeddings that learns by task."""
 
     whitens = False  # True: works on whitened embeddings, with or without --whiten
 
@@ -1422,7 +1418,6 @@ def bootstrap_auroc(scores, labels, patients, resamples: int = 1000, seed: int =
     """
     scores, labels = map(to_numpy, (scores, labels))
     ids, patient = np.unique(np.asarray(patients), return_inverse=True)
-    drawn = draw_patients(len(ids), resamples, seed).astype(np.float32)  # [R, patients]
     total = np.zeros(resamples)
     scored = np.zeros(resamples)
     for c in range(labels.shape[1]):
@@ -1430,14 +1425,13 @@ def bootstrap_auroc(scores, labels, patients, resamples: int = 1000, seed: int =
         negative = negative[np.argsort(scores[negative, c], kind="stable")]
         ranked = scores[negative, c]
         below, upto = (np.searchsorted(ranked, scores[positive, c], side) for side in ("left", "right"))
-        for block in np.array_split(np.arange(resamples), 1 + resamples * len(labels) // 4_000_000):
-            won = np.zeros((len(block), len(negative) + 1), np.float32)  # negatives' weight up to a rank
-            np.cumsum(drawn[np.ix_(block, patient[negative])], axis=1, out=won[:, 1:])
-            weight = drawn[np.ix_(block, patient[positive])]  # [R, positives]
-            wins = (weight * (won[:, below] + won[:, upto])).sum(1, dtype=np.float64) / 2
-            pairs = weight.sum(1, dtype=np.float64) * won[:, -1]
-            total[block] += wins / np.maximum(pairs, 1)
-            scored[block] += pairs > 0
+        won = np.zeros(len(negative) + 1)  # negatives' weight up to a rank
+        for r, drawn in enumerate(draw_patients(len(ids), resamples, seed)):
+            np.cumsum(drawn[patient[negative]], out=won[1:])
+            weight = drawn[patient[positive]]
+            pairs = weight.sum() * won[-1]
+            total[r] += weight @ (won[below] + won[upto]) / 2 / max(pairs, 1)
+            scored[r] += pairs > 0
     return np.where(scored > 0, total / np.maximum(scored, 1), np.nan)
 
 
