@@ -1162,8 +1162,7 @@ class PromptBank:
         """[2C, M]: row g averages group g (mean) or picks its first prompt (single)."""
         member = self.group == torch.arange(self.groups, device=self.group.device)[:, None]
         member = member & (member.cumsum(1) == 1) if pool == "single" else member
-        member = member.to(self.embeddings.dtype)
-        return member / member.sum(1, keepdim=True)
+        return F.normalize(member.to(self.embeddings.dtype), p=1, dim=1)
 
 
 def embed_prompts(encoder: DualEncoder, prompts: dict[str, dict[str, list[str]]]) -> PromptBank:
