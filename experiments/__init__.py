@@ -1,4 +1,4 @@
-"""Methods beside RE-tune, and what compares them: what retune.py looks up here, and when it is asked for."""
+"""Methods beside RE-tune, and what retune.py asks this folder for; a module is imported when it is needed."""
 
 from __future__ import annotations
 
