@@ -1390,7 +1390,7 @@ def evaluate(scores, predictions, labels, class_names=None) -> dict:
         measured = precision_recall_fscore_support(y, decision, average="binary", zero_division=0)
         values[:, c] = roc_auc_score(y, score), average_precision_score(y, score), *measured[:3]
         positives[c] = y.sum()
-    scored = positives > 0 if positives.any() else slice(None)  # means of nothing are nan
+    scored = positives > 0 if positives.any() else slice(None)  # means of nothing are nan, without 0 / 0
     macro = values[:, scored].mean(1).tolist()
     weighted = np.average(values[:, scored], axis=1, weights=positives[scored].clip(1)).tolist()
     complete = ~np.isnan(labels).any(1)
@@ -1942,8 +1942,8 @@ def predictions_table(predictions: list[dict]) -> str:
 
 def execute(argv: Sequence[str]) -> None:
     """Do what the command line says."""
-    has_experiments = (HERE / "experiments").is_dir()
-    parser = build_parser(Config, has_experiments and experiment().describe(argv) or __doc__)
+    method = experiment().describe(argv) if (HERE / "experiments").is_dir() else None
+    parser = build_parser(Config, method or __doc__)
     other = parser.add_argument_group("instead of a run")
     images = "score images, folders or CSVs (column `path`) with a run's adaptors; also to --output FILE.csv"
     other.add_argument("--predict", nargs="+", metavar="PATH", help=images)
