@@ -1611,8 +1611,7 @@ def run(config: Config, load_data: Callable | None = None, load_encoder: Callabl
     content = repr((data.names, data.patients.tolist(), data.split.tolist())).encode() + data.labels.tobytes()
     identity = dataclasses.asdict(config) | {
         "method_options": load_method(config.method, config.set)[1], "prompt_texts": prompts,
-        "encoder_fingerprint": encoder.fingerprint(),
-        "data_fingerprint": hashlib.sha256(content).hexdigest(),
+        "encoder_fingerprint": encoder.fingerprint(), "data_fingerprint": hashlib.sha256(content).hexdigest(),
     }  # fmt: skip
     folder = output_folder(config)
     with input_errors(f"--output {folder}", "cannot be written"):
