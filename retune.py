@@ -1161,10 +1161,8 @@ class Adaptor(nn.Module):
             nn.init.zeros_(self.layers[2].bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.residual:
-            return self.layers(x)
-        x = F.normalize(x, dim=-1)
-        return x + self.layers(x)
+        x = F.normalize(x, dim=-1) if self.residual else x
+        return x + self.layers(x) if self.residual else self.layers(x)
 
 
 @dataclass
@@ -1182,8 +1180,7 @@ class PromptBank:
         found = self.group.unique().tolist()
         self.groups = len(found)
         if self.groups % 2 or found != list(range(self.groups)) or len(self.group) != len(self.embeddings):
-            shapes = f"{tuple(self.group.shape)} for {tuple(self.embeddings.shape)}"
-            raise ValueError(f"prompt groups {found} {shapes}: give each prompt one of 0 to 2C - 1, all used")
+            raise ValueError(f"prompts' groups {found} must be 0 to 2C - 1, all used, one for each prompt")
 
     def to(self, target: str | torch.device | torch.dtype) -> PromptBank:
         """The bank on another device, or its embeddings in another dtype."""
@@ -1194,8 +1191,7 @@ class PromptBank:
         """[2C, M]: row g averages group g (mean) or picks its first prompt (single)."""
         member = self.group == torch.arange(self.groups, device=self.group.device)[:, None]
         member = member & (member.cumsum(1) == 1) if pool == "single" else member
-        member = member.to(self.embeddings.dtype)
-        return member / member.sum(1, keepdim=True)
+        return F.normalize(member.to(self.embeddings.dtype), p=1, dim=1)
 
 
 def embed_prompts(encoder: DualEncoder, prompts: dict[str, dict[str, list[str]]]) -> PromptBank:
@@ -1206,44 +1202,8 @@ def embed_prompts(encoder: DualEncoder, prompts: dict[str, dict[str, list[str]]]
     return PromptBank(embeddings.clone(), torch.tensor(group))  # a plain tensor: adaptors train through it
 
 
-class Whitening(nn.Module):
-    """x [B, D] -> (x / |x| - mean) matrix: centred and half-whitened, of mean squared length D (ours).
-
-    With the covariance U diag(l) U' of normalised embeddings and q = l + mean(l) the matrix is
-    sqrt(D) U q^(-1/2) / sqrt(sum(l / q)). Estimated once, on the first part's training images without labels.
-    """
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("matrix", torch.eye(dim))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (F.normalize(x, dim=-1) - self.mean.to(x)) @ self.matrix.to(x)
-
-    def estimate(self, embeddings: np.ndarray, rows: np.ndarray) -> None:
-        """Take mean and covariance over rows [n] of embeddings [N, D], in float64."""
-        total = torch.zeros(len(self.mean), dtype=torch.float64)
-        moment = torch.zeros(len(total), len(total), dtype=torch.float64)
-        for piece in torch.from_numpy(rows).split(8192):
-            x = F.normalize(gather(embeddings, piece, total), dim=-1)
-            total += x.sum(0)
-            moment += x.T @ x
-        mean = total / len(rows)
-        values, vectors = torch.linalg.eigh(moment / len(rows) - mean.outer(mean))
-        values = values.clamp_min(0)
-        softened = (values + values.mean()).clamp_min(1e-12)
-        scale = math.sqrt(len(mean) / max(1e-12, float((values / softened).sum())))
-        self.mean.copy_(mean)
-        self.matrix.copy_(scale * vectors * softened.rsqrt())
-
-
 class Method(nn.Module):
-    """Base class of what `--method` names: a model of image embeddings that learns task after task.
-
-    `--set NAME=VALUE` gives the keyword parameters of `__init__` after dim and n_classes. A method without
-    trainable parameters learns only in `after_task`.
-    """
+    """Base of what `--method` names (docs/methods.md): a model of image embeddings that learns by task."""
 
     whitens = False  # True: works on whitened embeddings, with or without --whiten
 
@@ -1323,14 +1283,10 @@ class RETune(Method):
         t = self.text_adaptor(bank.embeddings)  # [M, D]
         if self.pool != "max":
             t = bank.pooling(self.pool) @ t  # [2C, D]
-        length = v.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         # Dividing the small product spares a normalised copy of v, in forward and backward.
-        cosine = (v @ F.normalize(t, dim=-1).T) / length  # [B, 2C or M]
+        cosine = v @ F.normalize(t, dim=-1).T / v.norm(dim=-1, keepdim=True).clamp_min(1e-12)  # [B, 2C or M]
         if self.pool == "max":
-            # -2 is below every cosine; backward would count ties with it if it equalled one
-            lowest = cosine.new_full((v.shape[0], bank.groups), -2.0)
-            group = bank.group.expand(v.shape[0], -1)
-            cosine = lowest.scatter_reduce(1, group, cosine, "amax", include_self=False)  # [B, 2C]
+            cosine = cosine[:, None].masked_fill(bank.pooling("mean") == 0, -torch.inf).amax(-1)  # [B, 2C]
         return cosine[:, 0::2], cosine[:, 1::2]
 
     def logits(self, images: torch.Tensor, bank: PromptBank) -> torch.Tensor:
@@ -1349,8 +1305,6 @@ class RETune(Method):
 def prompt_contrastive_loss(logits: torch.Tensor, labels) -> torch.Tensor:
     """Mean binary cross-entropy with logits over known labels, both [B, C]; nan is unknown; 0 if all are."""
     labels = torch.as_tensor(labels).to(logits)
-    if labels.shape != logits.shape:
-        raise ValueError(f"labels {tuple(labels.shape)} must have the shape of logits {tuple(logits.shape)}")
     known = ~labels.isnan()
     loss = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
     return (loss * known).sum() / known.sum().clamp_min(1)
@@ -1367,22 +1321,18 @@ class Task:
     rows: np.ndarray
     classes: tuple[int, ...]
 
-    def __post_init__(self):
-        if np.asarray(self.rows).dtype.kind not in "iu":
-            raise ValueError(f"task {self.name!r}: rows must be row numbers, as np.flatnonzero(mask) gives")
 
-
-def data_incremental(part: np.ndarray, parts: int, n_classes: int) -> list[Task]:
+def data_incremental(part: np.ndarray, groups: Sequence, class_names: Sequence[str]) -> list[Task]:
     """Every part of the images trains all classes; part [N] is the part of each row."""
-    everything = tuple(range(n_classes))
-    return [Task(f"part {t + 1}", np.flatnonzero(part == t), everything) for t in range(parts)]
+    everything = tuple(range(len(class_names)))
+    return [Task(f"part {t + 1}", np.flatnonzero(part == t), everything) for t in range(len(groups))]
 
 
 def class_incremental(part: np.ndarray, groups: Sequence, class_names: Sequence[str]) -> list[Task]:
     """Part t of the images trains only the t-th group of classes."""
     names = [" + ".join(class_names[c] for c in group) for group in groups]
-    rows = [np.flatnonzero(part == t) for t in range(len(groups))]
-    return [Task(name, rows[t], tuple(map(int, groups[t]))) for t, name in enumerate(names)]
+    parts = enumerate(zip(names, groups))
+    return [Task(name, np.flatnonzero(part == t), tuple(group.tolist())) for t, (name, group) in parts]
 
 
 def label_incremental(part: np.ndarray, groups: Sequence, class_names: Sequence[str]) -> list[Task]:
@@ -1406,7 +1356,8 @@ def make_tasks(
     """
     names = list(class_names)
     n = len(labels)
-    if scenario not in ("data", "class", "label", "joint", "zero"):
+    protocols = {"data": data_incremental, "class": class_incremental, "label": label_incremental}
+    if scenario not in (*protocols, "joint", "zero"):
         raise ValueError(f"scenario {scenario!r} is not data, class, label, joint or zero")
     if positives_only and scenario not in ("class", "label"):
         raise ValueError(f"--positives-only is for the scenarios class and label, not for {scenario}")
@@ -1421,19 +1372,13 @@ def make_tasks(
     most = len(ids) if scenario == "data" else len(names)
     if not 1 <= parts <= most:
         raise ValueError(f"--parts {parts}: the scenario {scenario} can have 1 to {most} parts here")
-    if contiguous:
-        part = np.arange(n) // math.ceil(n / parts)  # [N], the part of each row
-    else:
+    part = np.arange(n) // math.ceil(n / parts)  # [N], the part of each row
+    if not contiguous:
         part = np.empty(len(ids), np.int64)
-        shuffled = np.random.default_rng(seed).permutation(len(ids))
-        for t, chosen in enumerate(np.array_split(shuffled, parts)):
-            part[chosen] = t
+        part[np.random.default_rng(seed).permutation(len(ids))] = np.sort(np.arange(len(ids)) % parts)
         part = part[patient]
     groups = np.array_split([names.index(name) for name in order or names], parts)
-    if scenario == "data":
-        tasks = data_incremental(part, parts, len(names))
-    else:
-        tasks = {"class": class_incremental, "label": label_incremental}[scenario](part, groups, names)
+    tasks = protocols[scenario](part, groups, names)
     if positives_only:
         positives = [np.flatnonzero((labels[:, group] == 1).any(1)) for group in groups]
         tasks = [dataclasses.replace(task, rows=rows) for task, rows in zip(tasks, positives)]
@@ -1463,7 +1408,7 @@ def evaluate(scores, predictions, labels, class_names=None) -> dict:
     scores, predictions, labels = map(to_numpy, (scores, predictions, labels))
     labels = labels.astype(float)
     names = list(class_names or map(str, range(labels.shape[1])))
-    values = np.full((5, len(names)), np.nan)  # AUROC, F1, average precision, precision, recall
+    values = np.full((5, len(names)), np.nan)  # AUROC, average precision, precision, recall, F1
     positives = np.zeros(len(names))
     for c, name in enumerate(names):
         known = ~np.isnan(labels[:, c])
@@ -1471,21 +1416,20 @@ def evaluate(scores, predictions, labels, class_names=None) -> dict:
         if len(np.unique(y)) < 2:
             warnings.warn(f"{name}: known labels in a split are all alike, so it is not scored", stacklevel=2)
             continue
-        recalled = precision_recall_fscore_support(y, decision, average="binary", zero_division=0)
-        precision, recall, f1, _ = recalled
-        values[:, c] = roc_auc_score(y, score), f1, average_precision_score(y, score), precision, recall
+        measured = precision_recall_fscore_support(y, decision, average="binary", zero_division=0)
+        values[:, c] = roc_auc_score(y, score), average_precision_score(y, score), *measured[:3]
         positives[c] = y.sum()
-    scored = positives > 0
+    scored = positives > 0 if positives.any() else slice(None)  # means of nothing are nan, without 0 / 0
+    macro = values[:, scored].mean(1).tolist()
+    weighted = np.average(values[:, scored], axis=1, weights=positives[scored].clip(1)).tolist()
     complete = ~np.isnan(labels).any(1)
-    macro = values[:, scored].mean(1) if scored.any() else values[:, 0]
-    weighted = np.average(values[:, scored], axis=1, weights=positives[scored]) if scored.any() else macro
-    exact = (predictions == labels)[complete].all(1).mean() if complete.any() else math.nan
-    auroc, f1, ap = (dict(zip(names, row.tolist())) for row in values[:3])
+    auroc, ap, _, _, f1 = (dict(zip(names, row)) for row in values.tolist())
     return {
-        "auroc_macro": float(macro[0]), "auroc_weighted": float(weighted[0]), "f1_macro": float(macro[1]),
-        "f1_weighted": float(weighted[1]), "precision_weighted": float(weighted[3]),
-        "recall_weighted": float(weighted[4]), "accuracy": float(exact), "ap_macro": float(macro[2]),
-        "auroc": auroc, "f1": f1, "ap": ap, "n": int((~np.isnan(labels)).any(1).sum()),
+        "auroc_macro": macro[0], "auroc_weighted": weighted[0], "f1_macro": macro[4],
+        "f1_weighted": weighted[4], "precision_weighted": weighted[2], "recall_weighted": weighted[3],
+        "accuracy": float((predictions == labels)[complete].all(1).mean()) if complete.any() else math.nan,
+        "ap_macro": macro[1], "auroc": auroc, "f1": f1, "ap": ap,
+        "n": int((~np.isnan(labels)).any(1).sum()),
     }  # fmt: skip
 
 
@@ -1495,45 +1439,35 @@ def draw_patients(count: int, resamples: int = 1000, seed: int = 0) -> np.ndarra
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
 
 
-def bootstrap_auroc(
-    scores, labels, patients: Sequence[str], resamples: int = 1000, seed: int = 0
-) -> np.ndarray:
-    """Macro AUROC [R] when patients are drawn with replacement; nan where no class can be scored.
+def bootstrap_auroc(scores, labels, patients, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """Macro AUROC [R] when patients [N] are drawn with replacement; nan where no class can be scored.
 
     Patients become weights, so one sort a class serves all resamples; ties count half, as in scikit-learn.
     """
     scores, labels = map(to_numpy, (scores, labels))
     ids, patient = np.unique(np.asarray(patients), return_inverse=True)
-    drawn = draw_patients(len(ids), resamples, seed).astype(np.float32)  # [R, patients]
     total = np.zeros(resamples)
     scored = np.zeros(resamples)
     for c in range(labels.shape[1]):
         positive, negative = (np.flatnonzero(labels[:, c] == value) for value in (1, 0))
-        if not len(positive) or not len(negative):
-            continue
         negative = negative[np.argsort(scores[negative, c], kind="stable")]
         ranked = scores[negative, c]
         below, upto = (np.searchsorted(ranked, scores[positive, c], side) for side in ("left", "right"))
-        for block in np.array_split(np.arange(resamples), 1 + resamples * len(labels) // 4_000_000):
-            won = np.zeros((len(block), len(negative) + 1), np.float32)  # negatives' weight up to a rank
-            np.cumsum(drawn[np.ix_(block, patient[negative])], axis=1, out=won[:, 1:])
-            weight = drawn[np.ix_(block, patient[positive])]  # [R, positives]
-            wins = (weight * (won[:, below] + won[:, upto])).sum(1, dtype=np.float64) / 2
-            pairs = weight.sum(1, dtype=np.float64) * won[:, -1]
-            total[block] += wins / np.maximum(pairs, 1)
-            scored[block] += pairs > 0
+        won = np.zeros(len(negative) + 1)  # negatives' weight up to a rank
+        for r, drawn in enumerate(draw_patients(len(ids), resamples, seed)):
+            np.cumsum(drawn[patient[negative]], out=won[1:])
+            weight = drawn[patient[positive]]
+            pairs = weight.sum() * won[-1]
+            total[r] += weight @ (won[below] + won[upto]) / 2 / max(pairs, 1)
+            scored[r] += pairs > 0
     return np.where(scored > 0, total / np.maximum(scored, 1), np.nan)
 
 
-def bootstrap_ci(
-    scores, labels, patients: Sequence[str], resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """95% interval of macro AUROC, resampling patients; nan when no class can be scored."""
+def bootstrap_ci(scores, labels, patients, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """95% interval of macro AUROC, resampling patients [N]; nan when no class can be scored."""
     auroc = bootstrap_auroc(scores, labels, patients, resamples, seed)
-    if np.isnan(auroc).all():
-        return math.nan, math.nan
-    low, high = np.nanpercentile(auroc, [2.5, 97.5])
-    return float(low), float(high)
+    auroc = auroc[~np.isnan(auroc)]
+    return tuple(np.percentile(auroc, [2.5, 97.5]).tolist()) if len(auroc) else (math.nan, math.nan)
 
 
 def continual_metrics(auroc: np.ndarray, tasks: Sequence[Task], zero: np.ndarray) -> dict[str, float]:
@@ -1541,22 +1475,19 @@ def continual_metrics(auroc: np.ndarray, tasks: Sequence[Task], zero: np.ndarray
 
     auroc [T, C]: test AUROC of class c after task t; zero [C]: zero-shot. Unscored classes are left out.
     """
-
-    def mean(values: list[float]) -> float:
-        return float(np.mean(values)) if values else math.nan
-
     grid = np.vstack([zero, *auroc])  # [T + 1, C]; row 0 is zero-shot
     last = len(grid) - 1
     first = {c: t for t, task in reversed(list(enumerate(tasks, 1))) for c in task.classes}  # k(c)
     scored = [c for c in range(len(zero)) if not np.isnan(grid[:, c]).any()]
     earlier = [(c, first[c]) for c in scored if first.get(c, last) < last]
     later = [(c, first[c]) for c in scored if first.get(c, 1) > 1]
-    return {
-        "average_auroc": mean([grid[last, c] for c in scored]),
-        "forgetting": mean([grid[k:last, c].max() - grid[last, c] for c, k in earlier]),
-        "backward_transfer": mean([grid[last, c] - grid[k, c] for c, k in earlier]),
-        "forward_transfer": mean([grid[k - 1, c] - grid[0, c] for c, k in later]),
+    measures = {
+        "average_auroc": [grid[last, c] for c in scored],
+        "forgetting": [grid[k:last, c].max() - grid[last, c] for c, k in earlier],
+        "backward_transfer": [grid[last, c] - grid[k, c] for c, k in earlier],
+        "forward_transfer": [grid[k - 1, c] - grid[0, c] for c, k in later],
     }
+    return {name: float(np.mean(values or [math.nan])) for name, values in measures.items()}
 
 
 # ------------------------------------------------------------------------------------------------ 9. Training
@@ -1579,27 +1510,22 @@ def fit(
     on the device of the prompts. InputError for a loss that is not finite.
     """
     rows = torch.from_numpy(task.rows)
-    columns = list(task.classes)
-    targets = torch.as_tensor(labels)[rows][:, columns].to(bank.embeddings.dtype)  # [n, classes]
-    if columns == list(range(labels.shape[1])):
-        columns = slice(None)  # a view of all; a list would copy in every step
-    orders = (torch.randperm(len(rows), generator=generator) for _ in range(epochs))
-    batches = (batch for order in orders for batch in order.split(batch_size))
+    targets = gather(to_numpy(labels), rows, bank.embeddings)[:, task.classes]  # [n, classes]
     model.train()
-    steps = epochs * math.ceil(len(rows) / batch_size)
-    batches = progress(batches, total=steps, desc=f"training {task.name}", unit="step")
-    for step, batch in enumerate(batches, 1):
-        wanted = targets[batch]  # [B, classes]
-        if wanted.isnan().all():
-            continue  # momentum alone would move the weights
-        images = model.whitening(gather(embeddings, rows[batch], bank.embeddings))
-        logits = model.logits(images, bank)
-        loss = prompt_contrastive_loss(logits[:, columns], wanted) + model.penalty(images, logits)
-        if not math.isfinite(loss.item()):
-            raise InputError(f"task {task.name!r}, step {step}: the loss is {loss.item()}; lower --lr")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+    for epoch in progress(range(epochs), desc=f"training {task.name}", unit="epoch"):
+        batches = torch.randperm(len(rows), generator=generator).split(batch_size)
+        for step, batch in enumerate(batches, 1 + epoch * len(batches)):
+            wanted = targets[batch]  # [B, classes]
+            if wanted.isnan().all():
+                continue  # momentum alone would move the weights
+            images = model.whitening(gather(embeddings, rows[batch], bank.embeddings))
+            logits = model.logits(images, bank)
+            loss = prompt_contrastive_loss(logits[:, task.classes], wanted) + model.penalty(images, logits)
+            if not math.isfinite(loss.item()):
+                raise InputError(f"task {task.name!r}, step {step}: the loss is {loss.item()}; lower --lr")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
 
 @torch.inference_mode()
@@ -1616,46 +1542,22 @@ def score_rows(model: Method, bank: PromptBank, embeddings: np.ndarray, rows: np
     return scores, decisions
 
 
-def load_method(name: str) -> type[Method]:
-    """The class that `--method` names: retune, a method of `experiments/`, or your own MODULE:CLASS."""
-    if name == "retune":
-        return RETune
-    has_experiments = importlib.util.find_spec("experiments") is not None
-    known = importlib.import_module("experiments").METHODS if has_experiments else {}
-    if ":" not in name and name not in known:
-        raise InputError(f"--method {name!r}: {suggest(name, ['retune', *known])}; or MODULE:CLASS")
-    module, _, attribute = known.get(name, name).partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    with input_errors(f"--method {name}", "is not a subclass of retune.Method that can be imported"):
-        method = getattr(importlib.import_module(module), attribute)
-        if not issubclass(method, Method):
-            raise TypeError(f"{attribute} is another class")
-    return method
-
-
-def method_options(method: type[Method], given: Iterable[str]) -> dict[str, object]:
-    """A method's keyword parameters: their defaults, or `--set NAME=VALUE` typed as the default is."""
-    parameters = {} if method is RETune else inspect.signature(method.__init__).parameters
-    options = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
-    for name, _, value in (pair.partition("=") for pair in given):
-        try:
-            kind = type(options[name])
-            options[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
-        except (KeyError, TypeError, ValueError):
-            takes = ", ".join(f"{key}={default}" for key, default in options.items()) or "no --set"
-            raise InputError(f"--set {name}={value}: {method.__name__} takes {takes}") from None
-    return options
+def load_method(name: str, given: Sequence[str] = ()) -> tuple[type[Method], dict]:
+    """The class that `--method` names, and its options by `--set`: RE-tune, or what `experiments` finds."""
+    if name != "retune":
+        return experiment().find_method(name, given)
+    if given:
+        raise InputError(f"--set {given[0]}: RETune takes no --set")
+    return RETune, {}
 
 
 def build_model(config: Config, dim: int, n_classes: int, options: dict | None = None) -> Method:
     """The model of `config.method` for embeddings [.., D], seeded without touching the global generator."""
-    method = load_method(config.method)
-    options = method_options(method, config.set) if options is None else options
+    method, _ = load_method(config.method)
     with seeded(config.seed):
-        model = method.build(config, dim, n_classes, **options)
+        model = method.build(config, dim, n_classes, **(options or {}))
     if config.whiten or method.whitens:
-        model.whitening = Whitening(dim)
+        model.whitening = experiment("whitening").Whitening(dim)
     return model
 
 
@@ -1666,18 +1568,14 @@ MODEL_KEYS = (  # what builds a run's model again, saved with its weights
 
 
 def load_model(path: Path, config: Config) -> tuple[Method, dict]:
-    """The model that a run saved, on the CPU, and what is known of it; `config` sets nothing of the model.
-
-    Code from outside `experiments` runs only if the command line names it: --method MODULE:CLASS.
-    """
+    """The model that a run saved, on the CPU, and what is known of it; `config` sets nothing of the model."""
     tensors, known = load_tensors(path)
     with input_errors(path, "is not a run's model"):
         settings = dataclasses.replace(config, **{key: known[key] for key in MODEL_KEYS})
-        sizes = (known["dim"], len(known["classes"]))
-        options = known["method_options"]
-    if ":" in settings.method and config.method != settings.method:
+        form = (known["dim"], len(known["classes"]), known["method_options"])
+    if ":" in settings.method and config.method != settings.method:  # a file alone must not run code
         raise InputError(f"{path}: its method is your own code; name it again: --method {settings.method}")
-    model = build_model(settings, *sizes, options)
+    model = build_model(settings, *form)
     load_weights(model, tensors, path)
     return model.eval(), known
 
@@ -1694,18 +1592,17 @@ def check_same_config(folder: Path, identity: dict) -> None:
     if not path.exists():
         return write_json(path, identity)
     old = read_json(path)
-    reasons = {"data_fingerprint": "labels changed (or names, patients or split)",
-               "encoder_fingerprint": "the encoder changed"}  # fmt: skip
-    found = []
+    changes = []
     for key, value in to_json(identity).items():
         before = str(old.get(key))
         now = str(value)
         if before != now and key not in MAY_DIFFER:
             start = max(0, len(os.path.commonprefix([before, now])) - 30)
-            change = f"{key} {before[start : start + 60]}, now {now[start : start + 60]}"
-            found.append(reasons.get(key, change))
-    if found:
-        raise InputError(f"{folder}: holds another run ({'; '.join(found)}); use another --output")
+            change = f"{key} {before[start:][:60]}, now {now[start:][:60]}"
+            reasons = {"data_fingerprint": "labels changed (or names, patients or split)"}
+            changes.append(reasons.get(key, change))
+    if changes:
+        raise InputError(f"{folder}: holds another run ({'; '.join(changes)}); use another --output")
 
 
 def scenario_tasks(config: Config, data: Radiographs) -> list[Task]:
@@ -1713,16 +1610,18 @@ def scenario_tasks(config: Config, data: Radiographs) -> list[Task]:
     if config.parts == "column":
         return experiment("hospitals").column_tasks(config, data)
     train = data.where("train")
-    arrival = (config.parts, config.seed, data.patients[train], config.class_order)
-    known = (data.labels[train], data.class_names, *arrival, config.contiguous, config.positives_only)
+    order = (config.parts, config.seed, data.patients[train], config.class_order)
+    options = (*order, config.contiguous, config.positives_only)
     with input_errors(f"--scenario {config.scenario}", "is not possible"):
-        tasks = make_tasks(config.scenario, *known)
-    for name, rows, c in [(task.name, task.rows, c) for task in tasks for c in task.classes]:
-        values = known[0][rows, c]
-        if len(np.unique(values[~np.isnan(values)])) < 2 and not config.positives_only:
-            trouble = "no known label" if np.isnan(values).all() else "labels that are all alike"
-            warnings.warn(f"task {name!r}: {data.class_names[c]} has {trouble}", stacklevel=2)
-    return [dataclasses.replace(task, rows=train[task.rows]) for task in tasks]
+        tasks = make_tasks(config.scenario, data.labels[train], data.class_names, *options)
+    tasks = [dataclasses.replace(task, rows=train[task.rows]) for task in tasks]
+    for task in tasks:
+        for c in task.classes:
+            known = np.isfinite(np.unique(data.labels[task.rows, c]))
+            if known.sum() < 2 and not config.positives_only:
+                trouble = "labels that are all alike" if known.any() else "no known label"
+                warnings.warn(f"task {task.name!r}: {data.class_names[c]} has {trouble}", stacklevel=2)
+    return tasks
 
 
 def run(config: Config, load_data: Callable | None = None, load_encoder: Callable | None = None) -> dict:
@@ -1738,11 +1637,10 @@ def run(config: Config, load_data: Callable | None = None, load_encoder: Callabl
     device = pick_device(config.device)
     encoder = (load_encoder or DualEncoder.load)(config.encoder, config.encoder_dir, config.crop)
     print_summary(config, data, tasks, device)
-    digest = hashlib.sha256(repr((data.names, data.patients.tolist(), data.split.tolist())).encode())
-    digest.update(data.labels.tobytes())
+    content = repr((data.names, data.patients.tolist(), data.split.tolist())).encode() + data.labels.tobytes()
     identity = dataclasses.asdict(config) | {
-        "method_options": method_options(load_method(config.method), config.set), "prompt_texts": prompts,
-        "encoder_fingerprint": encoder.fingerprint(), "data_fingerprint": digest.hexdigest(),
+        "method_options": load_method(config.method, config.set)[1], "prompt_texts": prompts,
+        "encoder_fingerprint": encoder.fingerprint(), "data_fingerprint": hashlib.sha256(content).hexdigest(),
     }  # fmt: skip
     folder = output_folder(config)
     with input_errors(f"--output {folder}", "cannot be written"):
@@ -1793,37 +1691,37 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
             metrics[split]["auroc_macro_ci"] = bootstrap_ci(scores, data.labels[rows], data.patients[rows])
         return metrics
 
-    model = zero_model = RETune(dim, adapt="none", pool=config.pool, negatives=config.negatives)
-    zero_shot = measure(zero_model)
-    keys = ("encoder", "encoder_fingerprint", "method_options", *MODEL_KEYS)
+    zero_shot = measure(RETune(dim, adapt="none", pool=config.pool, negatives=config.negatives))
+    options = identity["method_options"]
+    if not tasks:  # the encoder alone; saved, so that --predict scores with it
+        config = dataclasses.replace(config, method="retune", adapt="none", whiten=False)
+        options = {}
     known = {"classes": data.class_names, "prompts": identity["prompt_texts"], "dim": dim}
-    known |= {key: identity[key] for key in keys}
-    if tasks:
-        model = build_model(config, dim, len(data.class_names)).to(bank.embeddings.device)
-    else:  # the encoder alone; saved, so that --predict scores with it
-        known |= {"method": "retune", "adapt": "none", "whiten": False, "method_options": {}}
-    optimizer = None
-    if parameters := [p for p in model.parameters() if p.requires_grad]:
-        optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer]
-        optimizer = optimizer(parameters, lr=config.lr, fused=True)
+    known |= {key: identity[key] for key in ("encoder", "encoder_fingerprint")}
+    known |= {"method_options": options} | {key: getattr(config, key) for key in MODEL_KEYS}
+    model = build_model(config, dim, len(data.class_names), options).to(bank.embeddings.device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer]
+    optimizer = kind(parameters, lr=config.lr, fused=True) if parameters else None
     done, finished = load_checkpoint(folder, model, optimizer)
     seconds, after_task = finished or (0.0, [])
     labels = torch.from_numpy(data.labels)
-    options = {"epochs": config.epochs, "batch_size": config.batch_size}
+    training = {"epochs": config.epochs, "batch_size": config.batch_size}
     for k, task in list(enumerate(tasks, 1))[done:]:
         start = time.perf_counter()
-        if k == 1 and isinstance(model.whitening, Whitening):
+        if k == 1 and not isinstance(model.whitening, nn.Identity):
             model.whitening.estimate(embeddings, task.rows)
         trained, targets = model.before_task(task, labels, bank)
         if optimizer:  # what has nothing to train by gradient learns only in after_task
-            options["generator"] = torch.Generator().manual_seed(10_007 * config.seed + k)
-            fit(model, bank, embeddings, targets, trained, optimizer, **options)
+            training["generator"] = torch.Generator().manual_seed(10_007 * config.seed + k)
+            fit(model, bank, embeddings, targets, trained, optimizer, **training)
         model.after_task(embeddings, labels, task, bank)
         seconds += time.perf_counter() - start
         after_task.append(measure(model))
         save_tensors(folder / f"task_{k}.safetensors", model.state_dict(), known)
         save_checkpoint(folder, model, optimizer, k, (seconds, after_task))
-    extras = measure_extras(config, folder, data, tasks, embeddings, bank, model)
+    measured = (config, folder, data, tasks, embeddings, bank, model)
+    extras = experiment().measure(*measured) if (HERE / "experiments").is_dir() else {}  # (ours)
     known["decisions"] = extras.get("decisions", {})
     save_tensors(folder / "adaptors.safetensors", model.state_dict(), known)
     if memory := model.memory():
@@ -1841,22 +1739,11 @@ def train_and_measure(config, folder: Path, identity, data, tasks, embeddings, b
     } | extras)  # fmt: skip
 
 
-EXTRAS = ("decisions", "hospitals")  # modules of experiments/ with `measure` and `summary`
-
-
-def measure_extras(config: Config, folder: Path, *measured) -> dict:
-    """(ours) After a run: {"decisions": thresholds, "hospitals": AUROC by part, with --parts column}."""
-    names = EXTRAS if config.parts == "column" else EXTRAS[:1]
-    here = (HERE / "experiments").is_dir()
-    return {name: experiment(name).measure(config, folder, *measured) for name in names if here}
-
-
 def save_checkpoint(folder: Path, model: Method, optimizer, task: int, finished=None) -> None:
     """Save what the task after `task` starts from: weights, optimiser, method's memory; and `finished`."""
     state = {"task": task, "finished": finished, "model": model.state_dict(), "memory": model.memory()}
-    state["optimizer"] = optimizer.state_dict() if optimizer else None
     content = io.BytesIO()  # torch.save to a full disk is no OSError
-    torch.save(state, content)
+    torch.save(state | {"optimizer": optimizer and optimizer.state_dict()}, content)
     with atomic(folder / "resume.pt") as partial:
         partial.write_bytes(content.getvalue())
 
@@ -1897,24 +1784,20 @@ def predict(images: Sequence[str], folder: Path, config: Config) -> list[dict]:
     predictions = []
     for image in progress(images, desc="predicting", unit="image"):
         try:
-            pixels = encoder.transform(read_image(image))
+            pixels = encoder.transform(read_image(image))[None].to(device)
         except InputError as error:
             if not config.skip_bad_images:
                 raise
             predictions.append({"image": image, "error": str(error)})
             continue
         with torch.inference_mode():
-            embedding = encoder.encode_images(pixels[None].to(device), known["precision"])
-            embedding = model.whitening(embedding)
+            embedding = model.whitening(encoder.encode_images(pixels, known["precision"]))
             scores, decisions = model.scores(embedding, bank, known["score"])
-            logits = dict(zip(known["classes"], model.logits(embedding, bank)[0].tolist()))
-        findings = zip(known["classes"], scores[0].tolist(), decisions[0].tolist())
-        findings = {finding: {"score": round(s, 6), "present": d > 0} for finding, s, d in findings}
-        for finding, threshold in known["decisions"].get("threshold", {}).items():
-            if threshold is not None:
-                odds = max(-700.0, logits[finding] / known["decisions"]["temperature"][finding])
-                probability = round(1 / (1 + math.exp(-odds)), 6)
-                findings[finding] |= {"probability": probability, "decision": probability >= threshold}
+            logits = model.logits(embedding, bank)
+        values = zip(known["classes"], scores[0].tolist(), decisions[0].tolist())
+        findings = {name: {"score": round(score, 6), "present": d > 0} for name, score, d in values}
+        if known["decisions"]:  # (ours)
+            experiment("decisions").add_decisions(findings, logits[0].tolist(), known["decisions"])
         predictions.append({"image": image, "findings": findings})
     return predictions
 
@@ -1967,16 +1850,16 @@ def summary(metrics: dict) -> str:
     header = ["test AUROC after", *metrics["classes"], "macro AUROC", "macro AP", "macro F1", "exact match"]
     keys = ("auroc_macro", "ap_macro", "f1_macro", "accuracy")
     rows = [[name, *m["auroc"].values(), *(m[key] for key in keys)] for name, m in stages(metrics)]
-    continual = {key: "-" if value is None else f"{value:.3f}" for key, value in metrics["continual"].items()}
     last = stages(metrics)[-1][1]
-    numbers = (last["auroc_macro"], *last["auroc_macro_ci"])
-    auroc, low, high = ("-" if value is None else f"{value:.3f}" for value in numbers)
+    numbers = (*metrics["continual"].values(), last["auroc_macro"], *last["auroc_macro_ci"])
+    *continual, auroc, low, high = ("-" if value is None else f"{value:.3f}" for value in numbers)
+    measures = (f"{key.replace('_', ' ')} {value}" for key, value in zip(metrics["continual"], continual))
     run = ", ".join(str(config[key]) for key in ("method", "data", "encoder", "scenario"))
     interval = f"95% CI {low} to {high}, 1,000 patient-level bootstrap resamples, n = {last['n']:,} images"
-    measures = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in continual.items())
     line = f"{run}, seed {config['seed']}: macro AUROC {auroc} ({interval})"
-    lines = [markdown_table(header, rows), measures, line]
-    lines += [experiment(name).summary(metrics[name]) for name in EXTRAS if name in metrics]
+    lines = [markdown_table(header, rows), ", ".join(measures), line]
+    if "decisions" in metrics:  # (ours)
+        lines += experiment().summaries(metrics)
     if config["data"] == "demo":
         lines.append("Demo on synthetic phantoms: not clinical numbers.")
     return "\n\n".join(lines)
@@ -1984,11 +1867,10 @@ def summary(metrics: dict) -> str:
 
 def report(folder: Path, metrics: dict, data: Radiographs, tasks: Sequence[Task]) -> None:
     """Write splits.csv, figures, table.md and, last, metrics.json, which marks the run as complete."""
-    seen = [[] for _ in data.names]
+    seen = np.full(len(data.names), "", object)
     for k, task in enumerate(tasks, 1):
-        for row in task.rows.tolist():
-            seen[row].append(str(k))
-    write_splits(folder / "splits.csv", data, "task", map(" ".join, seen))
+        seen[task.rows] += f" {k}"
+    write_splits(folder / "splits.csv", data, "task", map(str.strip, seen))
     if metrics["config"]["figures"]:
         heatmap(folder / "auroc.png", metrics, "auroc", "test AUROC", 0.5)
         heatmap(folder / "f1.png", metrics, "f1", "test F1", 0.0)
@@ -2010,11 +1892,9 @@ def heatmap(path: Path, metrics: dict, key: str, title: str, low: float) -> None
         from matplotlib.figure import Figure
     except ImportError:
         return log(f"{path.name} is not drawn: it needs matplotlib (pip install matplotlib)")
-    config = metrics["config"]
     grid = np.array([list(m[key].values()) for _, m in stages(metrics)], dtype=float)  # [T + 1, C]
     size = (3.2 + min(0.95 * grid.shape[1], 60), 1.7 + min(0.4 * len(grid), 60))  # inches
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
+    axes = Figure(figsize=size, layout="constrained").add_subplot()
     picture = axes.imshow(grid, cmap="Greys", vmin=low, vmax=1, aspect="auto")
     for (t, c), value in np.ndenumerate(grid) if max(grid.shape) <= 64 else ():
         color = "white" if value > (low + 1.5) / 2.5 else "black"
@@ -2022,11 +1902,11 @@ def heatmap(path: Path, metrics: dict, key: str, title: str, low: float) -> None
     axes.set_xticks(range(grid.shape[1]), metrics["classes"], rotation=25, ha="right")
     axes.set_yticks(range(len(grid)), [name for name, _ in stages(metrics)])
     axes.axhline(0.5, color="black", linewidth=2)
-    encoder = Path(config["encoder"]).name
-    axes.set_title(f"{title}: {config['data']}, {encoder}, {config['scenario']}", fontsize=10)
-    figure.colorbar(picture, ax=axes)
+    run = (metrics["config"][name] for name in ("data", "encoder", "scenario"))
+    axes.set_title(f"{title}: {', '.join(Path(name).name for name in run)}", fontsize=10)
+    axes.figure.colorbar(picture, ax=axes)
     with atomic(path) as partial:
-        figure.savefig(partial, dpi=150, format="png", metadata={"Software": None})
+        axes.figure.savefig(partial, dpi=150, format="png", metadata={"Software": None})
 
 
 # ------------------------------------------------------------------------------------------- 11. Command line
@@ -2090,19 +1970,12 @@ def predictions_table(predictions: list[dict]) -> str:
 
 def execute(argv: Sequence[str]) -> None:
     """Do what the command line says."""
-    parser = build_parser(Config, __doc__)
-    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    asked.add_argument("--method", default="retune")
-    method = load_method(asked.parse_known_args(argv)[0].method)
-    if method is not RETune:  # --help of another method says what it is and what --set takes
-        options = [f"\n  --set {name}={value}" for name, value in method_options(method, ()).items()]
-        parser.description = inspect.getdoc(method) + "".join(options)
+    method = experiment().describe(argv) if (HERE / "experiments").is_dir() else None
+    parser = build_parser(Config, method or __doc__)
     other = parser.add_argument_group("instead of a run")
     images = "score images, folders or CSVs (column `path`) with a run's adaptors; also to --output FILE.csv"
     other.add_argument("--predict", nargs="+", metavar="PATH", help=images)
-    other.add_argument(
-        "--heatmap", type=Path, metavar="FOLDER", help="where the encoder looks, for --predict"
-    )
+    other.add_argument("--heatmap", type=Path, metavar="DIR", help="where the encoder looks, for --predict")
     other.add_argument("--export", type=Path, metavar="FILE", help="write a run as an ONNX file")
     other.add_argument("--export-card", action="store_true", help="write a model card into a run")
     other.add_argument("--run", type=Path, metavar="FOLDER", help="a finished run")
@@ -2164,13 +2037,8 @@ def input_errors(subject: str | Path, trouble: str) -> Iterator[None]:
         yield
     except Exception as error:
         missing = isinstance(error, FileNotFoundError) and str(error.filename) == str(subject)
-        reason = "no such file" if missing else f"{trouble} ({one_line(error)})"
-        raise InputError(f"{subject}: {reason}") from None
-
-
-def one_line(error: BaseException) -> str:
-    """The first 500 characters of an error's message, on one line."""
-    return " ".join(str(error).split())[:500] or type(error).__name__
+        said = " ".join(str(error).split())[:500] or type(error).__name__
+        raise InputError(f"{subject}: {'no such file' if missing else f'{trouble} ({said})'}") from None
 
 
 def check_values(config, names: str, good: Callable, rule: str) -> None:
@@ -2201,8 +2069,7 @@ def check_new_folder(directory: str | Path) -> Path:
 def suggest(name: str, known: Iterable[str]) -> str:
     """A message's tail: the known name most like `name`, then all of them."""
     known = list(known)
-    alike = [k for k in known if name.lower() in k.lower()]
-    alike = alike or difflib.get_close_matches(name, known, 1, cutoff=0)
+    alike = difflib.get_close_matches(name, known, 1, cutoff=0)
     return f"did you mean {alike[0]!r}? Known: {', '.join(known)}"
 
 
@@ -2232,12 +2099,7 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
 
 def to_json(value):
     """Plain JSON types all the way down; NaN and infinity, which JSON lacks, become None."""
-    if isinstance(value, dict):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value, default=np.generic.item), parse_constant=lambda _: None)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -2289,10 +2151,10 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def experiment(name: str):
-    """The module `experiments.NAME`, where what goes beyond the method lives."""
-    with input_errors(f"experiments/{name}.py", "needed for this, with what it imports"):
-        return importlib.import_module(f"experiments.{name}")
+def experiment(name: str = ""):
+    """The module `experiments.NAME`, or that package, where what goes beyond the method lives."""
+    with input_errors(f"experiments/{name}", "needed for this, with what it imports"):
+        return importlib.import_module(f".{name}", "experiments")
 
 
 def pick_device(name: str) -> str:
@@ -2308,12 +2170,12 @@ def pick_device(name: str) -> str:
 
 def peak_memory_mb() -> float | None:
     """Peak resident memory of this process; None on Windows, which does not report it."""
-    try:
-        import resource
-    except ImportError:
+    if sys.platform == "win32":
         return None
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KB; in bytes on macOS
-    return peak / (1 << (20 if sys.platform == "darwin" else 10))
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def join_ranks() -> None:

@@ -458,7 +458,7 @@ def test_adaptors_have_the_papers_sizes(kind, adapt, count):
 
 def test_whitening_is_its_formula_in_float64():
     x = np.random.default_rng(0).normal(size=(200, 6)) * [9, 3, 1, 1, 0.1, 0.01] + [5, 0, 1, 0, 0, 0]
-    whitening = retune.Whitening(6)
+    whitening = retune.experiment("whitening").Whitening(6)
     whitening.estimate(x.astype(np.float32), np.arange(50, 200))
     unit = x[50:] / np.linalg.norm(x[50:], axis=1, keepdims=True)
     values, vectors = np.linalg.eigh(np.cov(unit.T, bias=True))

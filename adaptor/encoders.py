@@ -79,7 +79,7 @@ def load_backbones(config) -> Backbones:
         encoder.text_dim = encoder.encode_texts(["no finding"]).shape[-1]
     except Exception as error:  # a tower of another kind fails in its own way
         side = "text" if encoder.dim else "image"
-        message = f"gives no hidden states for {side}s ({type(error).__name__}: {retune.one_line(error)})"
+        message = f"gives no hidden states for {side}s ({error!r:.500})"
         raise InputError(f"--{side}-encoder {getattr(config, f'{side}_encoder')}: {message}") from None
     return encoder
 
@@ -94,7 +94,7 @@ def load_side(side: str, config) -> tuple[dict, dict, object]:
     except ImportError as error:
         raise InputError(f"--{side}-encoder {name}: {error}; pip install {error.name}") from None
     except Exception as error:
-        raise InputError(f"--{side}-encoder {name}: cannot be read ({retune.one_line(error)})") from None
+        raise InputError(f"--{side}-encoder {name}: cannot be read ({error!r:.500})") from None
 
 
 def open_side(side: str, name: str, pool: str | None, cache_dir: Path) -> tuple[dict, dict, object]:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retune import Config, Method, PromptBank, Task, Whitening, atomic, gather
+from experiments.whitening import Whitening
+from retune import Config, Method, PromptBank, Task, atomic, gather
 
 
 class Remembering(Method):

@@ -1,7 +1,8 @@
 """Usable decisions (ours): per finding a temperature and a threshold, fitted on validation images alone.
 
-`retune.run` calls `measure` at the end of a run. A finding's probability is sigmoid(logit / temperature); at
-or above the threshold it is called present. F1 and exact match keep the paper's rule (cos+ > cos-).
+A run ends with `measure`; `--predict` calls `add_decisions`. A finding's probability is
+sigmoid(logit / temperature); at or above the threshold it is called present. F1 and exact match keep the
+paper's rule (cos+ > cos-).
 """
 
 from __future__ import annotations
@@ -66,6 +67,14 @@ def decide(logits: np.ndarray, block: dict) -> np.ndarray:
     defaults = {"temperature": 1.0, "threshold": 0.5}
     fitted = {key: [value or default for value in block[key].values()] for key, default in defaults.items()}
     return sigmoid(logits / fitted["temperature"]) >= fitted["threshold"]
+
+
+def add_decisions(findings: dict[str, dict], logits: list[float], block: dict) -> None:
+    """Add "probability" and "decision" to each finding [C] of a prediction, if they could be fitted."""
+    for (name, finding), logit in zip(findings.items(), logits):
+        if block["threshold"][name] is not None:
+            probability = round(float(sigmoid(logit / block["temperature"][name])), 6)
+            finding |= {"probability": probability, "decision": probability >= block["threshold"][name]}
 
 
 def rates(present: np.ndarray, labels: np.ndarray, patients: np.ndarray) -> list[dict]:

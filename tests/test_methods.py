@@ -20,7 +20,8 @@ from experiments.analytic import LAMBDAS, Analytic, solve
 from experiments.baselines import EWC, MLP, Distil, LwF, Replay, fisher_diagonal
 from experiments.common import Grams, zero_shot_logits
 from experiments.streaming import L3A, NCM, SLDA, RanPAC
-from retune import Config, InputError, PromptBank, RETune, Task, Whitening
+from experiments.whitening import Whitening
+from retune import Config, InputError, PromptBank, RETune, Task
 
 HERE = Path(__file__).resolve().parent.parent
 DIM, CLASSES, N = 6, 3, 120
@@ -75,7 +76,7 @@ FEW = {"ranpac": {"features": 20}, "l3a": {"features": 20}, "analytic": {"featur
 
 def make_named(name):
     """A method by name, whitened; `joint` learns as fast as a test wants it."""
-    model = make(retune.load_method(name), True, **FEW.get(name, {}))
+    model = make(retune.load_method(name)[0], True, **FEW.get(name, {}))
     model.settings = {"lr": 0.02, "batch_size": 16}
     return model
 
@@ -443,7 +444,7 @@ def test_an_interrupted_run_ends_with_the_same_metrics(name, cache, tmp_path, mo
     settings = SMALL | {"method": name, "set": options, "scenario": "class", "cache_dir": cache}
     whole = retune.run(Config(**settings, output=str(tmp_path / "whole")))
     config = Config(**settings, output=str(tmp_path / "cut"))
-    method = retune.load_method(name)
+    method, _ = retune.load_method(name)
     real = method.after_task
 
     def killed(model, embeddings, labels, task, bank):
