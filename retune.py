@@ -21,8 +21,7 @@ import difflib
 import functools
 import gzip
 import hashlib
-import importlib.util
-import inspect
+import importlib
 import io
 import json
 import math
@@ -1510,7 +1509,9 @@ def fit(
     on the device of the prompts. InputError for a loss that is not finite.
     """
     rows = torch.from_numpy(task.rows)
-    targets = gather(to_numpy(labels), rows, bank.embeddings)[:, task.classes]  # [n, classes]
+    # all columns as a view; a tuple of them would copy in every step
+    columns = slice(None) if task.classes == tuple(range(bank.groups // 2)) else task.classes
+    targets = gather(to_numpy(labels), rows, bank.embeddings)[:, columns]  # [n, classes]
     model.train()
     for epoch in progress(range(epochs), desc=f"training {task.name}", unit="epoch"):
         batches = torch.randperm(len(rows), generator=generator).split(batch_size)
@@ -1520,7 +1521,7 @@ def fit(
                 continue  # momentum alone would move the weights
             images = model.whitening(gather(embeddings, rows[batch], bank.embeddings))
             logits = model.logits(images, bank)
-            loss = prompt_contrastive_loss(logits[:, task.classes], wanted) + model.penalty(images, logits)
+            loss = prompt_contrastive_loss(logits[:, columns], wanted) + model.penalty(images, logits)
             if not math.isfinite(loss.item()):
                 raise InputError(f"task {task.name!r}, step {step}: the loss is {loss.item()}; lower --lr")
             optimizer.zero_grad()
