@@ -1358,8 +1358,10 @@ def make_tasks(
     protocols = {"data": data_incremental, "class": class_incremental, "label": label_incremental}
     if scenario not in (*protocols, "joint", "zero"):
         raise ValueError(f"scenario {scenario!r} is not data, class, label, joint or zero")
-    if positives_only and scenario not in ("class", "label"):
-        raise ValueError(f"--positives-only is for the scenarios class and label, not for {scenario}")
+    for option, given in (("--positives-only", positives_only), ("--class-order", order)):
+        if given and scenario not in ("class", "label"):
+            raise ValueError(f"{option} is for the scenarios class and label, not for {scenario}")
+
     if order and sorted(order) != sorted(names):
         raise ValueError(f"--class-order {' '.join(order)} must name each class once: {', '.join(names)}")
     if scenario == "zero":
@@ -1600,10 +1602,17 @@ def check_same_config(folder: Path, identity: dict) -> None:
         if before != now and key not in MAY_DIFFER:
             start = max(0, len(os.path.commonprefix([before, now])) - 30)
             change = f"{key} {before[start:][:60]}, now {now[start:][:60]}"
-            reasons = {"data_fingerprint": "labels changed (or names, patients or split)"}
+            reasons = {"data_fingerprint": "labels changed (or names, patients, split or parts)"}
             changes.append(reasons.get(key, change))
     if changes:
         raise InputError(f"{folder}: holds another run ({'; '.join(changes)}); use another --output")
+
+
+def data_fingerprint(data: Radiographs) -> str:
+    """SHA-256 (hex) of what two runs on the same data share: names, patients, split, labels, parts if known."""
+    columns = [data.names, data.patients.tolist(), data.split.tolist()]
+    columns += [] if data.part is None else [list(data.part)]
+    return hashlib.sha256(repr(tuple(columns)).encode() + data.labels.tobytes()).hexdigest()
 
 
 def scenario_tasks(config: Config, data: Radiographs) -> list[Task]:
@@ -1638,10 +1647,9 @@ def run(config: Config, load_data: Callable | None = None, load_encoder: Callabl
     device = pick_device(config.device)
     encoder = (load_encoder or DualEncoder.load)(config.encoder, config.encoder_dir, config.crop)
     print_summary(config, data, tasks, device)
-    content = repr((data.names, data.patients.tolist(), data.split.tolist())).encode() + data.labels.tobytes()
     identity = dataclasses.asdict(config) | {
         "method_options": load_method(config.method, config.set)[1], "prompt_texts": prompts,
-        "encoder_fingerprint": encoder.fingerprint(), "data_fingerprint": hashlib.sha256(content).hexdigest(),
+        "encoder_fingerprint": encoder.fingerprint(), "data_fingerprint": data_fingerprint(data),
     }  # fmt: skip
     folder = output_folder(config)
     with input_errors(f"--output {folder}", "cannot be written"):
@@ -1767,7 +1775,7 @@ def load_predictor(folder: Path, config: Config, device: str = "cpu") -> tuple:
     """(encoder, model, prompt bank, what was saved with them) of a run; InputError for another encoder."""
     path = folder / "adaptors.safetensors"
     model, known = load_model(path, config)
-    name = known["encoder"] if config.encoder == "tiny" else config.encoder
+    name = known["encoder"] if config.encoder == Config.encoder else config.encoder  # the default: not given
     encoder = DualEncoder.load(name, config.encoder_dir, crop=known["crop"]).to(device)
     if encoder.fingerprint() != known["encoder_fingerprint"]:
         raise InputError(f"{path}: trained on another encoder than {name}; name the right one with --encoder")
@@ -1833,7 +1841,7 @@ def markdown_table(header: Sequence, rows: Iterable[Sequence]) -> str:
         return f"{value:.3f}" if isinstance(value, float) else str(value)
 
     cells = [[text(value) for value in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
@@ -2138,8 +2146,9 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """What `save_tensors` wrote; InputError for a missing or damaged file."""
     from safetensors import safe_open
 
-    trouble = "damaged or missing; delete its folder and run again"
-    with input_errors(path, trouble), safe_open(path, framework="pt") as file:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; is the run finished?")
+    with input_errors(path, "damaged; delete it and run again"), safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in list(file.keys())}
         return tensors, json.loads(file.metadata()["retune"])
 
