@@ -1,7 +1,7 @@
 """Figures of finished runs, in greys and with a line style each, so that any printer will do."""
 
-from __future__ import annotations
-
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,24 @@ import torch
 import torch.nn.functional as F
 
 import retune
-from experiments.common import new_figure
 from experiments.runs import BASIC, SCENARIOS, labels_of, pick, variants
 from experiments.scores import load_run
+
+
+@contextlib.contextmanager
+def new_figure(
+    path: Path, columns: int, rows: int, width: float, height: float, **options
+) -> Iterator[tuple]:
+    """Yields (figure, axes [rows * columns]), each width x height inches, and saves the figure as PNG.
+
+    Without pyplot, which would keep every figure in memory.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    yield figure, figure.subplots(rows, columns, squeeze=False, **options).ravel()
+    with retune.atomic(path) as partial:
+        figure.savefig(partial, dpi=130, format="png", metadata={"Software": None})
 
 
 def measured_over_tasks(runs: pd.DataFrame, folder: Path, key: str) -> list[list]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import retune
-from experiments.common import new_figure
+from experiments.figures import new_figure
 
 
 @torch.inference_mode()

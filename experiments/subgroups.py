@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 import retune
-from experiments.common import new_figure
 from experiments.decisions import decide
+from experiments.figures import new_figure
 from experiments.scores import load_run, logits_of, resampled_rate
 
 MEASURES = ("AUROC", "sensitivity", "specificity")
