@@ -4,8 +4,6 @@
 or above the threshold it is called present. F1 and exact match keep the paper's rule (cos+ > cos-).
 """
 
-from __future__ import annotations
-
 import numpy as np
 from sklearn.metrics import roc_curve
 

@@ -15,8 +15,6 @@ A score may follow the view instead of the finding, since bedside X-rays (AP) ar
 view alone is scored as if it were a model, and the main methods are scored within each view.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

@@ -4,8 +4,6 @@
 A part is a hospital, a scanner, a year. `python -m demo.hospitals FOLDER` draws three to try it on.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 import retune

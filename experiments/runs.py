@@ -1,7 +1,5 @@
 """Finished runs as a pandas table, a row per run with settings and metrics; and how tables choose from it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What only a run's scores tell: intervals by patient and calibration, computed once from saved adaptors."""
 
-from __future__ import annotations
-
 import functools
 import math
 from pathlib import Path

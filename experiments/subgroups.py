@@ -6,8 +6,6 @@ Writes subgroups.md, .csv and .png into the run's folder, from test images, the 
 All groups share 1,000 resamples of the patients, so that the interval of a gap is a paired one.
 """
 
-from __future__ import annotations
-
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence

@@ -9,8 +9,6 @@ settings of the runs it wants} and columns, each a metric and more such settings
 its caption, with the zero-shot AUROC for {zero}.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
