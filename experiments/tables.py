@@ -12,7 +12,7 @@ its caption, with the zero-shot AUROC for {zero}.
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,10 +37,10 @@ from experiments.runs import (
 )
 from retune import InputError, main, markdown_table, write_text
 
-# --------------------------------------------------------------------------------------------------- 1. Cells
-
-
 OURS = ("retune", "distil", "analytic")
+METHOD_LABELS = ("method", "whitened")
+
+# --------------------------------------------------------------------------------------------------- 1. Cells
 
 
 class Column(NamedTuple):
@@ -53,20 +53,14 @@ class Column(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The cells as text, the seeds, and the notes below."""
+    """The cells as text, the notes below, and the seeds, if not those of RE-tune as published."""
 
     text: pd.DataFrame
-    seeds: Sequence[int]
     notes: Sequence[str] = ()
+    seeds: Sequence[int] = ()
 
 
-Rows = dict[tuple, dict]
-
-
-def fill(
-    runs: pd.DataFrame, rows: Rows, columns: Sequence[Column], labels: Sequence[str] = ("method", "whitened"),
-    bold: bool = True, notes: Sequence[str] = (),
-) -> Table:  # fmt: skip
+def fill(runs: pd.DataFrame, rows: dict, columns: Sequence[Column], labels=METHOD_LABELS, bold=True) -> Table:
     """Mean and standard deviation (n - 1) over seeds in every cell; InputError when a run is missing."""
     text = pd.DataFrame(list(rows), columns=labels)
     for column in columns:
@@ -84,16 +78,14 @@ def fill(
         for i in leaders(found, wanted) if bold and column.metric == LAST else ():
             cells[i] = f"**{cells[i]}**"
         text[column.name] = cells
-    return Table(text, seeds, notes)
+    return Table(text, seeds=seeds)
 
 
 def cell_text(values: pd.Series, digits: str) -> str:
     """Mean ± standard deviation, or the value alone where all runs agree; a dash where there is none."""
     values = values.astype(float)
-    if values.isna().all():
-        return "-"
     deviation = f" ± {values.std():{digits}}" if values.nunique() > 1 else ""
-    return f"{values.mean():{digits}}{deviation}"
+    return "-" if values.isna().all() else f"{values.mean():{digits}}{deviation}"
 
 
 def leaders(found: Sequence[pd.DataFrame], wanted: Sequence[dict]) -> set[int]:
@@ -116,12 +108,7 @@ def per_scenario(measure: str, scenarios: Sequence[str]) -> list[Column]:
     return [Column(f"{measure} {name}", CONTINUAL[measure], SCENARIOS[name]) for name in scenarios]
 
 
-def published(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs of RE-tune as the paper has it, in the first scenario that was run."""
-    return pick(runs, **next(iter(scenarios(runs).values())))
-
-
-def method_rows(runs: pd.DataFrame, **where) -> Rows:
+def method_rows(runs: pd.DataFrame, **where) -> dict:
     """A row for every method that was run there."""
     return {labels_of(v): where | v for v in variants(runs) if len(pick(runs, **where, **v))}
 
@@ -187,8 +174,8 @@ def cost_table(runs: pd.DataFrame) -> Table:
         Column("stored bytes", "cost.stored_bytes", digits=",.0f"),
         Column("stored bytes a patient", "cost.stored_a_patient", digits=",.0f"),
     ]
-    found = method_rows(runs, scenario="class").items()
-    return fill(runs, {labels: where for labels, where in found if not where["whiten"]}, columns)
+    rows = method_rows(runs, scenario="class")
+    return fill(runs, {labels: where for labels, where in rows.items() if not where["whiten"]}, columns)
 
 
 def calibration_table(runs: pd.DataFrame) -> Table:
@@ -231,11 +218,11 @@ def intervals_table(runs: pd.DataFrame) -> Table:
     """Macro AUROC on test after the last task, mean over seeds, with 95% intervals over 1,000 resamples of
     the patients. Zero-shot: {zero:.3f}."""
     rows = method_rows(runs)
-    text = pd.DataFrame(list(rows), columns=["method", "whitened"])
+    text = pd.DataFrame(list(rows), columns=METHOD_LABELS)
     for scenario, where in scenarios(runs).items():
-        found = [pick(runs, **row | where) for row in rows.values()]
-        text[scenario] = ["{:.3f} [{:.3f}, {:.3f}]".format(*lead(one)) for one in found]
-    return Table(text, sorted(published(runs)["seed"]))
+        leads = [lead(pick(runs, **row | where)) for row in rows.values()]
+        text[scenario] = ["{:.3f} [{:.3f}, {:.3f}]".format(*interval) for interval in leads]
+    return Table(text)
 
 
 def orders_table(runs: pd.DataFrame) -> Table:
@@ -244,8 +231,8 @@ def orders_table(runs: pd.DataFrame) -> Table:
     listed = pick(runs, **next(iter(rows.values()))).sort_values("seed")
     columns = [Column(f"AUROC, order {seed}", LAST, {"seed": seed}) for seed in listed["seed"]]
     columns += [Column(*item) for item in CONTINUAL.items()]
-    notes = ["Orders: " + "; ".join(listed["seed"].astype(str) + ": " + listed["order"]) + "."]
-    return fill(runs, rows, columns, notes=notes)
+    orders = "; ".join(listed["seed"].astype(str) + ": " + listed["order"])
+    return fill(runs, rows, columns)._replace(notes=[f"Orders: {orders}."])
 
 
 def differences_table(runs: pd.DataFrame) -> Table:
@@ -254,7 +241,7 @@ def differences_table(runs: pd.DataFrame) -> Table:
     both."""
     rivals = [v for v in variants(runs) if v["method"] not in (*OURS, BOUND)]
     text, notes = compare_with(runs, rivals, "the best rival")
-    return Table(text, sorted(published(runs)["seed"]), notes + whitening_notes(runs))
+    return Table(text, notes + whitening_notes(runs))
 
 
 def rivals_table(runs: pd.DataFrame) -> Table:
@@ -262,7 +249,7 @@ def rivals_table(runs: pd.DataFrame) -> Table:
     intervals over 1,000 resamples of the patients, the same for both."""
     found = [compare_with(runs, [rival], full_name(rival)) for rival in OPPONENTS if rival in variants(runs)]
     text = pd.concat([text for text, _ in found], ignore_index=True)
-    return Table(text, sorted(published(runs)["seed"]), [note for _, notes in found for note in notes])
+    return Table(text, [note for _, notes in found for note in notes])
 
 
 def compare_with(runs: pd.DataFrame, rivals: Sequence[dict], against: str) -> tuple[pd.DataFrame, list[str]]:
@@ -272,17 +259,16 @@ def compare_with(runs: pd.DataFrame, rivals: Sequence[dict], against: str) -> tu
     """
     ours = [v for v in variants(runs) if v["method"] in OURS]
     labels = [(against.removeprefix("the "), ""), *map(labels_of, ours)]
-    text = pd.DataFrame(labels, columns=["method", "whitened"])
+    text = pd.DataFrame(labels, columns=METHOD_LABELS)
     places = pd.DataFrame(index=map(full_name, ours))
     for scenario, where in scenarios(runs).items():
         rival = max(rivals, key=lambda v: pick(runs, **where, **v)[LAST].mean())
         other = pick(runs, **where, **rival)
         leads = [lead(pick(runs, **where, **v), other) for v in ours]
-        cells = [f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]" for difference, low, high in leads]
-        signs = [int(low > 0) - int(high < 0) for _, low, high in leads]
-        cells = [f"**{cell}**" if sign else cell for cell, sign in zip(cells, signs)]
+        cells = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*interval) for interval in leads]
+        places[scenario] = [int(low > 0) - int(high < 0) for _, low, high in leads]
+        cells = [f"**{cell}**" if sign else cell for cell, sign in zip(cells, places[scenario])]
         text[scenario] = [f"{full_name(rival)}, {other[LAST].mean():.3f}", *cells]
-        places[scenario] = signs
     notes = []
     for name, signs in places.iterrows():
         named = {"ahead of": 1, "level with": 0, "behind": -1}
@@ -306,7 +292,7 @@ def whitening_notes(runs: pd.DataFrame) -> list[str]:
     return [f"Whitening, mean change over {len(whitened)} methods ({counted}): {', '.join(parts)}."]
 
 
-TABLES: dict[str, Callable[[pd.DataFrame], Table]] = {
+TABLES = {
     "summary": summary_table, "main": main_table, "forgetting": forgetting_table, "adaptors": adaptors_table,
     "prompts": prompts_table, "cost": cost_table, "calibration": calibration_table,
     "methods": methods_table, "intervals": intervals_table, "differences": differences_table,
@@ -317,9 +303,11 @@ TABLES: dict[str, Callable[[pd.DataFrame], Table]] = {
 
 def render(name: str, runs: pd.DataFrame) -> dict[str, str]:
     """The table `name` as {".md", ".tex", ".csv"}; runs.csv has the unrounded numbers."""
-    text, seeds, notes = TABLES[name](runs)
+    text, notes, seeds = TABLES[name](runs)
     run = runs.iloc[0]
-    zero = published(runs)["zero.auroc_macro"].mean()
+    published = pick(runs, **next(iter(scenarios(runs).values())))  # RE-tune, in the first scenario that ran
+    seeds = seeds or sorted(published["seed"])
+    zero = published["zero.auroc_macro"].mean()
     demo = "; synthetic phantoms, not clinical numbers" if run["data"] == "demo" else ""
     lead_or_difference = "difference" if name in ("differences", "rivals") else "lead over the next best"
     bold = f" Bold: the paired 95% interval of the {lead_or_difference} excludes zero."
