@@ -44,14 +44,14 @@ RETUNE = {key: REFERENCE[key] for key in ("method", "set", "whiten")}
 CLOSED_FORM = [RETUNE | {"method": "analytic", "set": option} for option in ("", "related=1")]
 
 
-def write_folds(data_dir: str, folder: Path, findings: int = 5) -> list[Path]:
-    """Write fold_<k>.csv with the findings that have the most positives; return the paths.
+def write_folds(data_dir: str, folder: Path) -> list[Path]:
+    """Write fold_<k>.csv with the five findings that have the most positives; return the paths.
 
     A fold tests a fifth of the patients and validates on half of those that the next fold tests. The division
     is the first random one in which every finding is tested in every fold.
     """
     data = retune.load_radiographs(retune.Config(data="nih", data_dir=data_dir))
-    chosen = np.sort(np.argsort(-data.labels.sum(0), kind="stable")[:findings])
+    chosen = np.sort(np.argsort(-data.labels.sum(0), kind="stable")[:5])
     positive = data.labels[:, chosen] == 1
     columns = {"path": [os.path.relpath(image, data_dir) for image in data.images], "patient": data.patients}
     columns |= {"view": data.view, "sex": data.sex, "age": data.age}
@@ -61,9 +61,7 @@ def write_folds(data_dir: str, folder: Path, findings: int = 5) -> list[Path]:
     tested = (tenth for tenth in divisions if all(positive[tenth // 2 == k].any(0).all() for k in range(5)))
     tenth = next(tested, None)
     if tenth is None:
-        raise retune.InputError(
-            f"{data_dir}: a finding of its {findings} commonest has too few patients for 5 folds"
-        )
+        raise retune.InputError(f"{data_dir}: a finding of its 5 commonest has too few patients for 5 folds")
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"fold_{k}.csv" for k in range(5)]
     for k, path in enumerate(paths):
@@ -129,10 +127,8 @@ def within_view_table(runs: pd.DataFrame, folder: Path) -> pd.DataFrame:
     first = pick(runs, **next(iter(found.values())))["run"]
     parts = {("zero-shot", "-"): [run_auroc(folder / run, zero_shot=True) for run in first]}
     for variant in (RETUNE, *OPPONENTS, *CLOSED_FORM):
-        parts |= {
-            (full_name(variant), name): pick(runs, **variant | where)["auroc"]
-            for name, where in found.items()
-        }
+        for scenario, where in found.items():
+            parts[full_name(variant), scenario] = pick(runs, **variant | where)["auroc"]
     rows = []
     for (method, scenario), part in parts.items():
         cells = {view: cell([auroc[view] for auroc in part]) for view in ("all", "AP", "PA") if len(part)}

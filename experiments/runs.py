@@ -97,19 +97,11 @@ def read_runs(folder: Path) -> pd.DataFrame:
     return runs.assign(**runs[["set", "order"]].fillna(""), resampled=list(resampled))
 
 
-def load(folder: Path) -> pd.DataFrame:
-    """The runs of `folder`/runs, which the two files then hold too; without it, those of the two files."""
-    if (folder / "runs").is_dir():
-        write_runs(collect(folder / "runs"), folder)
-    return read_runs(folder)
-
-
 def pick(runs: pd.DataFrame, **wanted) -> pd.DataFrame:
     """The runs with the wanted settings, else those of REFERENCE; `order=None` is any random order."""
-    mask = pd.Series(True, index=runs.index)
     for key, value in (REFERENCE | wanted).items():
-        mask &= runs[key] != "" if value is None else runs[key] == value
-    return runs[mask]
+        runs = runs[runs[key] != "" if value is None else runs[key] == value]
+    return runs
 
 
 def scenarios(runs: pd.DataFrame) -> dict[str, dict]:

@@ -27,13 +27,15 @@ from experiments.runs import (
     OPPONENTS,
     QUALITY,
     SCENARIOS,
+    collect,
     full_name,
     labels_of,
     lead,
-    load,
     pick,
+    read_runs,
     scenarios,
     variants,
+    write_runs,
 )
 from retune import InputError, main, markdown_table, write_text
 
@@ -342,7 +344,9 @@ def make_tables(argv: Sequence[str]) -> None:
     parser.add_argument("--only", nargs="+", choices=(*TABLES, "figures"), default=(*TABLES, "figures"))
     arguments = parser.parse_args(argv)
     folder = arguments.results
-    runs = load(folder)
+    if (folder / "runs").is_dir():
+        write_runs(collect(folder / "runs"), folder)
+    runs = read_runs(folder)
     for name in (name for name in arguments.only if name in TABLES):
         texts = render(name, runs)
         for suffix, text in texts.items():
