@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import retune
-from experiments.runs import BASIC, SCENARIOS, labels_of, pick, variants
-from experiments.scores import load_run
+from experiments.runs import BASIC, SCENARIOS, labels_of, load_run, pick, variants
 
 
 @contextlib.contextmanager

@@ -26,8 +26,7 @@ import numpy as np
 import pandas as pd
 
 import retune
-from experiments.runs import OPPONENTS, REFERENCE, full_name, pick, run_row, scenarios, write_runs
-from experiments.scores import STEP, load_run
+from experiments.runs import OPPONENTS, STEP, full_name, load_run, pick, run_row, scenarios, write_runs
 from experiments.sweep import sweep
 from experiments.tables import make_tables
 
@@ -40,7 +39,7 @@ GRIDS = (  # random features: 1,000 are more than a fold's images, and 2,000 tak
 )
 ARRIVALS = {"class": "scenario=class", "label": "scenario=label", "joint": "scenario=joint"}
 ARRIVALS |= {f"data-{parts}": f"scenario=data parts={parts}" for parts in (5, 10, 20)}
-RETUNE = {key: REFERENCE[key] for key in ("method", "set", "whiten")}
+RETUNE = {"method": "retune", "set": "", "whiten": False}
 CLOSED_FORM = [RETUNE | {"method": "analytic", "set": option} for option in ("", "related=1")]
 
 

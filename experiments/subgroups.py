@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 
 import retune
-from experiments.decisions import decide
+from experiments.decisions import decide, logits_of, resampled_rate
 from experiments.figures import new_figure
-from experiments.scores import load_run, logits_of, resampled_rate
+from experiments.runs import load_run
 
 MEASURES = ("AUROC", "sensitivity", "specificity")
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 import retune
-from experiments.scores import load_inputs
+from experiments.runs import load_inputs
 from retune import Config
 
 

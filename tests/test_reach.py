@@ -21,7 +21,8 @@ from sklearn.metrics import roc_auc_score
 import retune
 from demo.hospitals import draw_hospitals
 from experiments import decisions, deploy, subgroups
-from experiments.scores import load_run, logits_of
+from experiments.decisions import logits_of
+from experiments.runs import load_run
 from tests.test_encoders import SMALL_BERT, no_network, peers_of_biovil, randomise, write_vocabulary  # noqa: F401
 from tests.test_public_data import write_dicom
 
