@@ -83,25 +83,23 @@ def fisher_diagonal(network: nn.Module, images: Tensor, known: Tensor, classes: 
     with a known label ([B, C], bool) of p (1 - p) (d logit / d w)^2. A linear layer's squared gradient for
     one image is the outer product of two squares, so the sum over images is a matrix product.
     """
-    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    seen: dict[nn.Module, tuple] = {}  # inputs, and the place of the output in the graph: ReLU overwrites it
-
-    def remember(layer, inputs, output):
-        seen[layer] = inputs[0], get_gradient_edge(output)
-
-    hooks = [layer.register_forward_hook(remember) for layer in layers]
-    logits = network(images.requires_grad_())
-    for hook in hooks:
-        hook.remove()
+    logits = images
+    inputs = {}  # of each linear layer
+    outputs = []  # their places in the graph, since ReLU overwrites the values
+    for module in (module for module in network.modules() if not list(module.children())):
+        if isinstance(module, nn.Linear):
+            inputs[module] = logits.detach()
+        logits = module(logits)
+        if module in inputs:
+            outputs.append(get_gradient_edge(logits))
     total = {p: torch.zeros_like(p) for p in network.parameters()}
     for c in classes:
         p = logits[:, c].detach().sigmoid()
         weight = (p * (1 - p) * known[:, c])[:, None]  # [B, 1]
-        outputs = [seen[layer][1] for layer in layers]
         gradients = torch.autograd.grad(logits[:, c].sum(), outputs, retain_graph=True)
-        for layer, gradient in zip(layers, gradients):
+        for layer, gradient in zip(inputs, gradients):
             squared = weight * gradient.square()  # [B, out]
-            total[layer.weight] += squared.T @ seen[layer][0].detach().square()
+            total[layer.weight] += squared.T @ inputs[layer].square()
             total[layer.bias] += squared.sum(0)
     return parameters_to_vector(total[p] for p in network.parameters())
 

@@ -160,10 +160,9 @@ def embedding(repeats: int, folder: Path) -> Iterator[tuple]:
         Image.fromarray(coarse).resize((320, 320)).save(image)
     data = retune.Radiographs(images, np.zeros((count, 1)), ["x"], images, ["train"] * count)
 
-    def bare(dtype: torch.dtype | None = None) -> None:
-        with torch.autocast(device.split(":")[0], dtype, enabled=dtype is not None):
-            for _ in range(count // batch):
-                encoder.encode_images(pixels).cpu()
+    def bare(precision: str = "fp32") -> None:
+        for _ in range(count // batch):
+            encoder.encode_images(pixels, precision).cpu()
 
     def from_files() -> None:
         options = {"batch_size": batch, "workers": retune.Config.workers, "device": device}
@@ -174,13 +173,12 @@ def embedding(repeats: int, folder: Path) -> Iterator[tuple]:
     ours, forward = interleaved(from_files, bare, repeats)
     yardstick = f"{rate(count / forward)} bare forward"
     yield "embedding 320 x 320 JPEGs, ViT-B/16", rate(count / ours), yardstick, forward / ours
-    low, full = interleaved(lambda: bare(torch.bfloat16), bare, repeats)
+    low, full = interleaved(lambda: bare("bf16"), bare, repeats)
     yield "encoder in bf16", rate(count / low), f"{rate(count / full)} in fp32", full / low
 
 
 def ranks(repeats: int, folder: Path) -> Iterator[tuple]:
     """Time of embedding the demo in one process against two ranks, on the same cores."""
-
     options = ("--scenario", "zero", "--workers", "0", "--no-figures")
 
     def launch(processes: int) -> float:
@@ -213,7 +211,6 @@ def loading(repeats: int, folder: Path) -> Iterator[tuple]:
 
 def demo(repeats: int, folder: Path) -> Iterator[tuple]:
     """Wall time of the demo's main job against importing torch."""
-
     options = ("--scenario", "data", "--epochs", "5")
     nothing = [sys.executable, "-c", "import torch"]
     jobs = (lambda: run_retune(folder, *options), lambda: subprocess.run(nothing, check=True))

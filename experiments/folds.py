@@ -85,17 +85,6 @@ def run_auroc(run: Path, zero_shot: bool = False) -> dict[str, np.ndarray]:
     return {view: tested_auroc(scores, data, view) for view in ("all", "AP", "PA")}
 
 
-def collect_folds(folder: Path) -> pd.DataFrame:
-    """`runs.run_row` of every run below a folder, with `run_auroc`'s values; all runs share its resamples."""
-    rows = []
-    paths = sorted(folder.rglob("metrics.json"), key=lambda path: (path.parent.name[-2:], path))  # by fold
-    for path in retune.progress(paths, desc="runs"):
-        auroc = run_auroc(path.parent)
-        resampled = np.round(auroc["all"][1:] / STEP).astype(np.uint16)
-        rows.append(run_row(path, folder) | {"resampled": resampled, "auroc": auroc})
-    return pd.DataFrame(rows)
-
-
 def cell(folds: Sequence[np.ndarray]) -> str:
     """The mean over folds [1 + R] each, with its 95% interval."""
     mean = np.nanmean(folds, axis=0)
@@ -157,7 +146,13 @@ def folds(argv: Sequence[str]) -> None:
             options = [*shared, "--labels-csv", str(path), "--seed", str(27 + k), "--output", str(place)]
             for name in arguments.scenarios:
                 sweep(["--grid", *ARRIVALS[name].split(), *items, "--", *options])
-    runs = collect_folds(folder).assign(data=f"five folds of {Path(arguments.data_dir).name}")
+    rows = []
+    finished = sorted(folder.rglob("metrics.json"), key=lambda path: (path.parent.name[-2:], path))  # by fold
+    for path in retune.progress(finished, desc="runs"):
+        auroc = run_auroc(path.parent)
+        resampled = np.round(auroc["all"][1:] / STEP).astype(np.uint16)  # the same resamples for all runs
+        rows.append(run_row(path, folder) | {"resampled": resampled, "auroc": auroc})
+    runs = pd.DataFrame(rows).assign(data=f"five folds of {Path(arguments.data_dir).name}")
     arguments.results.mkdir(parents=True, exist_ok=True)
     write_runs(runs.drop(columns="auroc"), arguments.results)
     make_tables([str(arguments.results), "--only", "intervals", "methods", "rivals", "differences"])

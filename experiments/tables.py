@@ -24,6 +24,7 @@ from experiments.runs import (
     BASIC,
     BOUND,
     LAST,
+    NAMES,
     OPPONENTS,
     QUALITY,
     SCENARIOS,
@@ -126,8 +127,7 @@ def forgetting_table(runs: pd.DataFrame) -> Table:
     """What is left of earlier tasks after the last one, test split. Forward transfer is a finding's AUROC
     before its own part, against zero-shot. Keeping all data is a bound and not in the running."""
     methods = ("retune", "linear", "mlp", "ewc", "lwf", "replay", BOUND)
-    named = {method: labels_of({"method": method, "set": "", "whiten": False})[0] for method in methods}
-    rows = {(s, named[m]): SCENARIOS[s] | {"method": m} for s in BASIC[1:] for m in methods}
+    rows = {(s, NAMES[m]): SCENARIOS[s] | {"method": m} for s in BASIC[1:] for m in methods}
     return fill(runs, rows, [Column(*item) for item in CONTINUAL.items()], ["scenario", "method"])
 
 
