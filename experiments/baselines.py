@@ -79,9 +79,9 @@ class EWC(MLP):
 def fisher_diagonal(network: nn.Module, images: Tensor, known: Tensor, classes: tuple[int, ...]) -> Tensor:
     """Diagonal of the Fisher information of the outputs, summed over images [B, D]: [P], as `parameters()`.
 
-    Outputs are independent Bernoulli variables, so the expectation over labels is exact: the sum over classes
-    with a known label ([B, C], bool) of p (1 - p) (d logit / d w)^2. A linear layer's squared gradient for
-    one image is the outer product of two squares, so the sum over images is a matrix product.
+    Layers follow each other. Outputs are independent Bernoulli variables, so the expectation over labels is
+    exact: the sum over classes with a known label ([B, C], bool) of p (1 - p) (d logit / d w)^2. A linear
+    layer's squared gradient for one image is the outer product of two squares, summed by a matrix product.
     """
     logits = images
     inputs = {}  # of each linear layer

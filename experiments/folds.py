@@ -91,22 +91,18 @@ def cell(folds: Sequence[np.ndarray]) -> str:
     return "{:.3f} [{:.3f}, {:.3f}]".format(mean[0], *np.nanpercentile(mean[1:], [2.5, 97.5]))
 
 
-def view_scores(data: retune.Radiographs) -> dict[str, np.ndarray]:
-    """Scores [N, C] of the view: AP before PA; and how many training images of the view have the finding."""
-    ap = np.tile((np.array(data.view) == "AP")[:, None], len(data.class_names))  # [N, C]
-    shares = [data.labels[(data.split == "train") & (ap[:, 0] == value)].mean(0) for value in (True, False)]
-    return {"AP before PA": ap.astype(float), "share in training": np.where(ap, *shares)}
-
-
 def view_table(folds: Sequence[retune.Radiographs]) -> pd.DataFrame:
-    """AUROC of the view alone, by finding; below 0.5 a finding is rarer in AP than in PA."""
-    names = folds[0].class_names
-    table = pd.DataFrame({"finding": [*names, "mean"]})
-    for way in view_scores(folds[0]):
-        for k, columns in enumerate([*([c] for c in range(len(names))), slice(None)]):
-            auroc = [tested_auroc(view_scores(data)[way], data, columns=columns) for data in folds]
-            table.loc[k, way] = cell(auroc)
-    return table
+    """AUROC of the view alone: AP before PA (below 0.5: rarer in AP), and a finding's share in training."""
+    columns = {name: [c] for c, name in enumerate(folds[0].class_names)} | {"mean": slice(None)}
+    auroc = {"AP before PA": [], "share in training": []}  # by fold and finding
+    for data in folds:
+        ap = np.tile((np.array(data.view) == "AP")[:, None], len(data.class_names))  # [N, C]
+        train = data.split == "train"
+        shares = [data.labels[train & (ap[:, 0] == value)].mean(0) for value in (True, False)]
+        for found, scores in zip(auroc.values(), (ap.astype(float), np.where(ap, *shares))):
+            found.append([tested_auroc(scores, data, columns=chosen) for chosen in columns.values()])
+    cells = {way: [cell(of_folds) for of_folds in zip(*found)] for way, found in auroc.items()}
+    return pd.DataFrame({"finding": list(columns)} | cells)
 
 
 def within_view_table(runs: pd.DataFrame, folder: Path) -> pd.DataFrame:

@@ -43,8 +43,6 @@ from retune import InputError, main, markdown_table, write_text
 OURS = ("retune", "distil", "analytic")
 METHOD_LABELS = ("method", "whitened")
 
-# --------------------------------------------------------------------------------------------------- 1. Cells
-
 
 class Column(NamedTuple):
     """A metric, which runs it wants beside the row's, its format."""
@@ -99,8 +97,6 @@ def leaders(found: Sequence[pd.DataFrame], wanted: Sequence[dict]) -> set[int]:
     pairs = [group.tolist()[:2] for _, group in groups if len(group) > 1]
     return {first for first, second in pairs if lead(found[first], found[second])[1] > 0}
 
-
-# -------------------------------------------------------------------------------------------------- 2. Tables
 
 CONTINUAL = {
     "AUROC": LAST, "forgetting": "continual.forgetting", "backward transfer": "continual.backward_transfer",
@@ -299,8 +295,6 @@ TABLES = {
     "prompts": prompts_table, "cost": cost_table, "calibration": calibration_table,
     "methods": methods_table, "intervals": intervals_table, "differences": differences_table,
     "rivals": rivals_table, "orders": orders_table}  # fmt: skip
-
-# ------------------------------------------------------------------------------------- 3. Files, command line
 
 
 def render(name: str, runs: pd.DataFrame) -> dict[str, str]:
