@@ -1609,7 +1609,7 @@ def check_same_config(folder: Path, identity: dict) -> None:
 
 
 def data_fingerprint(data: Radiographs) -> str:
-    """SHA-256 (hex) of what two runs on the same data share: names, patients, split, labels, parts if known."""
+    """SHA-256 (hex) of what makes data the same: names, patients, split, labels and, if known, parts."""
     columns = [data.names, data.patients.tolist(), data.split.tolist()]
     columns += [] if data.part is None else [list(data.part)]
     return hashlib.sha256(repr(tuple(columns)).encode() + data.labels.tobytes()).hexdigest()

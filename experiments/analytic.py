@@ -1,7 +1,5 @@
 """Closed-form RE-tune (ours): a Bayesian least-squares correction of zero-shot logits; it cannot forget."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -28,9 +26,7 @@ class Analytic(LeastSquares):
 
     whitens = True
 
-    def __init__(
-        self, dim: int, n_classes: int, features: int = 300, shared: int = 1, related: int = 0, seed: int = -1
-    ):
+    def __init__(self, dim: int, n_classes: int, features=300, shared=1, related=0, seed=-1):
         super().__init__(features + dim + 1, n_classes)
         generator = torch.Generator().manual_seed(max(0, seed))
         self.dim = dim
@@ -78,9 +74,7 @@ class Analytic(LeastSquares):
             solved |= dict(zip(same, zip(*found)))
         return solved
 
-    def choose(
-        self, solved: dict[int, tuple[Tensor, Tensor]], learned: list[int], otherwise: Tensor
-    ) -> Tensor:
+    def choose(self, solved: dict, learned: list[int], otherwise: Tensor) -> Tensor:
         """Weights [C, P] at the best lambda; `otherwise` [C, P] for findings that are not learned."""
         weights = otherwise.clone()
         total = sum(solved[c][0] for c in learned)
@@ -96,9 +90,7 @@ class Analytic(LeastSquares):
         return torch.cat([hidden, math.sqrt(self.dim) * weights, constant[:, None]], 1)
 
 
-def solve(
-    gram: Tensor, moment: Tensor, count: float, centres: Tensor, lambdas: Tensor
-) -> tuple[Tensor, Tensor]:
+def solve(gram: Tensor, moment: Tensor, count: float, centres: Tensor, lambdas: Tensor) -> tuple:
     """Log evidence [K, L] and posterior mean weights [K, L, P] of K findings with the same rows.
 
     gram [P, P] = F'F, moment [K, P] = F'y, count n, y = 1 or -1, centres [K, R, P] = W, lambdas [L]. Model:

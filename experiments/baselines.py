@@ -11,8 +11,6 @@
 A part brings only the labels of its own findings; remembered images keep the labels that they came with.
 """
 
-from __future__ import annotations
-
 import copy
 import sys
 from collections.abc import Iterator
@@ -25,7 +23,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import parameters_to_vector
 
 from experiments.common import Remembering
-from retune import Adaptor, InputError, PromptBank, RETune, Task, fit, gather, prompt_contrastive_loss
+from retune import Adaptor, InputError, Method, PromptBank, RETune, Task, fit, gather, prompt_contrastive_loss
 
 
 class Linear(Remembering):
@@ -36,7 +34,6 @@ class Linear(Remembering):
         self.network = nn.Sequential(nn.Identity(), nn.Linear(dim, n_classes))
 
     def logits(self, images: Tensor, bank: PromptBank | None = None) -> Tensor:
-        """Log odds [B, C]; the prompts are not used."""
         return self.network(images)
 
 
@@ -58,23 +55,21 @@ class EWC(MLP):
 
     remembered = ("fisher",)
 
-    def __init__(self, dim: int, n_classes: int, strength: float = 100.0):
+    def __init__(self, dim: int, n_classes: int, strength=100.0):
         super().__init__(dim, n_classes)
         self.strength = strength
-        weights = parameters_to_vector(self.network.parameters()).detach()
-        self.register_buffer("fisher", torch.zeros_like(weights), persistent=False)
-        self.anchor = weights
+        self.anchor = parameters_to_vector(self.network.parameters()).detach()
+        self.register_buffer("fisher", torch.zeros_like(self.anchor), persistent=False)
 
-    def before_task(self, task: Task, labels: Tensor, bank: PromptBank | None) -> tuple[Task, Tensor]:
+    def before_task(self, task: Task, labels: Tensor, bank: PromptBank) -> tuple[Task, Tensor]:
         self.anchor = parameters_to_vector(self.network.parameters()).detach()
         return task, labels
 
     def penalty(self, images: Tensor, logits: Tensor) -> Tensor:
-        """lambda / 2 * sum of F (w - anchor)^2."""
         moved = parameters_to_vector(self.network.parameters()) - self.anchor
         return self.strength / 2 * (self.fisher * moved.square()).sum()
 
-    def after_task(self, embeddings: np.ndarray, labels: Tensor, task: Task, bank: PromptBank | None) -> None:
+    def after_task(self, embeddings: np.ndarray, labels: Tensor, task: Task, bank: PromptBank) -> None:
         for rows in torch.from_numpy(task.rows).split(4096):
             images = self.whitening(gather(embeddings, rows, self.anchor))
             known = ~labels[rows].isnan().to(images.device)
@@ -84,29 +79,27 @@ class EWC(MLP):
 def fisher_diagonal(network: nn.Module, images: Tensor, known: Tensor, classes: tuple[int, ...]) -> Tensor:
     """Diagonal of the Fisher information of the outputs, summed over images [B, D]: [P], as `parameters()`.
 
-    Outputs are independent Bernoulli variables, so the expectation over labels is exact: the sum over classes
-    with a known label ([B, C], bool) of p (1 - p) (d logit / d w)^2. A linear layer's squared gradient for
-    one image is the outer product of two squares, so the sum over images is a matrix product.
+    Layers follow each other. Outputs are independent Bernoulli variables, so the expectation over labels is
+    exact: the sum over classes with a known label ([B, C], bool) of p (1 - p) (d logit / d w)^2. A linear
+    layer's squared gradient for one image is the outer product of two squares, summed by a matrix product.
     """
-    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    seen: dict[nn.Module, tuple] = {}  # inputs, and the place of the output in the graph: ReLU overwrites it
-
-    def remember(layer, inputs, output):
-        seen[layer] = inputs[0], get_gradient_edge(output)
-
-    hooks = [layer.register_forward_hook(remember) for layer in layers]
-    logits = network(images.requires_grad_())
-    for hook in hooks:
-        hook.remove()
+    logits = images
+    inputs = {}  # of each linear layer
+    outputs = []  # their places in the graph, since ReLU overwrites the values
+    for module in (module for module in network.modules() if not list(module.children())):
+        if isinstance(module, nn.Linear):
+            inputs[module] = logits.detach()
+        logits = module(logits)
+        if module in inputs:
+            outputs.append(get_gradient_edge(logits))
     total = {p: torch.zeros_like(p) for p in network.parameters()}
     for c in classes:
         p = logits[:, c].detach().sigmoid()
         weight = (p * (1 - p) * known[:, c])[:, None]  # [B, 1]
-        outputs = [seen[layer][1] for layer in layers]
         gradients = torch.autograd.grad(logits[:, c].sum(), outputs, retain_graph=True)
-        for layer, gradient in zip(layers, gradients):
+        for layer, gradient in zip(inputs, gradients):
             squared = weight * gradient.square()  # [B, out]
-            total[layer.weight] += squared.T @ seen[layer][0].detach().square()
+            total[layer.weight] += squared.T @ inputs[layer].square()
             total[layer.bias] += squared.sum(0)
     return parameters_to_vector(total[p] for p in network.parameters())
 
@@ -141,16 +134,13 @@ class LwF(Distilling, MLP):
     """
 
     remembered = ("seen",)
+    held = property(lambda self: self.seen)
 
-    def __init__(self, dim: int, n_classes: int, strength: float = 1.0, temperature: float = 2.0):
+    def __init__(self, dim: int, n_classes: int, strength=1.0, temperature=2.0):
         super().__init__(dim, n_classes)
         self.strength = strength
         self.temperature = temperature
         self.seen = torch.zeros(n_classes, dtype=torch.bool)
-
-    @property
-    def held(self) -> Tensor:
-        return self.seen
 
     def after_task(self, embeddings: np.ndarray, labels: Tensor, task: Task, bank: PromptBank) -> None:
         self.seen[list(task.classes)] = True
@@ -165,7 +155,7 @@ class Distil(Distilling, RETune):
     whitens = True
     remembered = ("tasks",)
 
-    def __init__(self, dim: int, n_classes: int, strength: float = 3.0):
+    def __init__(self, dim: int, n_classes: int, strength=3.0):
         super().__init__(dim, "residual", logit_scale=10.0)
         self.strength = strength
         self.tasks = torch.tensor(0)
@@ -188,7 +178,7 @@ class Replay(MLP):
 
     remembered = ("rows",)
 
-    def __init__(self, dim: int, n_classes: int, memory: int = 500, seed: int = -1):
+    def __init__(self, dim: int, n_classes: int, memory=500, seed=-1):
         super().__init__(dim, n_classes)
         if memory < 1:
             raise InputError(f"--set memory={memory}: replay needs at least 1 image; mlp has no memory")
@@ -197,7 +187,7 @@ class Replay(MLP):
         self.dim = dim
         self.rows = torch.empty(0, 1 + n_classes, dtype=torch.int64)  # [M, row and one 0/1 per known label]
 
-    def before_task(self, task: Task, labels: Tensor, bank: PromptBank | None) -> tuple[Task, Tensor]:
+    def before_task(self, task: Task, labels: Tensor, bank: PromptBank) -> tuple[Task, Tensor]:
         """The task with the remembered rows, and the labels [N, C] with nan where no part brought them."""
         return joined_task(self.known(task, labels), task.name, labels)
 
@@ -208,14 +198,11 @@ class Replay(MLP):
         known[np.ix_(task.rows, task.classes)] = True
         return known
 
-    def keys(self, labels: Tensor) -> np.ndarray:
-        """Each row's random number in [0, 1), [N]."""
-        return np.random.default_rng(self.seed).random(len(labels))
-
-    def after_task(self, embeddings: np.ndarray, labels: Tensor, task: Task, bank: PromptBank | None) -> None:
+    def after_task(self, embeddings: np.ndarray, labels: Tensor, task: Task, bank: PromptBank) -> None:
         known = self.known(task, labels)
         rows = known.any(1).nonzero()[:, 0]
-        rows = rows[np.sort(np.argsort(self.keys(labels)[rows])[: self.budget])]
+        keys = np.random.default_rng(self.seed).random(len(labels))[rows]
+        rows = rows[np.sort(np.argsort(keys)[: self.budget])]
         self.rows = torch.cat([rows[:, None], known[rows]], 1)
 
     def stored_bytes(self) -> int:
@@ -239,13 +226,13 @@ class Joint(Replay):
 
     MOST_EPOCHS = 200
 
-    def __init__(self, dim: int, n_classes: int, seed: int = -1):
+    def __init__(self, dim: int, n_classes: int, seed=-1):
         super().__init__(dim, n_classes, memory=sys.maxsize, seed=seed)
         self.settings = {}
         self.start = copy.deepcopy(self.network.state_dict())
 
     @classmethod
-    def build(cls, config, dim: int, n_classes: int, **options) -> Joint:
+    def build(cls, config, dim: int, n_classes: int, **options) -> Method:
         model = super().build(config, dim, n_classes, **options)
         model.settings = {"lr": config.lr, "batch_size": config.batch_size}
         return model
@@ -253,7 +240,7 @@ class Joint(Replay):
     def after_task(self, embeddings: np.ndarray, labels: Tensor, task: Task, bank: PromptBank) -> None:
         known = self.known(task, labels)
         super().after_task(embeddings, labels, task, bank)
-        held_out = torch.from_numpy(self.keys(labels) < 0.1)[:, None]
+        held_out = torch.from_numpy(np.random.default_rng(self.seed).random(len(labels)) < 0.1)[:, None]
         check, answers = joined_task(known & held_out, task.name, labels)
         images = self.whitening(gather(embeddings, torch.from_numpy(check.rows), bank.embeddings))
         losses = []
@@ -266,17 +253,13 @@ class Joint(Replay):
         for _ in zip(range(best), self.epochs(known, embeddings, labels, bank)):
             pass
 
-    def epochs(
-        self, known: Tensor, embeddings: np.ndarray, labels: Tensor, bank: PromptBank
-    ) -> Iterator[None]:
+    def epochs(self, known: Tensor, embeddings, labels: Tensor, bank: PromptBank) -> Iterator[None]:
         """Restart on the rows with known labels, [N, C], bool, and yield after every epoch."""
         task, targets = joined_task(known, "all data", labels)
         self.network.load_state_dict(self.start)
         optimizer = torch.optim.Adam(self.parameters(), lr=self.settings["lr"], fused=True)
-        options = {
-            "batch_size": self.settings["batch_size"],
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
+        options = {"epochs": 1, "batch_size": self.settings["batch_size"]}
+        options["generator"] = torch.Generator().manual_seed(self.seed)
         while True:
-            fit(self, bank, embeddings, targets, task, optimizer, epochs=1, **options)
+            fit(self, bank, embeddings, targets, task, optimizer, **options)
             yield

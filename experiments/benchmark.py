@@ -6,8 +6,6 @@ Medians of interleaved repeats, so that a machine that slows down slows both sid
 needed: weights, images and tables are random. A GPU is used for the encoder if there is one.
 """
 
-from __future__ import annotations
-
 import argparse
 import multiprocessing
 import os
@@ -32,6 +30,7 @@ CLASSES = 5
 PROMPTS = 40  # of all classes
 TOKENS = 22  # BERT-base's own tokenizer pads the prompts of CheXpert's classes in prompts.json to this length
 CHEXPERT = 223_414  # training images
+MATMUL = 2 * 2048**3  # operations of the fp32 product whose rate is the machine's practical peak
 
 
 def interleaved(ours: Callable, plain: Callable, repeats: int) -> list[float]:
@@ -89,21 +88,16 @@ def random_embeddings(rows: int, dim: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32)
 
 
-def matmul() -> Callable:
-    """A function that makes an fp32 product of 2 * 2048^3 operations: the machine's practical peak."""
-    square = torch.ones(2048, 2048)
-    return lambda: square @ square
-
-
 def training(repeats: int, folder: Path) -> Iterator[tuple]:
     """Floating-point rate of adaptor training as a share of the matrix product's."""
+    square = torch.ones(2048, 2048)
     for dim, steps in ((128, 40), (512, 10)):
         train = trainer(random_embeddings(BATCH, dim))
         # Linear(D, 2D) and Linear(2D, D): forward 8, weight gradients 8, one input gradient 4 (x has none).
         operations = 20 * BATCH * dim**2 + 6 * BATCH * dim * 2 * CLASSES + 24 * PROMPTS * dim**2
-        ours, peak = interleaved(lambda n=steps, train=train: train(n), matmul(), repeats)
+        ours, peak = interleaved(lambda n=steps, f=train: f(n), lambda: square @ square, repeats)
         rate = operations * steps / ours / 1e9
-        best = 2 * 2048**3 / peak / 1e9
+        best = MATMUL / peak / 1e9
         what = f"training, D = {dim}, batch {BATCH}"
         yield what, f"{rate:.0f} GFLOP/s", f"{best:.0f} GFLOP/s fp32 matmul", rate / best
 
@@ -124,10 +118,11 @@ def scale(repeats: int, folder: Path) -> Iterator[tuple]:
     """A data-incremental training, 20 parts x 10 epochs, on as many embeddings as CheXpert has images."""
     labels = np.zeros((CHEXPERT, CLASSES))
     tasks = retune.make_tasks("data", labels, list("abcde"), 20, 0, np.arange(CHEXPERT) // 4)
+    square = torch.ones(2048, 2048)
     for dim in (128, 512):
         train = trainer(random_embeddings(CHEXPERT, dim))
-        ours, peak = interleaved(lambda train=train: [train(10, task) for task in tasks], matmul(), 1)
-        ideal = peak * 10 * CHEXPERT * 20 * dim**2 / (2 * 2048**3)
+        ours, peak = interleaved(lambda f=train: [f(10, t) for t in tasks], lambda: square @ square, 1)
+        ideal = peak * 10 * CHEXPERT * 20 * dim**2 / MATMUL
         what = f"20 parts x 10 epochs, {CHEXPERT:,} x {dim}"
         yield what, f"{ours:.1f} s", f"{ideal:.1f} s at matmul peak", ideal / ours
 
@@ -165,70 +160,61 @@ def embedding(repeats: int, folder: Path) -> Iterator[tuple]:
         Image.fromarray(coarse).resize((320, 320)).save(image)
     data = retune.Radiographs(images, np.zeros((count, 1)), ["x"], images, ["train"] * count)
 
-    def bare(dtype: torch.dtype | None = None) -> None:
-        with torch.autocast(device.split(":")[0], dtype, enabled=dtype is not None):
-            for _ in range(count // batch):
-                encoder.encode_images(pixels).cpu()
+    def bare(precision: str = "fp32") -> None:
+        for _ in range(count // batch):
+            encoder.encode_images(pixels, precision).cpu()
 
     def from_files() -> None:
+        options = {"batch_size": batch, "workers": retune.Config.workers, "device": device}
         with tempfile.TemporaryDirectory(dir=folder) as cache:
-            retune.embed(
-                encoder, data, Path(cache), batch_size=batch, workers=retune.Config.workers, device=device
-            )
+            retune.embed(encoder, data, Path(cache), **options)
 
     rate = "{:.1f} images/s".format
     ours, forward = interleaved(from_files, bare, repeats)
     yardstick = f"{rate(count / forward)} bare forward"
     yield "embedding 320 x 320 JPEGs, ViT-B/16", rate(count / ours), yardstick, forward / ours
-    low, full = interleaved(lambda: bare(torch.bfloat16), bare, repeats)
+    low, full = interleaved(lambda: bare("bf16"), bare, repeats)
     yield "encoder in bf16", rate(count / low), f"{rate(count / full)} in fp32", full / low
 
 
 def ranks(repeats: int, folder: Path) -> Iterator[tuple]:
     """Time of embedding the demo in one process against two ranks, on the same cores."""
+    options = ("--scenario", "zero", "--workers", "0", "--no-figures")
 
     def launch(processes: int) -> float:
-        options = ("--scenario", "zero", "--workers", "0", "--no-figures")
         return run_retune(folder, *options, ranks=processes)["cost"]["embed_seconds"] / processes
 
     ours, single = interleaved(lambda: launch(2), lambda: launch(1), repeats)
     yield "embedding the demo on 2 ranks", f"{ours:.1f} s", f"{single:.1f} s on 1", single / ours
 
 
-def load_chexpert(folder: Path) -> None:
-    retune.load_radiographs(retune.Config(data="chexpert", data_dir=str(folder)))
-
-
 def loading(repeats: int, folder: Path) -> Iterator[tuple]:
     """Loading CheXpert's tables against pandas reading train.csv alone; memory above the libraries'."""
     file = folder / "train.csv"
     paths = [f"CheXpert-v1.0/train/patient{i // 4:05d}/study{i % 4}/a.jpg" for i in range(CHEXPERT)]
-    table = pd.DataFrame(
-        {"Path": paths, "Sex": "Female", "Age": 60, "Frontal/Lateral": "Frontal", "AP/PA": "AP"}
-    )
+    columns = {"Path": paths, "Sex": "Female", "Age": 60, "Frontal/Lateral": "Frontal", "AP/PA": "AP"}
+    table = pd.DataFrame(columns)
     for finding in retune.CHEXPERT_FINDINGS:
         table[finding] = np.random.default_rng(0).choice(["", "1.0", "0.0", "-1.0"], CHEXPERT)
     table.to_csv(file, index=False)
     table["Path"] = table["Path"].str.replace("train/patient", "valid/other")
     table.head(234).to_csv(folder / "valid.csv", index=False)
-    ours, plain = interleaved(lambda: load_chexpert(folder), lambda: pd.read_csv(file), repeats)
+    load = retune.load_radiographs
+    config = retune.Config(data="chexpert", data_dir=str(folder))
+    ours, plain = interleaved(lambda: load(config), lambda: pd.read_csv(file), repeats)
     what = f"loading CheXpert's tables, {CHEXPERT:,} rows"
     yield what, f"{ours:.2f} s", f"{plain:.2f} s pandas.read_csv", ours / plain
     libraries = peak_memory(random_embeddings, 1, 1)
-    mb = peak_memory(load_chexpert, folder) - libraries
+    mb = peak_memory(load, config) - libraries
     yield f"{what}, memory", f"{mb:,.0f} MB", f"{libraries:,.0f} MB of libraries", mb / libraries
 
 
 def demo(repeats: int, folder: Path) -> Iterator[tuple]:
     """Wall time of the demo's main job against importing torch."""
-
-    def job() -> None:
-        run_retune(folder, "--scenario", "data", "--epochs", "5")
-
-    def nothing() -> None:
-        subprocess.run([sys.executable, "-c", "import torch"], check=True)
-
-    ours, plain = interleaved(job, nothing, repeats)
+    options = ("--scenario", "data", "--epochs", "5")
+    nothing = [sys.executable, "-c", "import torch"]
+    jobs = (lambda: run_retune(folder, *options), lambda: subprocess.run(nothing, check=True))
+    ours, plain = interleaved(*jobs, repeats)
     yield "the demo, --scenario data --epochs 5", f"{ours:.1f} s", f"{plain:.1f} s import torch", ours / plain
 
 

@@ -1,12 +1,8 @@
-"""What the methods share: memory, a task's pieces, zero-shot logits, sums for least squares; and figures."""
+"""What the methods share: memory, a task's pieces, zero-shot logits, sums for least squares."""
 
-from __future__ import annotations
-
-import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.whitening import Whitening
-from retune import Config, Method, PromptBank, Task, atomic, gather
+from retune import Config, Method, PromptBank, Task, gather
 
 
 class Remembering(Method):
@@ -23,7 +19,7 @@ class Remembering(Method):
     remembered: tuple[str, ...] = ()
 
     @classmethod
-    def build(cls, config: Config, dim: int, n_classes: int, **options) -> Remembering:
+    def build(cls, config: Config, dim: int, n_classes: int, **options) -> Method:
         if options.get("seed", 0) < 0:
             options["seed"] = config.seed
         return cls(dim, n_classes, **options)
@@ -88,7 +84,7 @@ class Grams:
     group: Tensor
 
     @classmethod
-    def zeros(cls, size: int, n_classes: int) -> Grams:
+    def zeros(cls, size: int, n_classes: int) -> "Grams":
         shapes = ((1, size, size), (n_classes, size), (n_classes,))
         sums = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
         return cls(*sums, torch.zeros(n_classes, dtype=torch.int64))
@@ -101,7 +97,7 @@ class Grams:
         gram = torch.stack([weighted[rows].T @ features[rows] for rows in patterns.T])
         self.merge(Grams(gram, labels.nan_to_num().T @ weighted, known.sum(0), group))
 
-    def merge(self, other: Grams) -> None:
+    def merge(self, other: "Grams") -> None:
         """Add the sums over other rows."""
         pairs, self.group = torch.stack([self.group, other.group]).unique(dim=1, return_inverse=True)
         self.gram = torch.stack([self.gram[k] + other.gram[u] for k, u in pairs.T.tolist()])
@@ -123,19 +119,3 @@ class LeastSquares(Remembering):
     def load_memory(self, tensors: dict[str, Tensor]) -> None:
         super().load_memory(tensors)
         self.grams = Grams(*(tensors[name] for name in vars(self.grams)))
-
-
-@contextlib.contextmanager
-def new_figure(
-    path: Path, columns: int, rows: int, width: float, height: float, **options
-) -> Iterator[tuple]:
-    """Yields (figure, axes [rows * columns]), each width x height inches, and saves the figure as PNG.
-
-    Without pyplot, which would keep every figure in memory.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    yield figure, figure.subplots(rows, columns, squeeze=False, **options).ravel()
-    with atomic(path) as partial:
-        figure.savefig(partial, dpi=130, format="png", metadata={"Software": None})

@@ -1,17 +1,17 @@
-"""Usable decisions (ours): per finding a temperature and a threshold, fitted on validation images alone.
+"""Usable decisions and calibration (ours): temperatures and thresholds, fitted on validation images alone.
 
 A run ends with `measure`; `--predict` calls `add_decisions`. A finding's probability is
 sigmoid(logit / temperature); at or above the threshold it is called present. F1 and exact match keep the
 paper's rule (cos+ > cos-).
 """
 
-from __future__ import annotations
+import math
 
 import numpy as np
+import torch
 from sklearn.metrics import roc_curve
 
 import retune
-from experiments.scores import fit_temperature, logits_of, resampled_rate
 
 
 def measure(config, folder, data, tasks, embeddings, bank, model) -> dict:
@@ -98,3 +98,65 @@ def summary(block: dict) -> str:
         rows.append([name, f"{block['temperature'][name]:.3g}", block["threshold"][name], *cells])
     header = [f"{block['rule']} on validation (ours)", "temperature", "threshold"]
     return retune.markdown_table([*header, "test sensitivity", "test specificity"], rows)
+
+
+def resampled_rate(hit: np.ndarray, of: np.ndarray, patients: np.ndarray) -> np.ndarray:
+    """The share of the images `of` [N, C] that are `hit` [N, C]: [1 + R, C], as it is and on each resample.
+
+    nan where there is no such image.
+    """
+    ids, patient = np.unique(patients, return_inverse=True)
+    counts = np.zeros((2, len(ids), hit.shape[1]))
+    np.add.at(counts, (slice(None), patient), np.stack([hit & of, of]))
+    weight = np.vstack([np.ones(len(ids)), retune.draw_patients(len(ids))])
+    hits, total = weight @ counts
+    return np.where(total > 0, hits / np.maximum(total, 1), np.nan)
+
+
+@torch.inference_mode()
+def logits_of(model, bank, embeddings: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Logits [n, C], float64, of rows [n] of the embeddings [N, D]."""
+    pieces = torch.from_numpy(rows).split(8192)
+    images = (model.whitening(retune.gather(embeddings, piece, bank.embeddings)) for piece in pieces)
+    return np.concatenate([retune.to_numpy(model.logits(x, bank)) for x in images]).astype(np.float64)
+
+
+def calibration(model: torch.nn.Module, data, embeddings: np.ndarray, bank) -> dict[str, float]:
+    """Temperature fitted on validation; ECE and Brier score on test before and after it."""
+    rows = {split: data.where(split) for split in ("val", "test")}
+    logits = {split: logits_of(model, bank, embeddings, chosen) for split, chosen in rows.items()}
+    facts = {"temperature": fit_temperature(logits["val"], data.labels[rows["val"]])}
+    for when, temperature in (("before", 1.0), ("after", facts["temperature"])):
+        found = reliability(logits["test"], data.labels[rows["test"]], temperature)
+        facts |= {f"{name}_{when}": value for name, value in found.items()}
+    return facts
+
+
+def reliability(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict[str, float]:
+    """Expected calibration error and Brier score of sigmoid(logits / temperature), mean over classes.
+
+    logits, labels: [N, C]. ECE: over 15 bins of equal width, the share of images times |mean probability -
+    share of positives| (Guo et al. 2017, for the finding's probability). nan labels are left out; so is a
+    class without a known label.
+    """
+    measured = []
+    for logit, label in zip(logits.T, labels.T.astype(np.float64)):
+        y = label[~np.isnan(label)]
+        p = 1 / (1 + np.exp(-logit[~np.isnan(label)] / temperature))
+        if len(y):
+            gaps = np.bincount(np.minimum((p * 15).astype(int), 14), p - y, 15)
+            measured.append([np.abs(gaps).sum() / len(y), np.mean((p - y) ** 2)])
+    return dict(zip(("ece", "brier"), np.mean(measured, axis=0).tolist()))
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature in [1e-3, 1e3] with the lowest cross-entropy; found to 1e-3 of its logarithm."""
+    from scipy.optimize import minimize_scalar
+
+    known = ~np.isnan(labels)
+
+    def loss(log_temperature: float) -> float:
+        x = logits[known] / math.exp(log_temperature)
+        return np.mean(np.logaddexp(0, x) - labels[known] * x)
+
+    return math.exp(minimize_scalar(loss, bounds=(-6.9, 6.9), method="bounded", options={"xatol": 1e-3}).x)

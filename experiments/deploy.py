@@ -1,13 +1,16 @@
-"""A run as one file that needs no PyTorch, its model card, its scores as CSV (ours; docs/deploy.md).
+"""A run as a file that needs no PyTorch, its model card, scores as CSV, heat maps (ours; docs/deploy.md).
 
 The ONNX file goes from pixels to probabilities: image tower, image adaptor, the prompts' adapted vectors,
 temperatures, thresholds. It is made of `adaptors.safetensors` and the encoder, which hold no patient's data.
-"""
 
-from __future__ import annotations
+A heat map shows cos+ - cos- of each patch, or position of the last map, before and after the adaptors, over
+the image that the encoder saw: what the score is made of, not why a finding is there. It needs a tower whose
+positions go through its embedding's head.
+"""
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +18,7 @@ import torch
 from torch import nn
 
 import retune
-from experiments import heatmaps
+from experiments.figures import new_figure
 
 
 class Deployed(nn.Module):
@@ -92,6 +95,68 @@ def write_card(run: Path) -> None:
     print(f"written to {run / 'README.md'}; read it before you publish it")
 
 
+@torch.inference_mode()
+def embed_positions(encoder, pixels: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Pixels [B,3,H,W] -> embeddings [B,T,D] of positions, after the CLS token if there is one, and (h, w).
+
+    InputError for towers that pool by more than a choice or a mean, or whose last map is not available.
+    """
+    image = encoder.image
+    pool = getattr(image, "pool", "")  # open_clip's towers have none to name
+    by_norm = pool == "pooler" and encoder.config["image"]["model"]["model_type"] == "clip_vision_model"
+    if not by_norm and pool not in ("cls", "mean", "none"):
+        raise retune.InputError(f"--heatmap: {encoder.config['name']} pools its map by a layer of its own")
+    x = image.tower(pixels)["last_hidden_state"]
+    if x.ndim == 4:
+        x = image.head[:-2](x) if pool == "none" else x  # BioViL's head ends with the mean over the map
+        size = tuple(x.shape[2:])
+        x = x.flatten(2).mT  # [B,D,h,w] -> [B,T,D]
+        return x if pool == "none" else image.head(x), size
+    side = int(x.shape[1] ** 0.5)
+    return image.head(image.tower.post_layernorm(x) if by_norm else x), (side, side)
+
+
+@torch.inference_mode()
+def similarity_maps(encoder, model, bank, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """cos+ - cos- of pixels [3,H,W] at each position, before and after the adaptors: [C,h,w] each."""
+    positions, size = embed_positions(encoder, pixels[None])
+    x = positions[0, -size[0] * size[1] :]  # [h*w,D]
+    before = retune.RETune(encoder.dim, adapt="none", pool=model.pool).logits(x, bank)
+    after = model.logits(model.whitening(x), bank) / model.logit_scale
+    maps = {"before: frozen encoder": before.T, "after: adaptors": after.T}
+    return {title: values.unflatten(1, size) for title, values in maps.items()}
+
+
+def draw_heatmaps(images: Sequence[str], run: Path, folder: Path, config) -> None:
+    """A PNG per image in `folder`: the image, and the maps of every finding before and after the adaptors.
+
+    A column per finding; red is for the finding, blue against it; each row has its own scale.
+    """
+    encoder, model, bank, known = retune.load_predictor(run, config)
+    if not isinstance(model, retune.RETune):
+        raise retune.InputError(f"--heatmap: {type(model).__name__} compares no image with prompts")
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(retune.progress(images, desc="drawing", unit="image")):
+        pixels = encoder.transform(retune.read_image(image))
+        maps = similarity_maps(encoder, model, bank, pixels)
+        grey = pixels.mean(0).numpy()
+        extent = (-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5)
+        path = folder / f"{i:04d}-{Path(image).stem}.png"
+        with new_figure(path, len(known["classes"]) + 1, 2, 1.9, 2.2) as (figure, axes):
+            for axis in axes:
+                axis.imshow(grey, cmap="gray")
+                axis.set_axis_off()
+            for (first, *row), (title, values) in zip(axes.reshape(2, -1), maps.items()):
+                first.set_title(title, fontsize=9)
+                limit = values.abs().max().item()
+                style = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "alpha": 0.55, "extent": extent}
+                for axis, name, overlay in zip(row, known["classes"], values.numpy()):
+                    axis.set_title(name, fontsize=9)
+                    picture = axis.imshow(overlay, interpolation="bilinear", **style)
+                figure.colorbar(picture, ax=[first, *row], label="cos+ - cos-")
+    print(f"written to {folder}: {len(images)} figures")
+
+
 def write_scores(path: Path, predictions: list[dict]) -> None:
     """Predictions as CSV: per image and finding score, present (the paper's), probability and decision."""
     rows = [{"image": p["image"], **p.get("findings", {}), "error": p.get("error", "")} for p in predictions]
@@ -113,4 +178,4 @@ def execute(arguments, config, predictions: list[dict]) -> None:
         write_scores(Path(arguments.output), predictions)
     if arguments.heatmap:
         images = [p["image"] for p in predictions if "findings" in p]
-        heatmaps.draw(images, arguments.run, arguments.heatmap, config)
+        draw_heatmaps(images, arguments.run, arguments.heatmap, config)

@@ -3,8 +3,6 @@
 No network for a folder, and no code of a checkpoint is run.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import re
@@ -76,25 +74,20 @@ def read(folder: Path) -> OpenClipEncoder | tuple:
         return read_biovil_t(folder)
     with retune.input_errors("open_clip", "needed to read it: pip install open_clip_torch"):
         import open_clip
-    if (folder / CONFIG).is_file():
-        return read_open_clip(open_clip, folder)
+    if (folder / CONFIG).is_file():  # as open_clip publishes it
+        published = retune.read_json(folder / CONFIG)
+        config = published["model_cfg"]
+        transform = read_transform(config["vision_cfg"], published.get("preprocess_cfg") or {})
+        place = f"local-dir:{folder.resolve()}"
+        options = read_text_config(folder, config["text_cfg"])
+        model = open_clip.create_model(place, require_pretrained=True, **options)
+        return OpenClipEncoder(folder.name, model, config, transform, open_clip.get_tokenizer(place))
     if len(files := list(folder.glob("*.pt"))) == 1 and not (folder / "config.json").is_file():
         config = open_clip.get_model_config(CHEXZERO)  # a state dict of OpenAI's ViT-B/32
         model = open_clip.create_model(CHEXZERO, pretrained=str(files[0]))
         transform = read_transform(config["vision_cfg"], CHEXZERO_GREY)
         return OpenClipEncoder(folder.name, model, config, transform, open_clip.get_tokenizer(CHEXZERO))
     raise retune.InputError(f"no config.json of a CLIP or SigLIP, no {CONFIG}, no .pt of BioViL or CheXzero")
-
-
-def read_open_clip(open_clip, folder: Path) -> OpenClipEncoder:
-    """A folder as open_clip publishes it."""
-    published = retune.read_json(folder / CONFIG)
-    config = published["model_cfg"]
-    transform = read_transform(config["vision_cfg"], published.get("preprocess_cfg") or {})
-    place = f"local-dir:{folder.resolve()}"
-    options = read_text_config(folder, config["text_cfg"])
-    model = open_clip.create_model(place, require_pretrained=True, **options)
-    return OpenClipEncoder(folder.name, model, config, transform, open_clip.get_tokenizer(place))
 
 
 def read_text_config(folder: Path, text: dict) -> dict:

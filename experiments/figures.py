@@ -1,7 +1,7 @@
 """Figures of finished runs, in greys and with a line style each, so that any printer will do."""
 
-from __future__ import annotations
-
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,21 @@ import torch
 import torch.nn.functional as F
 
 import retune
-from experiments.common import new_figure
-from experiments.runs import BASIC, SCENARIOS, labels_of, pick, variants
-from experiments.scores import load_run
+from experiments.runs import BASIC, SCENARIOS, labels_of, load_run, pick, variants
+
+
+@contextlib.contextmanager
+def new_figure(path: Path, columns: int, rows: int, width: float, height: float, **options) -> Iterator:
+    """Yields (figure, axes [rows * columns]), each width x height inches, and saves the figure as PNG.
+
+    Without pyplot, which would keep every figure in memory.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    yield figure, figure.subplots(rows, columns, squeeze=False, **options).ravel()
+    with retune.atomic(path) as partial:
+        figure.savefig(partial, dpi=130, format="png", metadata={"Software": None})
 
 
 def measured_over_tasks(runs: pd.DataFrame, folder: Path, key: str) -> list[list]:
@@ -28,7 +40,7 @@ def task_heatmaps(runs: pd.DataFrame, folder: Path) -> None:
         for key, title, low in (("auroc", "test AUROC", 0.5), ("f1", "test F1", 0.0)):
             values = [pd.DataFrame(run, dtype=float) for run in measured_over_tasks(chosen, folder, key)]
             mean = sum(values) / len(values)  # [T + 1, C]
-            zero, *after = [{"test": {key: row.to_dict()}} for _, row in mean.iterrows()]
+            zero, *after = [{"test": {key: row}} for row in mean.to_dict("records")]
             shown = metrics | {"zero_shot": zero, "after_task": after}
             path = folder / f"{key}-{metrics['config']['scenario']}.png"
             retune.heatmap(path, shown, key, f"{title}, mean of {len(values)} seeds", low)
@@ -70,56 +82,41 @@ def line_style(index: int, heavy: bool) -> dict:
     }  # fmt: skip
 
 
-def load_first_joint(runs: pd.DataFrame, folder: Path) -> tuple:
-    """What `load_run` gives of RE-tune trained on everything at once, with the first seed."""
-    return load_run(folder / "runs" / pick(runs, **SCENARIOS["joint"])["run"].iloc[0])
-
-
 @torch.inference_mode()
-def tsne(runs: pd.DataFrame, folder: Path, images: int = 600) -> None:
+def tsne(data, embeddings: np.ndarray, bank, model, path: Path, images: int = 600) -> None:
     """t-SNE of test images with at most one finding, before and after the image adaptor."""
     from sklearn.manifold import TSNE
 
-    _, data, embeddings, bank, model = load_first_joint(runs, folder)
     rows = data.where("test")
     rows = rows[np.nansum(data.labels[rows], axis=1) <= 1]
     rows = np.sort(np.random.default_rng(0).permutation(rows)[:images])
     labels = np.nan_to_num(data.labels[rows])
     before = retune.gather(embeddings, torch.from_numpy(rows), bank.embeddings)
-    stages = {
-        "before: frozen encoder": before,
-        "after: image adaptor": model.image_adaptor(model.whitening(before)),
-    }
-    with new_figure(folder / "tsne.png", 2, 1, 5.2, 5.0) as (figure, axes):
-        for ax, (title, x) in zip(axes, stages.items()):
+    after = model.image_adaptor(model.whitening(before))
+    with new_figure(path, 2, 1, 5.2, 5.0) as (figure, axes):
+        for ax, title, x in zip(axes, ("before: frozen encoder", "after: image adaptor"), (before, after)):
             perplexity = min(30, (len(rows) - 1) / 3)
             chart = TSNE(2, perplexity=perplexity, init="pca", random_state=0, metric="cosine")
             points = chart.fit_transform(x.numpy())
             ax.scatter(*points[labels.sum(1) == 0].T, s=8, color="0.8", label="no finding", zorder=1)
+            style = {"s": 26, "linewidths": 0.7, "edgecolors": "black", "zorder": 2}
             for c, name in enumerate(data.class_names):
-                style = {
-                    "marker": "osD^vP*Xp<>hd8"[c % 14],
-                    "color": str(round(0.9 * (c % 5) / 4, 2)),
-                    "s": 26,
-                }
-                style |= {"linewidths": 0.7, "edgecolors": "black", "label": name, "zorder": 2}
-                ax.scatter(*points[labels[:, c] == 1].T, **style)
+                kind = {"marker": "osD^vP*Xp<>hd8"[c % 14], "color": str(round(0.9 * (c % 5) / 4, 2))}
+                ax.scatter(*points[labels[:, c] == 1].T, label=name, **kind, **style)
             ax.set(title=title, xticks=[], yticks=[])
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=min(6, len(handles)), fontsize=8)
 
 
 @torch.inference_mode()
-def prompt_cosines(runs: pd.DataFrame, folder: Path) -> None:
+def prompt_cosines(data, bank, model, path: Path) -> None:
     """Cosine of every prompt with every other before and after the text adaptor."""
-    _, data, _, bank, model = load_first_joint(runs, folder)
     size = min(7.5, max(4.5, 0.13 * len(bank.group) + 1.5))
     finding = bank.group.numpy() // 2
     middles = [float(np.flatnonzero(finding == c).mean()) for c in range(len(data.class_names))]
-    after = model.text_adaptor(bank.embeddings)
-    stages = {"before: frozen encoder": bank.embeddings, "after: text adaptor": after}
-    with new_figure(folder / "prompts.png", 2, 1, size, 0.85 * size) as (figure, axes):
-        for ax, (title, t) in zip(axes, stages.items()):
+    stages = (bank.embeddings, model.text_adaptor(bank.embeddings))
+    with new_figure(path, 2, 1, size, 0.85 * size) as (figure, axes):
+        for ax, title, t in zip(axes, ("before: frozen encoder", "after: text adaptor"), stages):
             t = F.normalize(t, dim=-1)
             picture = ax.imshow((t @ t.T).numpy(), cmap="Greys", vmin=-1, vmax=1)
             for edge in np.flatnonzero(np.diff(finding)) + 0.5:
@@ -135,5 +132,9 @@ def draw_figures(runs: pd.DataFrame, folder: Path) -> None:
     """Draw every figure from the runs in `folder`/runs; InputError when that folder is not there."""
     if not (folder / "runs").is_dir():
         raise retune.InputError(f"{folder / 'runs'}: figures need the runs; run_experiments.sh makes them")
-    for draw in (task_heatmaps, auroc_over_tasks, tsne, prompt_cosines):
-        draw(runs, folder)
+    task_heatmaps(runs, folder)
+    auroc_over_tasks(runs, folder)
+    joint = pick(runs, **SCENARIOS["joint"])["run"].iloc[0]
+    _, data, embeddings, bank, model = load_run(folder / "runs" / joint)
+    tsne(data, embeddings, bank, model, folder / "tsne.png")
+    prompt_cosines(data, bank, model, folder / "prompts.png")

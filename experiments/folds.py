@@ -15,8 +15,6 @@ A score may follow the view instead of the finding, since bedside X-rays (AP) ar
 view alone is scored as if it were a model, and the main methods are scored within each view.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys
@@ -28,8 +26,7 @@ import numpy as np
 import pandas as pd
 
 import retune
-from experiments.runs import OPPONENTS, REFERENCE, full_name, pick, run_row, scenarios, write_runs
-from experiments.scores import STEP, load_run
+from experiments.runs import OPPONENTS, STEP, full_name, load_run, pick, run_row, scenarios, write_runs
 from experiments.sweep import sweep
 from experiments.tables import make_tables
 
@@ -42,18 +39,18 @@ GRIDS = (  # random features: 1,000 are more than a fold's images, and 2,000 tak
 )
 ARRIVALS = {"class": "scenario=class", "label": "scenario=label", "joint": "scenario=joint"}
 ARRIVALS |= {f"data-{parts}": f"scenario=data parts={parts}" for parts in (5, 10, 20)}
-RETUNE = {key: REFERENCE[key] for key in ("method", "set", "whiten")}
+RETUNE = {"method": "retune", "set": "", "whiten": False}
 CLOSED_FORM = [RETUNE | {"method": "analytic", "set": option} for option in ("", "related=1")]
 
 
-def write_folds(data_dir: str, folder: Path, findings: int = 5) -> list[Path]:
-    """Write fold_<k>.csv with the findings that have the most positives; return the paths.
+def write_folds(data_dir: str, folder: Path) -> list[Path]:
+    """Write fold_<k>.csv with the five findings that have the most positives; return the paths.
 
     A fold tests a fifth of the patients and validates on half of those that the next fold tests. The division
     is the first random one in which every finding is tested in every fold.
     """
     data = retune.load_radiographs(retune.Config(data="nih", data_dir=data_dir))
-    chosen = np.sort(np.argsort(-data.labels.sum(0), kind="stable")[:findings])
+    chosen = np.sort(np.argsort(-data.labels.sum(0), kind="stable")[:5])
     positive = data.labels[:, chosen] == 1
     columns = {"path": [os.path.relpath(image, data_dir) for image in data.images], "patient": data.patients}
     columns |= {"view": data.view, "sex": data.sex, "age": data.age}
@@ -63,9 +60,7 @@ def write_folds(data_dir: str, folder: Path, findings: int = 5) -> list[Path]:
     tested = (tenth for tenth in divisions if all(positive[tenth // 2 == k].any(0).all() for k in range(5)))
     tenth = next(tested, None)
     if tenth is None:
-        raise retune.InputError(
-            f"{data_dir}: a finding of its {findings} commonest has too few patients for 5 folds"
-        )
+        raise retune.InputError(f"{data_dir}: a finding of its 5 commonest has too few patients for 5 folds")
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"fold_{k}.csv" for k in range(5)]
     for k, path in enumerate(paths):
@@ -90,39 +85,24 @@ def run_auroc(run: Path, zero_shot: bool = False) -> dict[str, np.ndarray]:
     return {view: tested_auroc(scores, data, view) for view in ("all", "AP", "PA")}
 
 
-def collect_folds(folder: Path) -> pd.DataFrame:
-    """`runs.run_row` of every run below a folder, with `run_auroc`'s values; all runs share its resamples."""
-    rows = []
-    paths = sorted(folder.rglob("metrics.json"), key=lambda path: (path.parent.name[-2:], path))  # by fold
-    for path in retune.progress(paths, desc="runs"):
-        auroc = run_auroc(path.parent)
-        resampled = np.round(auroc["all"][1:] / STEP).astype(np.uint16)
-        rows.append(run_row(path, folder) | {"resampled": resampled, "auroc": auroc})
-    return pd.DataFrame(rows)
-
-
 def cell(folds: Sequence[np.ndarray]) -> str:
     """The mean over folds [1 + R] each, with its 95% interval."""
     mean = np.nanmean(folds, axis=0)
     return "{:.3f} [{:.3f}, {:.3f}]".format(mean[0], *np.nanpercentile(mean[1:], [2.5, 97.5]))
 
 
-def view_scores(data: retune.Radiographs) -> dict[str, np.ndarray]:
-    """Scores [N, C] of the view: AP before PA; and how many training images of the view have the finding."""
-    ap = np.tile((np.array(data.view) == "AP")[:, None], len(data.class_names))  # [N, C]
-    shares = [data.labels[(data.split == "train") & (ap[:, 0] == value)].mean(0) for value in (True, False)]
-    return {"AP before PA": ap.astype(float), "share in training": np.where(ap, *shares)}
-
-
 def view_table(folds: Sequence[retune.Radiographs]) -> pd.DataFrame:
-    """AUROC of the view alone, by finding; below 0.5 a finding is rarer in AP than in PA."""
-    names = folds[0].class_names
-    table = pd.DataFrame({"finding": [*names, "mean"]})
-    for way in view_scores(folds[0]):
-        for k, columns in enumerate([*([c] for c in range(len(names))), slice(None)]):
-            auroc = [tested_auroc(view_scores(data)[way], data, columns=columns) for data in folds]
-            table.loc[k, way] = cell(auroc)
-    return table
+    """AUROC of the view alone: AP before PA (below 0.5: rarer in AP), and a finding's share in training."""
+    columns = {name: [c] for c, name in enumerate(folds[0].class_names)} | {"mean": slice(None)}
+    auroc = {"AP before PA": [], "share in training": []}  # by fold and finding
+    for data in folds:
+        ap = np.tile((np.array(data.view) == "AP")[:, None], len(data.class_names))  # [N, C]
+        train = data.split == "train"
+        shares = [data.labels[train & (ap[:, 0] == value)].mean(0) for value in (True, False)]
+        for found, scores in zip(auroc.values(), (ap.astype(float), np.where(ap, *shares))):
+            found.append([tested_auroc(scores, data, columns=chosen) for chosen in columns.values()])
+    cells = {way: [cell(of_folds) for of_folds in zip(*found)] for way, found in auroc.items()}
+    return pd.DataFrame({"finding": list(columns)} | cells)
 
 
 def within_view_table(runs: pd.DataFrame, folder: Path) -> pd.DataFrame:
@@ -131,10 +111,8 @@ def within_view_table(runs: pd.DataFrame, folder: Path) -> pd.DataFrame:
     first = pick(runs, **next(iter(found.values())))["run"]
     parts = {("zero-shot", "-"): [run_auroc(folder / run, zero_shot=True) for run in first]}
     for variant in (RETUNE, *OPPONENTS, *CLOSED_FORM):
-        parts |= {
-            (full_name(variant), name): pick(runs, **variant | where)["auroc"]
-            for name, where in found.items()
-        }
+        for scenario, where in found.items():
+            parts[full_name(variant), scenario] = pick(runs, **variant | where)["auroc"]
     rows = []
     for (method, scenario), part in parts.items():
         cells = {view: cell([auroc[view] for auroc in part]) for view in ("all", "AP", "PA") if len(part)}
@@ -164,7 +142,13 @@ def folds(argv: Sequence[str]) -> None:
             options = [*shared, "--labels-csv", str(path), "--seed", str(27 + k), "--output", str(place)]
             for name in arguments.scenarios:
                 sweep(["--grid", *ARRIVALS[name].split(), *items, "--", *options])
-    runs = collect_folds(folder).assign(data=f"five folds of {Path(arguments.data_dir).name}")
+    rows = []
+    finished = sorted(folder.rglob("metrics.json"), key=lambda path: (path.parent.name[-2:], path))  # by fold
+    for path in retune.progress(finished, desc="runs"):
+        auroc = run_auroc(path.parent)
+        resampled = np.round(auroc["all"][1:] / STEP).astype(np.uint16)  # the same resamples for all runs
+        rows.append(run_row(path, folder) | {"resampled": resampled, "auroc": auroc})
+    runs = pd.DataFrame(rows).assign(data=f"five folds of {Path(arguments.data_dir).name}")
     arguments.results.mkdir(parents=True, exist_ok=True)
     write_runs(runs.drop(columns="auroc"), arguments.results)
     make_tables([str(arguments.results), "--only", "intervals", "methods", "rivals", "differences"])

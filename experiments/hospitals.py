@@ -4,8 +4,6 @@
 A part is a hospital, a scanner, a year. `python -m demo.hospitals FOLDER` draws three to try it on.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 import retune
@@ -19,17 +17,15 @@ def column_tasks(config, data) -> list[retune.Task]:
     _, first, patient = np.unique(data.patients, return_index=True, return_inverse=True)
     for i in np.flatnonzero((part != part[first[patient]]) | (part == ""))[:1]:
         other = first[patient[i]]
-        where = f"part '{part[other]}' ({data.rows[other]}) and here in part '{part[i]}'"
-        raise retune.InputError(
-            f"{data.rows[i]}: patient {data.patients[i]} is in {where}; parts share no patient"
-        )
+        parts = f"part '{part[other]}' ({data.rows[other]}) and here in part '{part[i]}'"
+        reason = f"patient {data.patients[i]} is in {parts}; parts share no patient"
+        raise retune.InputError(f"{data.rows[i]}: {reason}")
     train = data.where("train")
     found = list(dict.fromkeys(part[train].tolist()))
     order = list(config.part_order or found)
     if sorted(order) != sorted(found):
-        raise retune.InputError(
-            f"--part-order {' '.join(order)} must name each part once: {', '.join(found)}"
-        )
+        rule = f"must name each part once: {', '.join(found)}"
+        raise retune.InputError(f"--part-order {' '.join(order)} {rule}")
     everything = tuple(range(len(data.class_names)))
     return [retune.Task(name, train[part[train] == name], everything) for name in order]
 

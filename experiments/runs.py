@@ -1,15 +1,23 @@
-"""Finished runs as a pandas table, a row per run with settings and metrics; and how tables choose from it."""
+"""Finished runs as a pandas table, a row per run with settings and metrics; and how tables choose from it.
 
-from __future__ import annotations
+What only a run's scores tell, intervals by patient and calibration, is computed once from its saved adaptors.
+"""
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from experiments.scores import STEP, score_facts
-from retune import InputError, atomic, progress, read_json, write_text
+import retune
+from experiments.decisions import calibration
+from retune import InputError, read_json, write_text
 
+STEP = 1e-4  # resampled AUROCs are stored as whole multiples of it
+DATA_AND_ENCODER = (
+    "data", "data_dir", "labels_csv", "classes", "view", "uncertain", "blank", "size", "demo_images",
+    "skip_bad_images", "encoder", "encoder_dir", "crop", "precision", "encode_batch", "workers", "cache_dir",
+    "device")  # fmt: skip
 # Settings that tables vary, as the paper has them.
 REFERENCE = {
     "method": "retune", "set": "", "whiten": False, "adaptor": "mlp", "adapt": "both", "pool": "mean",
@@ -46,6 +54,55 @@ QUALITY = {
 LAST = "last.auroc_macro"
 
 
+def load_inputs(settings: dict) -> tuple:
+    """(data, encoder, embeddings [N, D]) of a run with these settings; the last ones stay in memory."""
+    shared = {key: settings[key] for key in DATA_AND_ENCODER}
+    shared = {key: tuple(value) if isinstance(value, list) else value for key, value in shared.items()}
+    return embed_once(retune.Config(**shared))
+
+
+@functools.lru_cache(maxsize=1)
+def embed_once(config: retune.Config) -> tuple:
+    data = retune.load_radiographs(config)
+    encoder = retune.DualEncoder.load(config.encoder, config.encoder_dir, config.crop)
+    embeddings = retune.embed(
+        encoder, data, Path(config.cache_dir), batch_size=config.encode_batch, workers=config.workers,
+        precision=config.precision, device=retune.pick_device(config.device),
+        skip_bad_images=config.skip_bad_images)  # fmt: skip
+    data.split[list(retune.embedding_facts(embeddings)["unreadable"])] = "unreadable"
+    return data, encoder, embeddings
+
+
+def load_run(folder: Path) -> tuple:
+    """(settings, data, embeddings [N, D], prompt bank, model) of a finished run, on the CPU."""
+    settings = read_json(folder / "metrics.json")["config"]
+    data, encoder, embeddings = load_inputs(settings)
+    bank = retune.embed_prompts(encoder, settings["prompt_texts"])
+    named = retune.Config(method=settings["method"])
+    model, _ = retune.load_model(folder / "adaptors.safetensors", named)
+    return settings, data, embeddings, bank, model
+
+
+def score_facts(folder: Path) -> dict:
+    """{"resampled": [R] macro AUROC on test, in STEPs, "calibration": {...}}; stored in the run's folder.
+
+    Every run of a data set has the same resamples, so that differences between runs are paired.
+    """
+    path = folder / "scores.json"
+    if path.exists() and path.stat().st_mtime >= (folder / "metrics.json").stat().st_mtime:
+        return read_json(path)
+    settings, data, embeddings, bank, model = load_run(folder)
+    test = data.where("test")
+    scores, _ = retune.score_rows(model, bank, embeddings, test, settings["score"])
+    auroc = retune.bootstrap_auroc(scores, data.labels[test], data.patients[test])
+    plain = {"adapt": "none", "pool": settings["pool"], "negatives": settings["negatives"]}
+    models = {"model": model, "zero_shot": retune.RETune(embeddings.shape[1], **plain)}
+    measured = {name: calibration(scorer, data, embeddings, bank) for name, scorer in models.items()}
+    facts = {"resampled": np.round(auroc / STEP).astype(int).tolist(), "calibration": measured}
+    retune.write_json(path, facts)
+    return facts
+
+
 def collect(folder: Path) -> pd.DataFrame:
     """A row for every finished run below `folder`: settings, facts, metrics and the resampled AUROC.
 
@@ -54,7 +111,7 @@ def collect(folder: Path) -> pd.DataFrame:
     paths = sorted(folder.rglob("metrics.json"))
     if not paths:
         raise InputError(f"{folder}: no finished run (no metrics.json); start them with run_experiments.sh")
-    runs = pd.DataFrame([run_row(path, folder) for path in progress(paths, desc="runs")])
+    runs = pd.DataFrame([run_row(path, folder) for path in retune.progress(paths, desc="runs")])
     for kind in ("data_fingerprint", "encoder_fingerprint"):
         if runs[kind].nunique() > 1:
             raise InputError(f"{folder}: its runs differ in {kind}; use one folder for each")
@@ -88,7 +145,7 @@ def run_row(path: Path, folder: Path) -> dict:
 def write_runs(runs: pd.DataFrame, folder: Path) -> None:
     """Write `runs.csv`, and `bootstrap.npz`: "auroc", uint16 [runs, resamples], in STEPs."""
     write_text(folder / "runs.csv", runs.drop(columns="resampled").to_csv(index=False, float_format="%.9g"))
-    with atomic(folder / "bootstrap.npz") as partial, open(partial, "wb") as file:
+    with retune.atomic(folder / "bootstrap.npz") as partial, open(partial, "wb") as file:
         np.savez_compressed(file, auroc=np.stack(runs["resampled"]))
 
 
@@ -99,19 +156,11 @@ def read_runs(folder: Path) -> pd.DataFrame:
     return runs.assign(**runs[["set", "order"]].fillna(""), resampled=list(resampled))
 
 
-def load(folder: Path) -> pd.DataFrame:
-    """The runs of `folder`/runs, which the two files then hold too; without it, those of the two files."""
-    if (folder / "runs").is_dir():
-        write_runs(collect(folder / "runs"), folder)
-    return read_runs(folder)
-
-
 def pick(runs: pd.DataFrame, **wanted) -> pd.DataFrame:
     """The runs with the wanted settings, else those of REFERENCE; `order=None` is any random order."""
-    mask = pd.Series(True, index=runs.index)
     for key, value in (REFERENCE | wanted).items():
-        mask &= runs[key] != "" if value is None else runs[key] == value
-    return runs[mask]
+        runs = runs[runs[key] != "" if value is None else runs[key] == value]
+    return runs
 
 
 def scenarios(runs: pd.DataFrame) -> dict[str, dict]:

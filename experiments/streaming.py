@@ -8,8 +8,6 @@
 Each finding is its own two-class problem over the images that label it. Nothing here is trained by gradient.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -34,8 +32,7 @@ class NCM(Remembering):
         self.count = torch.zeros(2, n_classes, 1, dtype=torch.float64)
 
     def logits(self, images: Tensor, bank: PromptBank | None = None) -> Tensor:
-        """The difference of the cosines [B, C]."""
-        negative, positive = F.normalize(images, dim=-1) @ F.normalize(self.means, dim=-1).mT
+        negative, positive = F.normalize(images, dim=-1) @ F.normalize(self.means, dim=-1).mT  # [B, C] each
         return positive - negative
 
     def after_task(self, embeddings: np.ndarray, labels: Tensor, task: Task, bank: PromptBank) -> None:
@@ -56,7 +53,7 @@ class SLDA(Remembering):
 
     remembered = ("sums", "count", "scatter")
 
-    def __init__(self, dim: int, n_classes: int, shrinkage: float = 1e-5):
+    def __init__(self, dim: int, n_classes: int, shrinkage=1e-5):
         super().__init__()
         self.shrinkage = shrinkage
         self.register_buffer("weights", torch.zeros(n_classes, dim))
@@ -66,7 +63,6 @@ class SLDA(Remembering):
         self.scatter = torch.zeros(n_classes, dim, dim, dtype=torch.float64)  # n S
 
     def logits(self, images: Tensor, bank: PromptBank | None = None) -> Tensor:
-        """Log odds [B, C]."""
         return images @ self.weights.T + self.bias
 
     def after_task(self, embeddings: np.ndarray, labels: Tensor, task: Task, bank: PromptBank) -> None:
@@ -80,8 +76,8 @@ class SLDA(Remembering):
             softened = (1 - self.shrinkage) * covariance + self.shrinkage * eye
             means = self.sums[c] / self.count[c][:, None]
             weights = means @ torch.linalg.pinv(softened, hermitian=True)  # [2, D]
-            constant = self.count[c].log() - (weights * means).sum(1) / 2
             self.weights[c] = weights[1] - weights[0]
+            constant = self.count[c].log() - (weights * means).sum(1) / 2
             self.bias[c] = constant[1] - constant[0]
 
     def update(self, c: int, images: Tensor, y: Tensor) -> None:
@@ -169,16 +165,12 @@ class RanPAC(RandomFeatures):
     not 0.913, on the demo, seed 27). zero_shot: 1, findings without labels keep the zero-shot logit (ours).
     """
 
-    def __init__(
-        self, dim: int, n_classes: int, features: int = 2000, ridge: float = 0.0, zero_shot: int = 0,
-        seed: int = -1,
-    ):  # fmt: skip
+    def __init__(self, dim: int, n_classes: int, features=2000, ridge=0.0, zero_shot=0, seed=-1):
         projection = torch.randn(dim, features, generator=torch.Generator().manual_seed(max(0, seed)))
         super().__init__(projection, n_classes, ridge, seed)
         self.zero_shot = zero_shot
 
     def logits(self, images: Tensor, bank: PromptBank | None = None) -> Tensor:
-        """As the regression has it; of a finding without labels 0, or the zero-shot logit."""
         logits = super().logits(images)
         if not self.zero_shot:
             return logits
@@ -197,10 +189,7 @@ class L3A(RandomFeatures):
 
     remembered = ("ridges", "positives")
 
-    def __init__(
-        self, dim: int, n_classes: int, features: int = 2000, ridge: float = 0.0, threshold: float = 0.7,
-        seed: int = -1,
-    ):  # fmt: skip
+    def __init__(self, dim: int, n_classes: int, features=2000, ridge=0.0, threshold=0.7, seed=-1):
         uniform = torch.rand(dim, features, generator=torch.Generator().manual_seed(max(0, seed)))
         super().__init__((2 * uniform - 1) / dim**0.5, n_classes, ridge, seed)
         self.threshold = threshold

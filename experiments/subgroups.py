@@ -6,8 +6,6 @@ Writes subgroups.md, .csv and .png into the run's folder, from test images, the 
 All groups share 1,000 resamples of the patients, so that the interval of a gap is a paired one.
 """
 
-from __future__ import annotations
-
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -17,9 +15,9 @@ import numpy as np
 import pandas as pd
 
 import retune
-from experiments.common import new_figure
-from experiments.decisions import decide
-from experiments.scores import load_run, logits_of, resampled_rate
+from experiments.decisions import decide, logits_of, resampled_rate
+from experiments.figures import new_figure
+from experiments.runs import load_run
 
 MEASURES = ("AUROC", "sensitivity", "specificity")
 
@@ -54,8 +52,8 @@ def compare_groups(group: pd.Series, findings, labels, scores, present, patients
     """
     images = group.value_counts().drop("", errors="ignore").sort_index()
     images = images[images > 0]
-    masks = [(group == name).to_numpy()[:, None] for name in images.index]
-    points = [measure_group(np.where(mask, labels, np.nan), scores, present, patients) for mask in masks]
+    inside = [np.where((group == name).to_numpy()[:, None], labels, np.nan) for name in images.index]
+    points = [measure_group(known, scores, present, patients) for known in inside]
     points = np.stack(points)  # [G, 1 + R, C, 3]
     shared = ~np.isnan(points[:, 0]).any(0)  # [C, 3]
     mean = np.ma.masked_invalid(np.where(shared, points, np.nan)).mean(axis=2, keepdims=True)
@@ -73,32 +71,6 @@ def compare_groups(group: pd.Series, findings, labels, scores, present, patients
     return pd.DataFrame(rows, columns=["group", "images", "finding", "measure", "value", "low", "high"])
 
 
-def compare(run: Path) -> pd.DataFrame:
-    """The groups of all columns that the data of a run have."""
-    _, data, embeddings, bank, model = load_run(run)
-    rows = data.where("test")
-    scores = logits_of(model, bank, embeddings, rows)
-    present = decide(scores, retune.read_json(run / "metrics.json")["decisions"])
-    tables = []
-    for column in (name for name in retune.GROUPS if getattr(data, name) is not None):
-        group = group_names(np.asarray(getattr(data, column))[rows], column)
-        measured = (data.class_names, data.labels[rows], scores, present, data.patients[rows])
-        tables.append(compare_groups(group, *measured).assign(by=column))
-    if not tables:
-        raise retune.InputError(f"{run}: its data have no column {', '.join(retune.GROUPS)}")
-    table = pd.concat(tables, ignore_index=True)
-    return table[["by", *table.columns[:-1]]]
-
-
-def to_markdown(table: pd.DataFrame) -> str:
-    """The means over findings, a row per group."""
-    rows = []
-    for (by, name, images), part in table.groupby(["by", "group", "images"], sort=False):
-        cells = [f"{r.value:.3f} ({r.low:.3f} to {r.high:.3f})" for r in part.itertuples()]
-        rows.append([f"{by}: {name}", images, *cells])
-    return retune.markdown_table(["test images, mean over findings", "images", *MEASURES], rows)
-
-
 def draw(path: Path, table: pd.DataFrame) -> None:
     """A panel per measure, a line per group: the mean over findings and its interval."""
     table = table[table["group"] != "gap"]
@@ -114,16 +86,31 @@ def draw(path: Path, table: pd.DataFrame) -> None:
 
 
 def execute(argv: Sequence[str]) -> None:
-    """Compare the groups of a run."""
+    """Compare the groups of a run, in all columns that its data have."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     run = parser.parse_args(argv).run
-    table = compare(run)
+    _, data, embeddings, bank, model = load_run(run)
+    test = data.where("test")
+    scores = logits_of(model, bank, embeddings, test)
+    present = decide(scores, retune.read_json(run / "metrics.json")["decisions"])
+    measured = (data.class_names, data.labels[test], scores, present, data.patients[test])
+    columns = {name: getattr(data, name) for name in retune.GROUPS if getattr(data, name) is not None}
+    if not columns:
+        raise retune.InputError(f"{run}: its data have no column {', '.join(retune.GROUPS)}")
+    groups = {name: group_names(np.asarray(values)[test], name) for name, values in columns.items()}
+    tables = {name: compare_groups(group, *measured) for name, group in groups.items()}
+    table = pd.concat(tables, names=["by", None]).reset_index("by")
     means = table[table["finding"] == "mean"]
+    rows = []
+    for (by, name, images), part in means.groupby(["by", "group", "images"], sort=False):
+        cells = [f"{r.value:.3f} ({r.low:.3f} to {r.high:.3f})" for r in part.itertuples()]
+        rows.append([f"{by}: {name}", images, *cells])
+    text = retune.markdown_table(["test images, mean over findings", "images", *MEASURES], rows)
     retune.write_text(run / "subgroups.csv", table.to_csv(index=False, float_format="%.6f"))
-    retune.write_text(run / "subgroups.md", to_markdown(means) + "\n")
+    retune.write_text(run / "subgroups.md", text + "\n")
     draw(run / "subgroups.png", means)
-    print(to_markdown(means))
+    print(text)
 
 
 if __name__ == "__main__":

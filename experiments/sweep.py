@@ -8,8 +8,6 @@ separate several values of one option ("set=features=1000 shared=0"). What follo
 it is; braces in --output name settings, in which the runs must differ. Finished runs are skipped.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import sys
@@ -19,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 import retune
-from experiments.scores import load_inputs
+from experiments.runs import load_inputs
 from retune import Config
 
 

@@ -9,12 +9,10 @@ settings of the runs it wants} and columns, each a metric and more such settings
 its caption, with the zero-shot AUROC for {zero}.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,23 +24,24 @@ from experiments.runs import (
     BASIC,
     BOUND,
     LAST,
+    NAMES,
     OPPONENTS,
     QUALITY,
     SCENARIOS,
+    collect,
     full_name,
     labels_of,
     lead,
-    load,
     pick,
+    read_runs,
     scenarios,
     variants,
+    write_runs,
 )
 from retune import InputError, main, markdown_table, write_text
 
-# --------------------------------------------------------------------------------------------------- 1. Cells
-
-
 OURS = ("retune", "distil", "analytic")
+METHOD_LABELS = ("method", "whitened")
 
 
 class Column(NamedTuple):
@@ -55,20 +54,14 @@ class Column(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The cells as text, the seeds, and the notes below."""
+    """The cells as text, the notes below, and the seeds, if not those of RE-tune as published."""
 
     text: pd.DataFrame
-    seeds: Sequence[int]
     notes: Sequence[str] = ()
+    seeds: Sequence[int] = ()
 
 
-Rows = dict[tuple, dict]
-
-
-def fill(
-    runs: pd.DataFrame, rows: Rows, columns: Sequence[Column], labels: Sequence[str] = ("method", "whitened"),
-    bold: bool = True, notes: Sequence[str] = (),
-) -> Table:  # fmt: skip
+def fill(runs: pd.DataFrame, rows: dict, columns: Sequence[Column], labels=METHOD_LABELS, bold=True) -> Table:
     """Mean and standard deviation (n - 1) over seeds in every cell; InputError when a run is missing."""
     text = pd.DataFrame(list(rows), columns=labels)
     for column in columns:
@@ -86,16 +79,14 @@ def fill(
         for i in leaders(found, wanted) if bold and column.metric == LAST else ():
             cells[i] = f"**{cells[i]}**"
         text[column.name] = cells
-    return Table(text, seeds, notes)
+    return Table(text, seeds=seeds)
 
 
 def cell_text(values: pd.Series, digits: str) -> str:
     """Mean ± standard deviation, or the value alone where all runs agree; a dash where there is none."""
     values = values.astype(float)
-    if values.isna().all():
-        return "-"
     deviation = f" ± {values.std():{digits}}" if values.nunique() > 1 else ""
-    return f"{values.mean():{digits}}{deviation}"
+    return "-" if values.isna().all() else f"{values.mean():{digits}}{deviation}"
 
 
 def leaders(found: Sequence[pd.DataFrame], wanted: Sequence[dict]) -> set[int]:
@@ -107,8 +98,6 @@ def leaders(found: Sequence[pd.DataFrame], wanted: Sequence[dict]) -> set[int]:
     return {first for first, second in pairs if lead(found[first], found[second])[1] > 0}
 
 
-# -------------------------------------------------------------------------------------------------- 2. Tables
-
 CONTINUAL = {
     "AUROC": LAST, "forgetting": "continual.forgetting", "backward transfer": "continual.backward_transfer",
     "forward transfer": "continual.forward_transfer"}  # fmt: skip
@@ -118,12 +107,7 @@ def per_scenario(measure: str, scenarios: Sequence[str]) -> list[Column]:
     return [Column(f"{measure} {name}", CONTINUAL[measure], SCENARIOS[name]) for name in scenarios]
 
 
-def published(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs of RE-tune as the paper has it, in the first scenario that was run."""
-    return pick(runs, **next(iter(scenarios(runs).values())))
-
-
-def method_rows(runs: pd.DataFrame, **where) -> Rows:
+def method_rows(runs: pd.DataFrame, **where) -> dict:
     """A row for every method that was run there."""
     return {labels_of(v): where | v for v in variants(runs) if len(pick(runs, **where, **v))}
 
@@ -139,8 +123,7 @@ def forgetting_table(runs: pd.DataFrame) -> Table:
     """What is left of earlier tasks after the last one, test split. Forward transfer is a finding's AUROC
     before its own part, against zero-shot. Keeping all data is a bound and not in the running."""
     methods = ("retune", "linear", "mlp", "ewc", "lwf", "replay", BOUND)
-    named = {method: labels_of({"method": method, "set": "", "whiten": False})[0] for method in methods}
-    rows = {(s, named[m]): SCENARIOS[s] | {"method": m} for s in BASIC[1:] for m in methods}
+    rows = {(s, NAMES[m]): SCENARIOS[s] | {"method": m} for s in BASIC[1:] for m in methods}
     return fill(runs, rows, [Column(*item) for item in CONTINUAL.items()], ["scenario", "method"])
 
 
@@ -189,8 +172,8 @@ def cost_table(runs: pd.DataFrame) -> Table:
         Column("stored bytes", "cost.stored_bytes", digits=",.0f"),
         Column("stored bytes a patient", "cost.stored_a_patient", digits=",.0f"),
     ]
-    found = method_rows(runs, scenario="class").items()
-    return fill(runs, {labels: where for labels, where in found if not where["whiten"]}, columns)
+    rows = method_rows(runs, scenario="class")
+    return fill(runs, {labels: where for labels, where in rows.items() if not where["whiten"]}, columns)
 
 
 def calibration_table(runs: pd.DataFrame) -> Table:
@@ -233,11 +216,11 @@ def intervals_table(runs: pd.DataFrame) -> Table:
     """Macro AUROC on test after the last task, mean over seeds, with 95% intervals over 1,000 resamples of
     the patients. Zero-shot: {zero:.3f}."""
     rows = method_rows(runs)
-    text = pd.DataFrame(list(rows), columns=["method", "whitened"])
+    text = pd.DataFrame(list(rows), columns=METHOD_LABELS)
     for scenario, where in scenarios(runs).items():
-        found = [pick(runs, **row | where) for row in rows.values()]
-        text[scenario] = ["{:.3f} [{:.3f}, {:.3f}]".format(*lead(one)) for one in found]
-    return Table(text, sorted(published(runs)["seed"]))
+        leads = [lead(pick(runs, **row | where)) for row in rows.values()]
+        text[scenario] = ["{:.3f} [{:.3f}, {:.3f}]".format(*interval) for interval in leads]
+    return Table(text)
 
 
 def orders_table(runs: pd.DataFrame) -> Table:
@@ -246,8 +229,8 @@ def orders_table(runs: pd.DataFrame) -> Table:
     listed = pick(runs, **next(iter(rows.values()))).sort_values("seed")
     columns = [Column(f"AUROC, order {seed}", LAST, {"seed": seed}) for seed in listed["seed"]]
     columns += [Column(*item) for item in CONTINUAL.items()]
-    notes = ["Orders: " + "; ".join(listed["seed"].astype(str) + ": " + listed["order"]) + "."]
-    return fill(runs, rows, columns, notes=notes)
+    orders = "; ".join(listed["seed"].astype(str) + ": " + listed["order"])
+    return fill(runs, rows, columns)._replace(notes=[f"Orders: {orders}."])
 
 
 def differences_table(runs: pd.DataFrame) -> Table:
@@ -256,7 +239,7 @@ def differences_table(runs: pd.DataFrame) -> Table:
     both."""
     rivals = [v for v in variants(runs) if v["method"] not in (*OURS, BOUND)]
     text, notes = compare_with(runs, rivals, "the best rival")
-    return Table(text, sorted(published(runs)["seed"]), notes + whitening_notes(runs))
+    return Table(text, notes + whitening_notes(runs))
 
 
 def rivals_table(runs: pd.DataFrame) -> Table:
@@ -264,7 +247,7 @@ def rivals_table(runs: pd.DataFrame) -> Table:
     intervals over 1,000 resamples of the patients, the same for both."""
     found = [compare_with(runs, [rival], full_name(rival)) for rival in OPPONENTS if rival in variants(runs)]
     text = pd.concat([text for text, _ in found], ignore_index=True)
-    return Table(text, sorted(published(runs)["seed"]), [note for _, notes in found for note in notes])
+    return Table(text, [note for _, notes in found for note in notes])
 
 
 def compare_with(runs: pd.DataFrame, rivals: Sequence[dict], against: str) -> tuple[pd.DataFrame, list[str]]:
@@ -274,17 +257,16 @@ def compare_with(runs: pd.DataFrame, rivals: Sequence[dict], against: str) -> tu
     """
     ours = [v for v in variants(runs) if v["method"] in OURS]
     labels = [(against.removeprefix("the "), ""), *map(labels_of, ours)]
-    text = pd.DataFrame(labels, columns=["method", "whitened"])
+    text = pd.DataFrame(labels, columns=METHOD_LABELS)
     places = pd.DataFrame(index=map(full_name, ours))
     for scenario, where in scenarios(runs).items():
         rival = max(rivals, key=lambda v: pick(runs, **where, **v)[LAST].mean())
         other = pick(runs, **where, **rival)
         leads = [lead(pick(runs, **where, **v), other) for v in ours]
-        cells = [f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]" for difference, low, high in leads]
-        signs = [int(low > 0) - int(high < 0) for _, low, high in leads]
-        cells = [f"**{cell}**" if sign else cell for cell, sign in zip(cells, signs)]
+        cells = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*interval) for interval in leads]
+        places[scenario] = [int(low > 0) - int(high < 0) for _, low, high in leads]
+        cells = [f"**{cell}**" if sign else cell for cell, sign in zip(cells, places[scenario])]
         text[scenario] = [f"{full_name(rival)}, {other[LAST].mean():.3f}", *cells]
-        places[scenario] = signs
     notes = []
     for name, signs in places.iterrows():
         named = {"ahead of": 1, "level with": 0, "behind": -1}
@@ -308,20 +290,20 @@ def whitening_notes(runs: pd.DataFrame) -> list[str]:
     return [f"Whitening, mean change over {len(whitened)} methods ({counted}): {', '.join(parts)}."]
 
 
-TABLES: dict[str, Callable[[pd.DataFrame], Table]] = {
+TABLES = {
     "summary": summary_table, "main": main_table, "forgetting": forgetting_table, "adaptors": adaptors_table,
     "prompts": prompts_table, "cost": cost_table, "calibration": calibration_table,
     "methods": methods_table, "intervals": intervals_table, "differences": differences_table,
     "rivals": rivals_table, "orders": orders_table}  # fmt: skip
 
-# ------------------------------------------------------------------------------------- 3. Files, command line
-
 
 def render(name: str, runs: pd.DataFrame) -> dict[str, str]:
     """The table `name` as {".md", ".tex", ".csv"}; runs.csv has the unrounded numbers."""
-    text, seeds, notes = TABLES[name](runs)
+    text, notes, seeds = TABLES[name](runs)
     run = runs.iloc[0]
-    zero = published(runs)["zero.auroc_macro"].mean()
+    published = pick(runs, **next(iter(scenarios(runs).values())))  # RE-tune, in the first scenario that ran
+    seeds = seeds or sorted(published["seed"])
+    zero = published["zero.auroc_macro"].mean()
     demo = "; synthetic phantoms, not clinical numbers" if run["data"] == "demo" else ""
     lead_or_difference = "difference" if name in ("differences", "rivals") else "lead over the next best"
     bold = f" Bold: the paired 95% interval of the {lead_or_difference} excludes zero."
@@ -356,7 +338,9 @@ def make_tables(argv: Sequence[str]) -> None:
     parser.add_argument("--only", nargs="+", choices=(*TABLES, "figures"), default=(*TABLES, "figures"))
     arguments = parser.parse_args(argv)
     folder = arguments.results
-    runs = load(folder)
+    if (folder / "runs").is_dir():
+        write_runs(collect(folder / "runs"), folder)
+    runs = read_runs(folder)
     for name in (name for name in arguments.only if name in TABLES):
         texts = render(name, runs)
         for suffix, text in texts.items():

@@ -16,7 +16,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import retune
-from experiments import benchmark, figures, runs, scores, sweep, tables
+from experiments import benchmark, decisions, figures, runs, sweep, tables
 from retune import InputError
 
 ROOT = Path(retune.__file__).resolve().parent
@@ -80,7 +80,7 @@ def test_two_runs_of_a_sweep_need_two_folders(results, capsys):
 
 def auroc_after(folder: Path, task: int) -> np.ndarray:
     """Test AUROC of every class after a task, from its saved adaptors."""
-    settings, data, embeddings, bank, model = scores.load_run(folder)
+    settings, data, embeddings, bank, model = runs.load_run(folder)
     model.load_state_dict(retune.load_tensors(folder / f"task_{task}.safetensors")[0])
     rows = data.where("test")
     with torch.inference_mode():
@@ -113,7 +113,7 @@ def test_resampled_rate_is_the_share_among_the_drawn():
     of = generator.random((50, 2)) < 0.5
     hit = generator.random((50, 2)) < 0.7
     patients = generator.integers(0, 20, 50).astype(str)
-    found = scores.resampled_rate(hit, of, patients)
+    found = decisions.resampled_rate(hit, of, patients)
     ids, patient = np.unique(patients, return_inverse=True)
     weight = retune.draw_patients(len(ids))[7][patient]
     expected = [np.average(hit[of[:, c], c], weights=weight[of[:, c]]) for c in (0, 1)]
@@ -127,14 +127,14 @@ def test_paired_interval_is_that_of_the_differences(results):
     difference, low, high = runs.lead(first, second)
     assert difference == pytest.approx(first[runs.LAST].mean() - second[runs.LAST].mean())
     samples = (np.stack(first["resampled"]).astype(float) - np.stack(second["resampled"])).mean(0)
-    assert (low, high) == pytest.approx(np.percentile(samples, [2.5, 97.5]) * scores.STEP)
+    assert (low, high) == pytest.approx(np.percentile(samples, [2.5, 97.5]) * runs.STEP)
     assert low < difference < high
     assert runs.lead(second, first) == pytest.approx((-difference, -high, -low))
 
 
 def test_calibration_against_a_plain_loop(results):
     folder = results / "runs" / "retune-False" / "joint-27"
-    _, data, embeddings, bank, model = scores.load_run(folder)
+    _, data, embeddings, bank, model = runs.load_run(folder)
     rows = data.where("test")
     with torch.inference_mode():
         p = model.logits(torch.from_numpy(np.array(embeddings[rows])), bank).double().sigmoid().numpy()
@@ -143,7 +143,7 @@ def test_calibration_against_a_plain_loop(results):
         inside = (p[:, c] >= b / 15) & (p[:, c] < (b + 1) / 15)
         if inside.any():
             gaps.append(inside.mean() * abs(p[inside, c].mean() - data.labels[rows][inside, c].mean()))
-    measured = scores.score_facts(folder)["calibration"]["model"]
+    measured = runs.score_facts(folder)["calibration"]["model"]
     assert measured["ece_before"] == pytest.approx(sum(gaps) / p.shape[1], abs=1e-6)
     assert measured["brier_before"] == pytest.approx(np.mean((p - data.labels[rows]) ** 2), abs=1e-6)
 
@@ -153,9 +153,9 @@ def test_temperature_finds_the_factor_that_was_taken_away():
     logits = generator.normal(size=(20_000, 2)) * 2
     labels = (generator.random(logits.shape) < 1 / (1 + np.exp(-logits))).astype(float)
     labels[::7] = np.nan
-    assert scores.fit_temperature(logits * 3, labels) == pytest.approx(3, rel=0.05)
-    assert scores.reliability(logits * 3, labels, 3.0)["ece"] < 0.02
-    assert scores.reliability(logits * 3, labels, 1.0)["ece"] > 0.02
+    assert decisions.fit_temperature(logits * 3, labels) == pytest.approx(3, rel=0.05)
+    assert decisions.reliability(logits * 3, labels, 3.0)["ece"] < 0.02
+    assert decisions.reliability(logits * 3, labels, 1.0)["ece"] > 0.02
 
 
 # ----------------------------------------------------------------------------------------------------- tables
@@ -190,7 +190,7 @@ def test_differences_and_their_verdict(results, small_tables):
 
 def test_bold_only_where_the_lead_excludes_zero():
     def made(level: float, width: float = 0.0003) -> pd.DataFrame:
-        resampled = np.array([level - width, level + width]) / scores.STEP
+        resampled = np.array([level - width, level + width]) / runs.STEP
         return pd.DataFrame({runs.LAST: [level], "resampled": [resampled]})
 
     wanted = [{"scenario": "a"}] * 2 + [{"scenario": "b"}] * 2 + [{"scenario": "b", "method": runs.BOUND}]

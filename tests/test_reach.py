@@ -20,8 +20,9 @@ from sklearn.metrics import roc_auc_score
 
 import retune
 from demo.hospitals import draw_hospitals
-from experiments import decisions, heatmaps, subgroups
-from experiments.scores import load_run, logits_of
+from experiments import decisions, deploy, subgroups
+from experiments.decisions import logits_of
+from experiments.runs import load_run
 from tests.test_encoders import SMALL_BERT, no_network, peers_of_biovil, randomise, write_vocabulary  # noqa: F401
 from tests.test_public_data import write_dicom
 
@@ -359,7 +360,7 @@ def test_positions_go_through_the_embeddings_own_head(name):
     side = 96 if name in ("tiny", "biovil") else 48
     pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        positions, size = heatmaps.embed_positions(encoder, pixels)
+        positions, size = deploy.embed_positions(encoder, pixels)
         # a mean, or the CLS token
         pooled = positions.mean(1) if name in ("tiny", "biovil") else positions[:, 0]
         torch.testing.assert_close(pooled, tower(pixels), rtol=1e-4, atol=1e-5)
@@ -374,7 +375,7 @@ def test_heatmaps_are_drawn_or_refused_with_a_reason(hospitals, finished, tmp_pa
     encoder = retune.DualEncoder.load("tiny")
     encoder.image.pool = "pooler"
     with pytest.raises(retune.InputError, match="--heatmap: tiny pools its map by a layer of its own"):
-        heatmaps.embed_positions(encoder, torch.zeros(1, 3, 64, 64))
+        deploy.embed_positions(encoder, torch.zeros(1, 3, 64, 64))
 
 
 @pytest.mark.parametrize("kind", ["window", "lut", "plain"])

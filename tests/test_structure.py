@@ -15,8 +15,8 @@ TOP = {
     "LICENSE", ".gitignore", ".ruff.toml", ".ci", "adaptor", "cleft", "experiments", "demo", "tests", "docs",
 }  # fmt: skip
 BOUNDS = {
-    "retune.py": 2186, "test_retune.py": 1200, "README.md": 150, "adaptor/**/*.py": 1900,
-    "cleft/**/*.py": 1400, "experiments/**/*.py": 2825, "tests/**/*.py": 5040}  # fmt: skip
+    "retune.py": 2225, "test_retune.py": 1200, "README.md": 150, "adaptor/**/*.py": 1900,
+    "cleft/**/*.py": 1400, "experiments/**/*.py": 2715, "tests/**/*.py": 5040}  # fmt: skip
 LONGEST_FUNCTION = 60
 FROM_RETUNE = {"demo.phantoms", "experiments"}  # the demo's images, the list of methods; when asked for
 APART = {"adaptor", "cleft", "experiments"}
