@@ -21,7 +21,7 @@ import difflib
 import functools
 import gzip
 import hashlib
-import importlib
+import importlib.util
 import io
 import json
 import math
@@ -643,9 +643,13 @@ def read_image(path: str | Path) -> torch.Tensor:
     """
     from PIL import Image, ImageOps
 
-    if Path(path).suffix.lower() in (".dcm", ".dicom"):
-        return read_dicom(path)
+    is_dicom = Path(path).suffix.lower() in (".dcm", ".dicom")
+    if is_dicom and importlib.util.find_spec("pydicom") is None:
+        # no InputError, since --skip-bad-images must not leave out what only lacks a package
+        raise OSError(f"{path}: DICOM is read with pydicom: pip install pydicom")
     with input_errors(path, "not a readable PNG, JPEG, TIFF or DICOM image"):
+        if is_dicom:
+            return read_dicom(path)
         with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
             if image.format == "TIFF" and image.n_frames > 1:
                 raise ValueError(f"it holds {image.n_frames} pages")
@@ -671,19 +675,14 @@ def stretch(pixels: np.ndarray) -> torch.Tensor:
 
 def read_dicom(path: str | Path) -> torch.Tensor:
     """One grey DICOM frame as uint8 [1, H, W]: modality LUT, window or VOI LUT; MONOCHROME1 is inverted."""
-    try:
-        import pydicom
-        from pydicom.pixels import apply_modality_lut, apply_voi_lut
-    except ImportError:  # no InputError: --skip-bad-images must not skip what only lacks a package
-        raise OSError(f"{path}: DICOM needs pydicom: pip install pydicom") from None
+    import pydicom
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
-    with input_errors(path, "not a readable PNG, JPEG, TIFF or DICOM image"):
-        image = pydicom.dcmread(path)
-        values = apply_modality_lut(image.pixel_array, image)
-        values = apply_voi_lut(values, image, index=0).astype(np.float32)
-        if values.ndim != 2:
-            raise ValueError(f"pixels of shape {values.shape}; one grey frame is read")
-        return stretch(-values if image.get("PhotometricInterpretation") == "MONOCHROME1" else values)
+    image = pydicom.dcmread(path)
+    values = apply_voi_lut(apply_modality_lut(image.pixel_array, image), image, index=0).astype(np.float32)
+    if values.ndim != 2:
+        raise ValueError(f"pixels of shape {values.shape}; one grey frame is read")
+    return stretch(-values if image.get("PhotometricInterpretation") == "MONOCHROME1" else values)
 
 
 # ----------------------------------------------------------------------------------------- 4. Frozen encoders
@@ -2026,8 +2025,8 @@ def main(argv: Sequence[str] | None = None, action: Callable[[Sequence[str]], No
         except KeyboardInterrupt:
             print("\nstopped; the same command continues where it was", file=sys.stderr)
             return 130
-        except (InputError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+        except (InputError, OSError) as error:  # of a worker process's, the line below its traceback
+            print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
             return 2
     return 0
 
