@@ -17,7 +17,7 @@ from cleft import captions, config, data, evaluation, model, tables, towers, tra
 from cleft.__main__ import main
 from cleft.config import Config, resolve_defaults
 from retune import DualEncoder, InputError
-from tests.fixtures import ROOT, read_failure, write_dicom
+from tests.conftest import ROOT, read_failure, write_dicom
 
 TEXTS = ["no edema", "a large left pleural effusion", "cardiomegaly", "a normal chest", "edema", "mass"]
 
@@ -67,10 +67,8 @@ def radiographs(labels, names, split="test"):
 def plain_loss(images, texts, scale):
     """Mean cross-entropy of rows plus that of columns."""
     cosines = scale * images @ texts.T
-    rows = [
-        torch.log(row.exp().sum()) - row[i] for table in (cosines, cosines.T) for i, row in enumerate(table)
-    ]
-    return sum(rows) / len(images)
+    both = [*enumerate(cosines), *enumerate(cosines.T)]
+    return sum(torch.log(row.exp().sum()) - row[i] for i, row in both) / len(images)
 
 
 @pytest.mark.parametrize("local", [False, True])
@@ -289,10 +287,11 @@ def test_mammogram_captions_and_prompts_have_one_form():
     assert f"{chosen.base_caption} {captions.class_phrase('BI-RADS 4')}" == prompt
     for style in ("natural", "structural"):
         text = captions.mammogram_caption(facts, style)
-        said = ("left CC", "56 years, white", "heterogeneously dense", "mass", "BI-RADS 4")
-        assert all(word in text for word in said) and "calcification" not in text
         chosen = resolve_defaults(Config(data="embed", caption_style=style))
         assert captions.class_prompt("BI-RADS 4", chosen).split("assessment")[1] in text
+    assert captions.mammogram_caption(facts, "natural") == (
+        "the image is left CC mammogram. the patient is 56 years, white. the breast density is "
+        "heterogeneously dense. the finding is mass. the assessment is BI-RADS 4, suspicious")  # fmt: skip
 
 
 def test_otsu_agrees_with_brute_force():
@@ -631,38 +630,21 @@ def test_rsna_marks_pneumonia_and_names_rows_that_do_not_fit(tmp_path, old, new,
         data.load_pairs(chosen)
 
 
-def test_shipped_encoder_is_small_and_knows_its_words():
-    assert sum(file.stat().st_size for file in (ROOT / "demo" / "tiny").iterdir()) < 3e6
-    encoder = DualEncoder.load("tiny")
+def test_shipped_encoder_is_small_and_what_make_tiny_makes(monkeypatch, tmp_path):
+    places = (ROOT / "demo" / "tiny", tmp_path / "tiny")
+    assert sum(file.stat().st_size for file in places[0].iterdir()) < 3e6
     prompts = retune.load_prompts(ROOT / "prompts.json", ["Edema", "Cardiomegaly"])
-    texts = [text for pair in prompts.values() for part in pair.values() for text in part]
-    words = {word for text in texts for word in text.split()}
-    assert all(len(encoder.tokenizer(word)["input_ids"]) == 2 for word in words)  # one token and the end
-
-
-def test_make_tiny_trains_the_shipped_architecture(monkeypatch, tmp_path):
+    words = " ".join(text for pair in prompts.values() for part in pair.values() for text in part).split()
+    tokenizer = DualEncoder.load("tiny").tokenizer
+    assert all(len(tokenizer(word)["input_ids"]) == 2 for word in words)  # one token and the end
     small = {"demo_images": 400, "steps": 2, "batch_size": 16, "lr": 1e-3}
     monkeypatch.setattr(program, "TINY", config.TINY | small)
     threads = torch.get_num_threads()
-    assert main(["make-tiny", "--to", str(tmp_path / "tiny"), "--output", str(tmp_path / "run")]) == 0
+    assert main(["make-tiny", "--to", str(places[1]), "--output", str(tmp_path / "run")]) == 0
     torch.set_num_threads(threads)
-    places = (ROOT / "demo" / "tiny", tmp_path / "tiny")
     shipped, made = (json.loads((path / "config.json").read_text()) for path in places)
     for each in (shipped, made):
         del each["text"]["model"]["vocab_size"]  # fewer phantoms, fewer words
     assert shipped == made
     files = [(path / "tokenizer_config.json").read_bytes() for path in places]
     assert files[0] == files[1]
-
-
-def test_shipped_encoder_leaves_the_demo_something_to_learn(tmp_path):
-    """Zero-shot like a real encoder on real X-rays (0.60 to 0.75), a linear probe far above it."""
-    pairs, encoder = data.load_pairs(resolve_defaults(Config(demo_images=1500))), DualEncoder.load("tiny")
-    embeddings = retune.embed(encoder, pairs, tmp_path, batch_size=250)
-    bank = retune.embed_prompts(encoder, retune.load_prompts(ROOT / "prompts.json", pairs.class_names))
-    zero = retune.RETune(encoder.dim, adapt="none")
-    scores = zero.scores(torch.from_numpy(np.array(embeddings)), bank)[0].numpy()
-    assert 0.6 < retune.evaluate(scores, scores > 0.5, pairs.labels, pairs.class_names)["auroc_macro"] < 0.75
-    multi = evaluation.make_test_sets(pairs, Config(fractions=(1.0,), balanced=0))[0]
-    probed = evaluation.linear_probe(embeddings, multi, multi.learn[1.0])
-    assert evaluation.measure(probed, multi)["auroc_macro"] > 0.82

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import retune
-from tests.fixtures import ROOT, run_python
+from tests.conftest import ROOT, run_python
 
 PASTED = (  # what users copy
     "Adaptor", "RETune", "PromptBank", "prompt_contrastive_loss", "make_tasks", "evaluate",

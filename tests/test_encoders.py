@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import socket
 import sys
 import types
 from pathlib import Path
@@ -20,6 +19,7 @@ import retune
 from demo.phantoms import make_phantoms
 from retune import DualEncoder, InputError
 
+pytestmark = pytest.mark.usefixtures("no_network")
 PROMPTS = [
     "edema", "no edema", "Findings consistent with pneumonia", "there is no evidence of acute cardiomegaly",
     "the heart is mildly enlarged", "small left pleural effusion with atelectasis",
@@ -45,17 +45,6 @@ def peers_of_biovil(monkeypatch):
     config["text"]["head"][0] = retune.linear(48, 128)
     monkeypatch.setattr(retune, "BIOVIL", config)
     return ImageModel, CXRBertModel(CXRBertConfig(**SMALL_BERT))
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    """Every test here fails as soon as anything opens a connection or looks up a name."""
-
-    def refuse(*arguments, **options):
-        raise AssertionError(f"network touched: {arguments}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 @torch.no_grad()
@@ -313,22 +302,6 @@ def test_clip_and_siglip_equal_transformers(tmp_path, kind, end):
     assert ours.dim == text.shape[1] == (24 if kind == "clip" else 48)
     ours.save(tmp_path / "converted")
     assert DualEncoder.load(str(tmp_path / "converted")).fingerprint() == ours.fingerprint()
-
-
-def test_old_clip_config_files_are_understood(tmp_path):
-    """Years of published CLIPs: generation settings in the towers' configs, *_config_dict, flat sizes."""
-    published_clip(tmp_path, "clip")
-    expected = DualEncoder.load(str(tmp_path))
-    config = json.loads((tmp_path / "config.json").read_text())
-    for part in ("text_config", "vision_config"):
-        config[f"{part}_dict"] = config[part]
-        config[part] = {"hidden_size": 7, "top_k": 50, "torch_dtype": "float32", "_name_or_path": ""}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    flat = {"do_resize": True, "size": 48, "do_center_crop": True, "crop_size": 48, "resample": 3}
-    flat |= {"feature_extractor_type": "CLIPFeatureExtractor", "do_normalize": True}
-    flat |= {f"image_{key}": value for key, value in OPEN_CLIP_CONFIG["preprocess_cfg"].items()}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(flat))
-    assert DualEncoder.load(str(tmp_path)).fingerprint() == expected.fingerprint()
 
 
 def films(count=12):

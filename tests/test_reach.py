@@ -1,4 +1,4 @@
-"""Encoders of open_clip and BioViL-T, hospitals as parts, decisions, subgroups, export, heat maps, DICOM."""
+"""Encoders of open_clip and BioViL-T, hospitals as parts, decisions, subgroups, export, heat maps."""
 
 from __future__ import annotations
 
@@ -22,20 +22,10 @@ import retune
 from demo.hospitals import draw_hospitals
 from experiments import decisions, heatmaps, subgroups
 from experiments.scores import load_run, logits_of
-from tests.test_encoders import SMALL_BERT, no_network, peers_of_biovil, randomise, write_vocabulary  # noqa: F401
-from tests.test_public_data import write_dicom
+from tests.test_encoders import difference, peers_of_biovil, randomise, write_vocabulary
 
-PROMPTS = [
-    "edema",
-    "there is no evidence of acute cardiomegaly",
-    "Small left pleural effusion, with atelectasis.",
-]
-
-
-def difference(ours, theirs):
-    return (ours - theirs).abs().max().item()
-
-
+pytestmark = pytest.mark.usefixtures("no_network")
+PROMPTS = ["edema", "no evidence of acute cardiomegaly", "Small left pleural effusion, with atelectasis."]
 SMALL = {"width": 64, "layers": 2}
 OPEN_CLIP = {  # the options of each architecture, with few layers; the full ones are open_clip's own configs
     "ViT-B-32-quickgelu": {
@@ -375,30 +365,3 @@ def test_heatmaps_are_drawn_or_refused_with_a_reason(hospitals, finished, tmp_pa
     encoder.image.pool = "pooler"
     with pytest.raises(retune.InputError, match="--heatmap: tiny pools its map by a layer of its own"):
         heatmaps.embed_positions(encoder, torch.zeros(1, 3, 64, 64))
-
-
-@pytest.mark.parametrize("kind", ["window", "lut", "plain"])
-@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-def test_dicom_is_read_as_pydicom_defines_it(tmp_path, kind, photometric):
-    pydicom = pytest.importorskip("pydicom")
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
-
-    lut = pydicom.Dataset()
-    lut.LUTDescriptor = [4096, 0, 16]
-    lut.LUTData = (np.sqrt(np.arange(4096) / 4095) * 4095).astype("<u2").tobytes()
-    lut["LUTData"].VR = "OW"
-    window = {"WindowCenter": 900, "WindowWidth": 800, "RescaleSlope": 0.5, "RescaleIntercept": 100}
-    changes = {"window": window, "lut": {"VOILUTSequence": pydicom.Sequence([lut])}, "plain": {}}[kind]
-    pixels = np.random.default_rng(0).integers(0, 4096, (40, 30))
-    path = write_dicom(tmp_path / "film.dcm", pixels, PhotometricInterpretation=photometric, **changes)
-    dataset = pydicom.dcmread(path)
-    values = apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset).astype(float)
-    values = -values if photometric == "MONOCHROME1" else values
-    expected = (values - values.min()) / np.ptp(values) * 255
-    assert np.abs(retune.read_image(path)[0].numpy() - expected).max() <= 0.51
-
-
-def test_dicom_of_several_frames_is_refused(tmp_path):
-    path = write_dicom(tmp_path / "cine.dcm", np.zeros((24, 8)), Rows=8, NumberOfFrames=3)
-    with pytest.raises(retune.InputError, match=r"cine.dcm.*\(3, 8, 8\).*one grey frame is read"):
-        retune.read_image(path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import retune
-from tests.fixtures import ROOT, read_metrics, run_python
+from tests.conftest import ROOT, read_metrics, run_python
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README, *DOCS = (page.read_text(encoding="utf-8") for page in PAGES)

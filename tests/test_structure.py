@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.fixtures import ROOT, run_python
+from tests.conftest import ROOT, run_python
 
 TOP = {
     "retune.py", "prompts.json", "run_experiments.sh", "test_retune.py", "requirements.txt", "README.md",
@@ -16,7 +17,7 @@ TOP = {
 }  # fmt: skip
 BOUNDS = {
     "retune.py": 2323, "test_retune.py": 1200, "README.md": 150, "adaptor/**/*.py": 1900,
-    "cleft/**/*.py": 1400, "experiments/**/*.py": 2715, "tests/**/*.py": 5040}  # fmt: skip
+    "cleft/**/*.py": 1400, "experiments/**/*.py": 2715, "tests/**/*.py": 4600}  # fmt: skip
 LONGEST_FUNCTION = 60
 FROM_RETUNE = {"demo.phantoms", "experiments"}  # the demo's images, the list of methods; when asked for
 APART = {"adaptor", "cleft", "experiments"}
@@ -55,32 +56,16 @@ def import_graph() -> dict[str, set[str]]:
     }
 
 
-def find_circle(graph: dict[str, set[str]]) -> list[str]:
-    """Modules that import each other in a circle; empty when there is none."""
-
-    def walk(path: list[str]) -> list[str]:
-        for name in sorted(graph.get(path[-1], ())):
-            if name in path:
-                return path[path.index(name) :]
-            if circle := walk([*path, name]):
-                return circle
-        return []
-
-    return next((circle for name in sorted(graph) if (circle := walk([name]))), [])
-
-
 def test_the_graph_sees_every_form_of_import():
     source = "import cleft.towers\ndef f():\n    from adaptor import retrieval\n"
     source += "    from . import b\n    from .c import d"
     known = {"cleft.towers", "adaptor", "adaptor.retrieval", "x.b", "x.c", "x.a"}
     assert imports_of(source, "x.a", known) == {"cleft.towers", "adaptor.retrieval", "x.b", "x.c"}
-    assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
-    assert find_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 def test_imports_point_one_way():
     graph = import_graph()
-    assert find_circle(graph) == []
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
     assert graph["retune"] <= FROM_RETUNE
     for name, targets in graph.items():
         others = {target.split(".")[0] for target in targets} & APART

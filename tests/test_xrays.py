@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 import retune
 from experiments import folds, runs
 from experiments.tables import render
-from tests.fixtures import ROOT
+from tests.conftest import ROOT
 
 NIH = os.environ.get("RETUNE_NIH_DIR")
 needs_xrays = pytest.mark.skipif(not NIH, reason="RETUNE_NIH_DIR is not set")
