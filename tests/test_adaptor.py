@@ -71,15 +71,11 @@ def finished(towers, tmp_path_factory) -> Path:
 
 
 def plain_layer(layer: Layer, src: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    width = src.shape[-1]
-    attention = nn.MultiheadAttention(width, layer.self_attn.num_heads, batch_first=True, dtype=src.dtype)
+    heads = layer.self_attn.num_heads
+    attention = nn.MultiheadAttention(src.shape[-1], heads, batch_first=True, dtype=src.dtype)
     attention.load_state_dict(layer.self_attn.state_dict())
-    norms = [nn.LayerNorm(width, dtype=src.dtype) for _ in range(2)]
-    for norm, source in zip(norms, (layer.norm1, layer.norm2)):
-        norm.load_state_dict(source.state_dict())
-    x = norms[0](src + attention(query, src, src)[0])
-    hidden = torch.relu(x @ layer.linear1.weight.T + layer.linear1.bias)
-    return norms[1](x + hidden @ layer.linear2.weight.T + layer.linear2.bias)
+    x = layer.norm1(src + attention(query, src, src)[0])
+    return layer.norm2(x + layer.linear2(torch.relu(layer.linear1(x))))
 
 
 def plain_adaptor(model: Adaptor, images: torch.Tensor, texts: torch.Tensor):
@@ -188,27 +184,19 @@ def test_retrieval_by_hand():
     assert found["image_to_text"]["recall_10"] == 0 and found["text_to_image"]["median_rank"] == 40
 
 
-def test_subsets_are_nested_by_patient_and_seeded():
-    patients = [f"p{i // 3}" for i in range(300)]
-    small, middle, whole = classification.nested_subsets(patients, (0.01, 0.1, 1.0), seed=1)
-    assert (len(small), len(middle), len(whole)) == (3, 30, 300)
-    assert set(small) < set(middle) < set(whole)
-    assert len({patients[i] for i in middle}) == 10  # whole patients
-    again = classification.nested_subsets(patients, (0.1,), seed=1)[0]
-    assert np.array_equal(middle, again)
-    assert not np.array_equal(middle, classification.nested_subsets(patients, (0.1,), seed=2)[0])
-
-
-def test_segmentation_has_classifications_subsets():
+def test_subsets_are_nested_by_patient_seeded_and_segmentations_too():
     labels, patients = np.random.default_rng(0).random((300, 1)) < 0.3, [f"p{i // 3}" for i in range(300)]
     split = np.repeat(["train", "val", "test"], [240, 30, 30])
     xrays = retune.Radiographs(np.zeros((300, 4, 4), np.uint8), labels, ["a"], patients, split)
     config = Config(fractions=(0.01, 0.1, 1.0))
-    for repeat in (0, 1):
-        expected = classification.labelled_rows(xrays, config, repeat)
-        found = segmentation.training_rows(xrays, config, repeat)
-        assert all(np.array_equal(found[f], np.sort(expected[f])) for f in expected)
-    assert len(expected[0.1]) == 24 and len(expected[1.0]) == 240
+    first, second = (classification.labelled_rows(xrays, config, repeat) for repeat in (0, 1))
+    small, middle, whole = second.values()
+    assert (len(small), len(middle), len(whole)) == (3, 24, 240)
+    assert set(small) < set(middle) < set(whole) == set(xrays.where("train"))
+    assert len(set(xrays.patients[middle])) == 8  # whole patients
+    assert not np.array_equal(middle, first[0.1])
+    found = segmentation.training_rows(xrays, config, 1)
+    assert all(np.array_equal(found[f], np.sort(second[f])) for f in second)
     capped = segmentation.training_rows(xrays, Config(fractions=(0.01, 0.1, 1.0), mask_images=50), 1)
     assert np.array_equal(capped[0.1], found[0.1]) and len(capped[1.0]) == 50
     assert set(capped[0.01]) < set(capped[0.1]) < set(capped[1.0])
@@ -648,15 +636,6 @@ def test_a_mask_follows_its_image_through_augmentation_and_transform(published, 
     assert -10 <= angles.min() < 0 < angles.max() <= 10 and 0.9 <= scales.min() < 1 < scales.max() <= 1.1
 
 
-def mask_to_rle(mask: np.ndarray) -> str:
-    runs, gap = [], 0
-    for value, group in itertools.groupby(mask.T.flatten().tolist()):
-        length = len(list(group))
-        runs += [gap, length] if value else []
-        gap = 0 if value else length
-    return " ".join(map(str, runs)) or "-1"
-
-
 def test_run_lengths_and_boxes():
     expected = np.zeros((3, 4), bool)
     expected[1:, 0] = expected[0, 1] = expected[2, 3] = True  # pixels 1, 2, 3 and 11 down the columns
@@ -664,7 +643,9 @@ def test_run_lengths_and_boxes():
     draw = np.random.default_rng(0)
     for height, width in ((1, 1), (5, 3), (16, 16), (7, 31)):
         mask = draw.random((height, width)) < 0.4
-        assert np.array_equal(data.rle_to_mask(mask_to_rle(mask), height, width), mask)
+        edges = np.flatnonzero(np.diff(mask.T.flatten(), prepend=False, append=False))  # starts and ends
+        runs = " ".join(map(str, np.diff(edges, prepend=0)))
+        assert np.array_equal(data.rle_to_mask(runs, height, width), mask)
     assert not data.rle_to_mask("-1", 2, 2).any() and not data.rle_to_mask("", 2, 2).any()
     for text in ("1", "1 2 3", "1 x", "-1 2", "0 13", "12 1"):
         with pytest.raises(InputError, match="labels.csv row 7: run-lengths"):

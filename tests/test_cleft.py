@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
+import transformers
 from torchvision.io import write_png
 
 import retune
@@ -119,28 +121,17 @@ def test_four_processes_take_the_step_of_one(folder, tmp_path, local):
         torch.testing.assert_close(found, (expected.detach(), gradients), rtol=0, atol=1e-9)
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
+def test_text_feature_is_the_end_token_of_a_published_tokenizer_too(tmp_path, folder):
     """GPT-2 as published: byte-level BPE without an end token after a text and without padding."""
-    from tokenizers import processors
-    from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
-
-    target = tmp_path_factory.mktemp("gpt2")
     backend = towers.train_tokenizer(TEXTS).backend_tokenizer
-    backend.post_processor = processors.ByteLevel()  # as GPT-2's: nothing after the text
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    backend.post_processor = tokenizers.processors.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    tokenizer.save_pretrained(tmp_path)
     shape = {k: v for k, v in towers.SMALL_TEXT.items() if k not in ("model_type", "eos_token_id")}
-    with retune.seeded(1):
-        GPT2Model(GPT2Config(**shape, vocab_size=len(tokenizer))).save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    return target
-
-
-def test_text_feature_is_the_end_token_of_a_published_tokenizer_too(published, folder):
-    from transformers import AutoTokenizer
-
-    assert AutoTokenizer.from_pretrained(published)("edema")["input_ids"][-1] != 1
-    for text in (published, folder):
+    shape["vocab_size"] = len(tokenizer)
+    transformers.GPT2Model(transformers.GPT2Config(**shape)).save_pretrained(tmp_path)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)("edema")["input_ids"][-1] != 1
+    for text in (tmp_path, folder):
         encoder = towers.build_encoder(settings(folder, text=str(text), context_length=64)).double()
         ids, mask = encoder.tokenize(TEXTS).values()
         with torch.inference_mode():

@@ -21,16 +21,14 @@ from experiments.baselines import EWC, MLP, Distil, LwF, Replay, fisher_diagonal
 from experiments.common import Grams, zero_shot_logits
 from experiments.streaming import L3A, NCM, SLDA, RanPAC
 from retune import Config, InputError, PromptBank, RETune, Task, Whitening
+from tests.conftest import ROOT
 
-HERE = Path(__file__).resolve().parent.parent
 DIM, CLASSES, N = 6, 3, 120
 PARTS = list(enumerate(np.arange(90).reshape(3, 30)))
 CLASS_TASKS = [Task(f"class {t}", rows, (t,)) for t, rows in PARTS]
 DATA_TASKS = [Task(f"part {t}", rows, (0, 1, 2)) for t, rows in PARTS]
 LABEL_TASKS = [Task(f"label {t}", rows, tuple(range(t + 1))) for t, rows in PARTS]
 TASKS = {"class": CLASS_TASKS, "data": DATA_TASKS, "label": LABEL_TASKS}
-
-
 EMBEDDINGS = np.random.default_rng(0).normal(0.7, 1, size=(N, DIM)).astype(np.float32)
 X = torch.from_numpy(EMBEDDINGS)
 NOISE = np.random.default_rng(1).normal(size=(N, CLASSES))
@@ -107,6 +105,13 @@ def test_memory_is_all_that_learning_on_needs(name):
     found = dict(resumed.state_dict()) | resumed.memory()
     assert found.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+
+
+def test_scoring_switches_dropout_off():
+    model = make(MLP)
+    model.network.append(torch.nn.Dropout(0.5))
+    first, second = (retune.score_rows(model.train(), BANK, EMBEDDINGS, np.arange(N), "diff") for _ in "ab")
+    assert np.array_equal(first, second)
 
 
 def test_fisher_is_the_expected_squared_gradient():
@@ -215,9 +220,8 @@ def test_gram_per_pattern_equals_one_per_finding():
     assert len(grams.gram) == 2  # findings 0 and 1 are always known together
     for c in range(3):
         k = ~y[:, c].isnan()
-        torch.testing.assert_close(
-            grams.gram[grams.group[c]], f[k].T @ (w[k, None] * f[k]), atol=1e-12, rtol=0
-        )
+        expected = f[k].T @ (w[k, None] * f[k])
+        torch.testing.assert_close(grams.gram[grams.group[c]], expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("scenario", TASKS)
@@ -463,7 +467,7 @@ def test_an_interrupted_run_ends_with_the_same_metrics(name, cache, tmp_path, mo
 
 
 def test_the_method_in_docs_runs_and_predicts(cache, tmp_path, monkeypatch, capsys):
-    text = (HERE / "docs" / "methods.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(# prototypes\.py.*?)```", text, re.DOTALL).group(1)
     assert len(code.strip().splitlines()) <= 25
     (tmp_path / "prototypes.py").write_text(code)

@@ -234,6 +234,14 @@ def test_a_corrupt_image_is_named_with_its_row_or_skipped_and_counted(csv_set, c
     assert "val" in read_failure(capsys, [*arguments, *other])
 
 
+def test_a_task_without_labels_is_named(csv_set, capsys):
+    root, rows, arguments = csv_set
+    for row in rows[:12]:
+        row["Edema"] = ""
+    write_rows(root / "labels.csv", rows)
+    assert retune.main(arguments) == 0 and "Edema has no known label" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------- published data sets
 
 
@@ -498,7 +506,7 @@ def test_real_radiographs_run_end_to_end(encoder_folder):
     folder = os.environ.get("RETUNE_NIH320_DIR") or os.environ.get("RETUNE_NIH_DIR")
     if not folder:
         pytest.skip("RETUNE_NIH320_DIR is not set")
-    words = "--data nih --classes Edema Effusion --scenario class --epochs 1 --workers 0 --output run --encoder"
+    words = "--data nih --classes Edema Effusion --scenario class --epochs 1 --output run --encoder"
     assert retune.main([*words.split(), str(encoder_folder), "--data-dir", folder]) == 0
     table = retune.read_table(next(Path(folder).glob("Data_Entry*.csv")))
     found = load_set("nih", folder).labels.sum(0)

@@ -356,7 +356,11 @@ def test_positions_go_through_the_embeddings_own_head(name):
     assert positions.shape[1] - size[0] * size[1] == (name in ("cls", "clip"))
 
 
-def test_heatmaps_are_drawn_or_refused_with_a_reason(hospitals, finished, tmp_path):
+def test_heatmaps_are_drawn_or_refused_with_a_reason(hospitals, finished, tmp_path, capsys):
+    for option in (["--heatmap", "maps"], ["--json"]):
+        with pytest.raises(SystemExit):
+            retune.main(option)
+        assert "go with --predict" in capsys.readouterr().err
     image = str(hospitals / "hospital-a/00000.png")
     command = ["--predict", image, "--run", str(finished[0]), "--heatmap", str(tmp_path / "maps")]
     assert retune.main(command) == 0
