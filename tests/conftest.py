@@ -4,13 +4,12 @@ One thread for torch, here and in the processes that tests start, since bits dep
 no network.
 """
 
-import csv
-import gzip
 import importlib
 import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -44,16 +44,15 @@ def save_random_encoder(folder: Path, seed: int) -> Path:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = (ROOT / "prompts.json").read_text(encoding="utf-8").lower()
-    words = sorted(set("".join(c if c.isalnum() else " " for c in words).split()))
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
+    words = re.findall("[a-z0-9]+", (ROOT / "prompts.json").read_text(encoding="utf-8").lower())
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *sorted(set(words))])}
     plain = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     plain.normalizer, plain.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]")
     resnet = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
     gpt2 = {"model_type": "gpt2", "vocab_size": len(vocabulary), "n_embd": 16, "n_layer": 1, "n_head": 2}
     ends = {"bos_token_id": None, "eos_token_id": None, "n_positions": 64}
-    head = [["Linear", {"in_features": 16, "out_features": 16}]]
+    head = [retune.linear(16, 16)]
     config = {
         "name": folder.name, "dim": 16,
         "image": {"model": resnet | {"layer_type": "basic"}, "pool": "mean", "head": head},
@@ -101,11 +100,10 @@ def csv_rows(root: Path, n: int = 24) -> list[dict]:
     return rows
 
 
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def write_rows(path: Path, rows: list, header: list[str] | None = None) -> Path:
+    """A CSV file, also .csv.gz, of dictionaries or, with a header, of lists."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows, columns=header).to_csv(path, index=False)
     return path
 
 
@@ -145,13 +143,6 @@ def load_csv(root: Path, **options) -> retune.Radiographs:
     return load_set("csv", root, **options)
 
 
-def write_csv(path: Path, header, rows) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(",".join(map(str, row)) for row in [header, *rows]) + "\n"
-    (gzip.open if path.suffix == ".gz" else open)(path, "wt").write(text)
-    return path
-
-
 VIEWS = ("PA", "AP", "LATERAL", "LL", "", "SWIMMERS")
 
 
@@ -166,12 +157,12 @@ def mimic_tree(root: Path, end=".csv") -> Path:
             views.append((f"{p:02d}-{v}", subject, study, view))
         if p < 29:
             studies.append((subject, study, *[("1.0", "0.0", "-1.0", "")[p % 4]] * 14))
-    write_csv(root / f"mimic-cxr-2.0.0-split{end}", ["dicom_id", "study_id", "subject_id", "split"], images)
+    write_rows(root / f"mimic-cxr-2.0.0-split{end}", images, ["dicom_id", "study_id", "subject_id", "split"])
     header = ["dicom_id", "subject_id", "study_id", "ViewPosition"]
-    write_csv(root / f"mimic-cxr-2.0.0-metadata{end}", header, views)
+    write_rows(root / f"mimic-cxr-2.0.0-metadata{end}", views, header)
     header = ["subject_id", "study_id", *retune.CHEXPERT_FINDINGS]
-    write_csv(root / f"mimic-cxr-2.0.0-chexpert{end}", header, studies)
-    write_csv(root / f"mimic-cxr-2.0.0-negbio{end}", header, [(*row[:2], *["0.0"] * 14) for row in studies])
+    write_rows(root / f"mimic-cxr-2.0.0-chexpert{end}", studies, header)
+    write_rows(root / f"mimic-cxr-2.0.0-negbio{end}", [(*row[:2], *["0.0"] * 14) for row in studies], header)
     return root
 
 
@@ -243,11 +234,7 @@ def call_program(program: str, arguments: list[str]) -> int:
 
 def read_metrics(folder: Path) -> dict:
     """metrics.json, which must be strict JSON."""
-
-    def refuse(name):
-        raise AssertionError(f"{name} is not JSON")
-
-    return json.loads((folder / "metrics.json").read_text(), parse_constant=refuse)
+    return json.loads((folder / "metrics.json").read_text(), parse_constant=pytest.fail)
 
 
 def metrics_of(folder: Path) -> dict:

@@ -24,7 +24,6 @@ from tests.conftest import (
     read_failure,
     read_metrics,
     run_python,
-    write_csv,
     write_dicom,
     write_rows,
 )
@@ -256,7 +255,7 @@ def nih_tree(root: Path, layout: str = "images") -> Path:
     columns = (("Hernia|Effusion", "PA"), ("No Finding", "AP"))
     rows = [(name, columns[i % 2][0], int(name[:8]), columns[i % 2][1]) for i, name in enumerate(names)]
     header = ["Image Index", "Finding Labels", "Patient ID", "View Position"]
-    write_csv(root / "Data_Entry_2017_v2020.csv", header, rows)
+    write_rows(root / "Data_Entry_2017_v2020.csv", rows, header)
     (root / "train_val_list.txt").write_text("\n".join(names[:60]))
     (root / "test_list.txt").write_text("\n".join(names[60:]) + "\n")
     for i, name in enumerate(names):
@@ -288,17 +287,17 @@ def chexpert_rows(split: str, patients, prefix="CheXpert-v1.0-small/", labels=("
 
 
 def chexpert_tree(root: Path, prefix="CheXpert-v1.0-small/", test: str | None = "test_labels.csv") -> Path:
-    write_csv(root / "train.csv", HEADER, chexpert_rows("train", range(1, 61), prefix))
-    write_csv(root / "valid.csv", HEADER, chexpert_rows("valid", range(61, 64), prefix, ("0", "1", "0")))
+    write_rows(root / "train.csv", chexpert_rows("train", range(1, 61), prefix), HEADER)
+    write_rows(root / "valid.csv", chexpert_rows("valid", range(61, 64), prefix, ("0", "1", "0")), HEADER)
     rows = chexpert_rows("test", range(71, 74), "", ("0", "1", "0"))
     if test == "groundtruth.csv":
         studies = [[f"CheXpert-v1.0/{row[0].rsplit('/', 1)[0]}", *row[5:]] for row in rows[::2]]
-        write_csv(root / test, ["Study", *CHEXPERT_FINDINGS], studies)
+        write_rows(root / test, studies, ["Study", *CHEXPERT_FINDINGS])
         for row in rows:
             touch(root / row[0])
     elif test:
         short = [[row[0], *row[6:]] for row in rows]  # as released: no views, no "No Finding"
-        write_csv(root / test, ["Path", *CHEXPERT_FINDINGS[1:]], short)
+        write_rows(root / test, short, ["Path", *CHEXPERT_FINDINGS[1:]])
     return root
 
 
@@ -326,7 +325,7 @@ def test_chexpert_layouts_give_the_same_data(tmp_path, prefix, test):
 
 def test_chexpert_replacement_labels_without_views(tmp_path):
     rows = [[row[0], *["0.0"] * 14] for row in chexpert_rows("train", range(1, 61), "CheXpert-v1.0/")]
-    path = write_csv(tmp_path / "elsewhere" / "visual.csv", ["Path", *CHEXPERT_FINDINGS], rows)
+    path = write_rows(tmp_path / "elsewhere" / "visual.csv", rows, ["Path", *CHEXPERT_FINDINGS])
     data = load_set("chexpert", chexpert_tree(tmp_path), labels_csv=str(path), view="frontal")
     train = data.split == "train"
     assert train.sum() == 60 and (data.labels[train] == 0).all() and "visual.csv" in data.rows[0]
@@ -483,8 +482,8 @@ def test_chestmnist_refuses_other_files(tmp_path, change):
 def test_a_table_of_chexperts_size_loads_in_little_memory(tmp_path):
     """223,414 rows with CheXpert's columns, in another process; the README's bound: 400 MB above torch."""
     rows = [line for p in range(1, 111_708) for line in chexpert_rows("train", [p])][:223_414]
-    write_csv(tmp_path / "train.csv", HEADER, rows)
-    write_csv(tmp_path / "valid.csv", HEADER, chexpert_rows("valid", range(120_000, 120_003)))
+    write_rows(tmp_path / "train.csv", rows, HEADER)
+    write_rows(tmp_path / "valid.csv", chexpert_rows("valid", range(120_000, 120_003)), HEADER)
     program = f"""
 import time, pandas, sklearn.metrics, retune
 from pathlib import Path
