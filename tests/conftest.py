@@ -166,6 +166,26 @@ def mimic_tree(root: Path, end=".csv") -> Path:
     return root
 
 
+def write_masked(root: Path, name: str, n: int = 24) -> Path:
+    """SIIM's or RSNA's layout, 28 x 28 images with a bright square where the finding is."""
+    (root / "images/a").mkdir(parents=True)
+    siim = name == "siim"
+    lines = [f"{'ImageId, EncodedPixels' if siim else 'patientId,x,y,width,height,Target'},split"]
+    for i in range(n):
+        image = np.full((28, 28), 4 * i, np.uint8)
+        image[3:8, 2:6] = 250 if i % 2 else image[0, 0]
+        if siim:
+            Image.fromarray(image).save(root / f"images/a/id{i}.png")
+        else:
+            write_dicom(root / f"images/a/id{i}.dcm", image)
+        runs = " ".join(["59", "5", *["23", "5"] * 3])
+        cells = (f" {runs}" if i % 2 else " -1") if siim else ("2,3,4,5,1" if i % 2 else ",,,,0")
+        lines.append(f"id{i},{cells},{('train', 'val', 'test')[i // 2 % 3]}")
+    lines.append(lines[2].replace("59 5", "600 3").replace("2,3,4,5,1", "0,0,1,1,1"))  # a second line of id1
+    (root / ("train-rle.csv" if siim else "stage_2_train_labels.csv")).write_text("\n".join(lines))
+    return root
+
+
 COUNTS = {"train": 7, "val": 3, "test": 5}
 
 

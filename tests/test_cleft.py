@@ -19,7 +19,7 @@ from cleft import captions, config, data, evaluation, model, tables, towers, tra
 from cleft.__main__ import main
 from cleft.config import Config, resolve_defaults
 from retune import DualEncoder, InputError
-from tests.conftest import ROOT, read_failure, write_dicom
+from tests.conftest import ROOT, read_failure, write_masked
 
 TEXTS = ["no edema", "a large left pleural effusion", "cardiomegaly", "a normal chest", "edema", "mass"]
 
@@ -413,17 +413,6 @@ def write_chexpert(root):
     return root
 
 
-def write_rsna(root):
-    (root / "stage_2_train_images").mkdir(parents=True)
-    lines = ["patientId,x,y,width,height,Target"]
-    for i in range(60):
-        pixels = np.random.default_rng(i).integers(0, 200, (24, 24)) + 40 * (i % 2)
-        write_dicom(root / f"stage_2_train_images/p{i}.dcm", pixels)
-        lines += [f"p{i},1,2,3,4,1", f"p{i},5,5,3,3,1"] if i % 2 else [f"p{i},,,,,0"]
-    (root / "stage_2_train_labels.csv").write_text("\n".join(lines))
-    return root
-
-
 def write_embed(root, images=True):
     metadata = ["empi_anon,acc_anon,anon_dicom_path,ImageLateralityFinal,ViewPosition,FinalImageType"]
     clinical = ["empi_anon,acc_anon,side,asses,tissueden,age_at_study,RACE_DESC,massshape,calcfind"]
@@ -477,7 +466,7 @@ def test_chexpert_then_rsna_with_one_model(folder, tmp_path, capsys):
 
     found = evaluate("five", "--data", "chexpert-5x200", *here, "--labels-csv", tmp_path / "5x200.csv")
     assert found["5x200, zero-shot"]["n"] == 5 and "5x200, full fine-tuning, 50% of the labels" in found
-    found = evaluate("rsna", "--data", "rsna", "--data-dir", write_rsna(tmp_path / "RSNA"))
+    found = evaluate("rsna", "--data", "rsna", "--data-dir", write_masked(tmp_path / "RSNA", "rsna", 60))
     assert set(found["zero-shot"]["auroc"]) == {"Pneumonia", "No Finding"}
     methods = [f"balanced, {m}, {s}%" for m in ("linear probe", "full fine-tuning") for s in (50, 100)]
     assert {f"{method} of the labels" for method in methods} < set(found)
@@ -585,7 +574,7 @@ def test_wrong_input_is_named(folder, tmp_path):
     with pytest.raises(InputError, match="--peft ia3"):
         towers.add_peft(torch.nn.Linear(2, 2), dataclasses.replace(chosen, peft="ia3"))
     with pytest.raises(InputError, match="--captions reports"):
-        write_rsna(tmp_path / "RSNA")
+        write_masked(tmp_path / "RSNA", "rsna", 60)
         place = {"data": "rsna", "data_dir": str(tmp_path / "RSNA")}
         data.load_pairs(dataclasses.replace(chosen, captions="reports", **place))
     with pytest.raises(InputError, match="--batch-size"):
@@ -609,12 +598,12 @@ def test_bad_options_exit_2_with_the_option_and_the_value(argv, named, capsys):
 
 
 @pytest.mark.parametrize("old, new, named", [
-    ("p2,,,,,0", "p2,,,,,7", "row 5: Target '7'"),
-    ("p2,,,,,0", "missing,,,,,0", "row 5: patientId 'missing'")])  # fmt: skip
+    ("id2,,,,,0", "id2,,,,,7", "row 4: Target '7'"),
+    ("id2,,,,,0", "missing,,,,,0", "row 4: patientId 'missing'")])  # fmt: skip
 def test_rsna_marks_pneumonia_and_names_rows_that_do_not_fit(tmp_path, old, new, named):
-    root = write_rsna(tmp_path)
+    root = write_masked(tmp_path, "rsna")
     chosen = resolve_defaults(Config(data="rsna", data_dir=str(root)))
-    assert data.load_pairs(chosen).labels.tolist() == [[0, 1], [1, 0]] * 30
+    assert data.load_pairs(chosen).labels.tolist() == [[0, 1], [1, 0]] * 12
     path = root / "stage_2_train_labels.csv"
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(InputError, match=named):

@@ -88,6 +88,7 @@ def test_the_pasted_model_trains_as_the_one_of_the_module(dtype):
     images, prompts = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (9, 8))
     labels = torch.randint(0, 2, (9, 2), generator=generator).double()
     labels[0, 1] = torch.nan
+    images[1] = 0  # no direction
 
     def step(names: dict) -> tuple:
         with retune.seeded(0):

@@ -16,7 +16,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import retune
-from experiments import benchmark, figures, runs, scores, sweep, tables
+from experiments import figures, runs, scores, sweep, tables
 from retune import InputError
 from tests.conftest import ROOT
 
@@ -70,12 +70,6 @@ def test_grid_options():
     found = list(sweep.combinations(["whiten=no,yes", "set=a=1 b=2", "lr=0.1"]))
     rest = ["--set", "a=1", "b=2", "--lr", "0.1"]
     assert found == [rest, ["--whiten", *rest]]
-
-
-def test_two_runs_of_a_sweep_need_two_folders(results, capsys):
-    shared = [*SMALL, "--cache-dir", str(results / "cache"), "--output", f"{results}/one/{{seed}}"]
-    assert retune.main(["--grid", "scenario=zero,joint", "--", *shared], sweep.sweep) == 2
-    assert "holds another run (scenario zero, now joint)" in capsys.readouterr().err
 
 
 def auroc_after(folder: Path, task: int) -> np.ndarray:
@@ -377,14 +371,6 @@ def test_script_stops_at_the_first_error_and_resumes(script, tmp_path):
     done, calls = script(FAIL="experiments.tables", ONLY="forgetting", OUT=str(tmp_path / "other"))
     assert done.returncode != 0 and "failed: python -m experiments.tables" in done.stderr
     assert len(calls) == 4 and calls[-1].endswith("--only forgetting")
-
-
-@pytest.mark.slow
-def test_peak_memory_is_that_of_the_job(tmp_path):
-    np.save(tmp_path / "e.npy", benchmark.random_embeddings(10_000, 512))
-    nothing = benchmark.peak_memory(benchmark.random_embeddings, 1, 1)
-    used = benchmark.peak_memory(benchmark.train_on, tmp_path / "e.npy") - nothing
-    assert 20 < used < 400  # a batch of 6144 x 512 and its activations
 
 
 @pytest.mark.slow

@@ -48,14 +48,6 @@ def imports_of(source: str, module: str, known: set[str]) -> set[str]:
     return {name for name in named if name in known} - {module}
 
 
-def import_graph() -> dict[str, set[str]]:
-    known = {module_name(path) for path in CODE}
-    return {
-        module_name(path): imports_of(path.read_text(encoding="utf-8"), module_name(path), known)
-        for path in CODE
-    }
-
-
 def test_the_graph_sees_every_form_of_import():
     source = "import cleft.towers\ndef f():\n    from adaptor import retrieval\n"
     source += "    from . import b\n    from .c import d"
@@ -64,7 +56,8 @@ def test_the_graph_sees_every_form_of_import():
 
 
 def test_imports_point_one_way():
-    graph = import_graph()
+    known = {module_name(path): path.read_text(encoding="utf-8") for path in CODE}
+    graph = {name: imports_of(source, name, set(known)) for name, source in known.items()}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
     assert graph["retune"] <= FROM_RETUNE
     for name, targets in graph.items():
@@ -107,9 +100,8 @@ def test_nothing_else_lies_at_the_top():
 
 @pytest.mark.parametrize("pattern", BOUNDS)
 def test_files_keep_their_bounds(pattern):
-    lines = {
-        str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in sources(pattern)
-    }
+    texts = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in sources(pattern)}
+    lines = {str(path): len(text.splitlines()) for path, text in texts.items()}
     print(f"{pattern}: {sum(lines.values())} of {BOUNDS[pattern]} lines")
     assert lines and sum(lines.values()) <= BOUNDS[pattern], lines
 

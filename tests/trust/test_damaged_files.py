@@ -1,4 +1,4 @@
-"""Damaged files and degenerate numbers are read or refused; no file of a user runs code."""
+"""Damaged files are read or refused, and no file runs code."""
 
 import contextlib
 import io
@@ -130,24 +130,15 @@ def test_a_damaged_file_is_read_or_refused(name, fork, encoder_folder, tmp_path)
     assert refused > 0
 
 
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
 @pytest.mark.parametrize("name", ["pickles", "npz", "cache", "encoder", "adaptors"])
 def test_no_file_runs_code(name, encoder, encoder_folder, tmp_path):
-    encoder.source, evil = str(encoder_folder), Evil(tmp_path / "executed")
+    encoder.source, executed = str(encoder_folder), tmp_path / "executed"
+    evil = type("Evil", (), {"__reduce__": lambda self: (os.mkdir, (str(executed),))})()
     (tmp_path / "files").mkdir()
     files, read = CASES[name](tmp_path / "files", encoder)
     np.save(array := io.BytesIO(), np.array([evil], object), allow_pickle=True)
     torch.save({"model": {"a": evil}}, archive := io.BytesIO())
-    code = f"import os; os.mkdir({str(evil.folder)!r})\nclass A: pass\n"
+    code = f"import os; os.mkdir({str(executed)!r})\nclass A: pass\n"
     automatic = {"auto_map": {k: "code.A" for k in ("AutoTokenizer", "AutoModel")}, "tokenizer_class": "A"}
     evils = [pickle.dumps(evil), array.getvalue(), archive.getvalue(), json.dumps(automatic).encode()]
     valid = {file: file.read_bytes() for file in files}
@@ -157,35 +148,9 @@ def test_no_file_runs_code(name, encoder, encoder_folder, tmp_path):
             file.write_bytes(content)
             with contextlib.suppress(retune.InputError):
                 read()
-            assert not evil.folder.exists(), (file, content[:80])
+            assert not executed.exists(), (file, content[:80])
             for path, whole in valid.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(whole)
     pickle.loads(evils[0])
-    assert evil.folder.exists()
-
-
-ROWS = np.random.default_rng(0).normal(size=(12, 6))
-EMBEDDINGS = {"constant": np.ones((12, 6)), "zeros": np.zeros((12, 6)), "one zero": np.eye(12, 6),
-              "1e-30": ROWS * 1e-30, "1e15": ROWS * 1e15, "1e30": ROWS * 1e30}  # fmt: skip
-
-
-@pytest.mark.parametrize("adaptor, pool", [("mlp", "mean"), ("linear", "single"), ("residual", "max")])
-@pytest.mark.parametrize("values", EMBEDDINGS)
-def test_any_embeddings_give_finite_metrics_or_an_input_error(values, adaptor, pool):
-    embeddings = EMBEDDINGS[values].astype(np.float32)
-    labels = np.resize(np.float32([[0, 1], [1, 0], [1, 1]]), (12, 2))
-    with retune.seeded(0):
-        model = retune.RETune(6, adaptor=adaptor, pool=pool, logit_scale=10)
-        bank = retune.PromptBank(torch.randn(4, 6), torch.arange(4))
-    options = {"epochs": 3, "batch_size": 4, "generator": torch.Generator().manual_seed(0)}
-    optimizer, task = torch.optim.Adam(model.parameters(), 1e-2), retune.Task("all", np.arange(12), (0, 1))
-    try:
-        retune.fit(model, bank, embeddings, torch.from_numpy(labels), task, optimizer, **options)
-    except retune.InputError as error:
-        assert values == "1e30", error
-        return
-    scores, decisions = retune.score_rows(model, bank, embeddings, np.arange(12), "diff")
-    assert (scores >= -1e-6).all() and (scores <= 1 + 1e-6).all()
-    auroc = retune.evaluate(scores, decisions, labels, "ab")["auroc_macro"]
-    assert auroc == 0.5 if values in ("constant", "zeros") else 0 <= auroc <= 1
+    assert executed.exists()
