@@ -1,7 +1,6 @@
 """What the tests share: random encoders, small data sets, a finished run, helpers to run and read programs.
 
-One thread for torch, here and in the processes that tests start, since bits depend on the number of threads;
-no network.
+One thread for torch, also in processes that tests start, as bits depend on the number of threads; no network.
 """
 
 import importlib
@@ -37,20 +36,27 @@ def pytest_configure(config):
 
 
 # --------------------------------------------------------------------------------------------------- encoders
+def word_tokenizer(words: list[str], end: str | None = None):
+    """A tokenizer of whole words in lower case, with an end token if one is given."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", *filter(None, [end])]
+    vocabulary = {word: i for i, word in enumerate([*special, *sorted(set(words))])}
+    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    plain.normalizer, plain.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    if end:
+        plain.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 2)])
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": end}
+    return PreTrainedTokenizerFast(tokenizer_object=plain, **names)
 
 
 def save_random_encoder(folder: Path, seed: int) -> Path:
     """A small untrained encoder in the format of `demo/tiny`: 32 px, 16 dimensions, words of prompts.json."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     words = re.findall("[a-z0-9]+", (ROOT / "prompts.json").read_text(encoding="utf-8").lower())
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *sorted(set(words))])}
-    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    plain.normalizer, plain.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]")
+    tokenizer = word_tokenizer(words)
     resnet = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
-    gpt2 = {"model_type": "gpt2", "vocab_size": len(vocabulary), "n_embd": 16, "n_layer": 1, "n_head": 2}
+    gpt2 = {"model_type": "gpt2", "vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 1, "n_head": 2}
     ends = {"bos_token_id": None, "eos_token_id": None, "n_positions": 64}
     head = [retune.linear(16, 16)]
     config = {
@@ -75,8 +81,6 @@ def encoder(encoder_folder) -> retune.DualEncoder:
 
 
 # ------------------------------------------------------------------------------------------------------- data
-
-
 def noise_images(n: int = 70, seed: int = 0) -> retune.Radiographs:
     """n grey images of noise, one a patient, in all splits, with two labels of both values."""
     images = np.random.default_rng(seed).integers(0, 256, (n, 40, 36), np.uint8)
@@ -196,8 +200,6 @@ def chestmnist_arrays(side: int) -> dict[str, np.ndarray]:
 
 
 # ------------------------------------------------------------------------------------------------------- runs
-
-
 @pytest.fixture
 def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,4 @@
-"""adaptor/: the method against plain versions, the whole chain, bad input; published encoders, decoders and
-losses, and each published experiment on a miniature of its layout."""
+"""adaptor/ against plain versions and peers; the whole chain; each published experiment in miniature."""
 
 import importlib.util
 import itertools

@@ -1,7 +1,6 @@
 """CLEFT: formulae against float64 versions, ranks, resumption, layouts of the data sets, every experiment."""
 
 import dataclasses
-import json
 import math
 
 import numpy as np
@@ -11,7 +10,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from torchvision.io import write_png
+from PIL import Image
 
 import retune
 from cleft import __main__ as program
@@ -73,8 +72,7 @@ def plain_loss(images, texts, scale):
     return sum(torch.log(row.exp().sum()) - row[i] for i, row in both) / len(images)
 
 
-@pytest.mark.parametrize("local", [False, True])
-def test_loss_and_its_gradients(local):
+def test_loss_and_its_gradients():
     generator = torch.Generator().manual_seed(0)
     vectors = [F.normalize(torch.randn(12, 8, generator=generator).double(), dim=1) for _ in range(2)]
     vectors.append(torch.tensor(5.0, dtype=torch.float64))
@@ -82,7 +80,7 @@ def test_loss_and_its_gradients(local):
     plain = [x.clone().requires_grad_() for x in vectors]
     wanted = plain_loss(*plain)
     wanted.backward()
-    found = model.contrastive_step(scale, *own, local)
+    found = model.contrastive_step(scale, *own)
     gradients = [[x.grad for x in side] for side in ([*own, scale], plain)]
     torch.testing.assert_close(found, wanted.detach(), rtol=0, atol=1e-9)
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-9)
@@ -391,8 +389,8 @@ def test_fractions_are_nested_whole_patients():
 
 def write_image(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
-    noise = torch.randint(0, 40, (1, 24, 24), generator=torch.Generator().manual_seed(value)) + value % 200
-    write_png(noise.to(torch.uint8), str(path))
+    noise = np.random.default_rng(value).integers(0, 40, (24, 24)) + value % 200
+    Image.fromarray(noise.astype(np.uint8)).save(path)
 
 
 def write_chexpert(root):
@@ -440,10 +438,6 @@ def command(folder, tmp_path, *argv):
     return main([*map(str, argv), *small])
 
 
-def results_of(path):
-    return json.loads((path / "evaluation.json").read_text())
-
-
 @pytest.mark.slow
 def test_chexpert_then_rsna_with_one_model(folder, tmp_path, capsys):
     """CheXpert by rule; with the same model 5x200, RSNA, probe and fine-tuning, other classes."""
@@ -451,8 +445,9 @@ def test_chexpert_then_rsna_with_one_model(folder, tmp_path, capsys):
     here = ["--data-dir", chexpert]
     assert command(folder, tmp_path, "all", "--data", "chexpert", *here, "--output", output) == 0
     assert "left out, as nothing is known to say: 3 " in capsys.readouterr().out
-    assert set(results_of(output)["zero-shot"]["auroc"]) == set(retune.COMPETITION_FINDINGS)
-    assert results_of(output)["balanced, zero-shot, learned context"]["n"] == 20
+    found = retune.read_json(output / "evaluation.json")
+    assert set(found["zero-shot"]["auroc"]) == set(retune.COMPETITION_FINDINGS)
+    assert found["balanced, zero-shot, learned context"]["n"] == 20
     splits = pd.read_csv(output / "splits.csv", keep_default_na=False)["fraction or tests"]
     assert set(splits) == {"0.5", "1", "", "multi-label", "multi-label balanced"}
     listed = pd.read_csv(chexpert / "train.csv").iloc[[4, 6, 8, 10, 12]]
@@ -462,7 +457,7 @@ def test_chexpert_then_rsna_with_one_model(folder, tmp_path, capsys):
         argv = ["evaluate", "--model", output, "--output", tmp_path / name, "--cache-dir", tmp_path / "cache"]
         argv += ["--device", "cpu", "--fractions", 0.5, 1, "--finetune-epochs", 1]
         assert main([*map(str, argv), *map(str, options)]) == 0, capsys.readouterr().err
-        return results_of(tmp_path / name)
+        return retune.read_json(tmp_path / name / "evaluation.json")
 
     found = evaluate("five", "--data", "chexpert-5x200", *here, "--labels-csv", tmp_path / "5x200.csv")
     assert found["5x200, zero-shot"]["n"] == 5 and "5x200, full fine-tuning, 50% of the labels" in found
@@ -520,7 +515,7 @@ def test_embed_gives_both_balanced_sets(folder, tmp_path, capsys, style):
     root, output = write_embed(tmp_path / "EMBED"), tmp_path / "run"
     options = ["--data", "embed", "--data-dir", root, "--output", output, "--caption-style", style]
     assert command(folder, tmp_path, "all", *options) == 0, capsys.readouterr().err
-    found = results_of(output)
+    found = retune.read_json(output / "evaluation.json")
     assert len(found["BI-RADS, zero-shot"]["auroc"]) == 7 and len(found["density, zero-shot"]["auroc"]) == 4
     assert "density, linear probe, 50% of the labels" in found and "zero-shot" not in found
 
@@ -622,7 +617,7 @@ def test_shipped_encoder_is_small_and_what_make_tiny_makes(monkeypatch, tmp_path
     threads = torch.get_num_threads()
     assert main(["make-tiny", "--to", str(places[1]), "--output", str(tmp_path / "run")]) == 0
     torch.set_num_threads(threads)
-    shipped, made = (json.loads((path / "config.json").read_text()) for path in places)
+    shipped, made = (retune.read_json(path / "config.json") for path in places)
     for each in (shipped, made):
         del each["text"]["model"]["vocab_size"]  # fewer phantoms, fewer words
     assert shipped == made

@@ -34,8 +34,6 @@ pytestmark = pytest.mark.usefixtures("in_empty_folder")
 
 
 # ------------------------------------------------------------------------------------------------ image files
-
-
 def test_pixels_of_every_kind_of_image_are_read_exactly(tmp_path):
     generator = np.random.default_rng(1)
     grey = generator.integers(0, 256, (7, 5), np.uint8)
@@ -107,8 +105,6 @@ def test_dicom_follows_rescale_window_table_and_monochrome1(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- a user's own CSV
-
-
 def test_a_csv_set_is_read_as_written_with_chosen_classes(csv_set):
     root, rows, _ = csv_set
     rows[3]["Mass"], rows[4]["Mass"] = "", "-1"
@@ -238,8 +234,6 @@ def test_a_task_without_labels_is_named(csv_set, capsys):
 
 
 # ---------------------------------------------------------------------------------------- published data sets
-
-
 def touch(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"image")
@@ -470,8 +464,6 @@ def test_chestmnist_refuses_other_files(tmp_path, change):
 
 
 # ------------------------------------------------------------------------------------------------------ scale
-
-
 @pytest.mark.slow
 def test_a_table_of_chexperts_size_loads_in_little_memory(tmp_path):
     """223,414 rows with CheXpert's columns, in another process; the README's bound: 400 MB above torch."""
@@ -493,19 +485,3 @@ print(time.perf_counter() - start, plain, retune.peak_memory_mb() - before)
     seconds, plain, megabytes = map(float, done.stdout.split())
     print(f"{seconds:.1f} s ({seconds / plain:.1f} times pandas'), {megabytes:.0f} MB more at the peak")
     assert megabytes < 400
-
-
-def test_real_radiographs_run_end_to_end(encoder_folder):
-    folder = os.environ.get("RETUNE_NIH320_DIR") or os.environ.get("RETUNE_NIH_DIR")
-    if not folder:
-        pytest.skip("RETUNE_NIH320_DIR is not set")
-    words = "--data nih --classes Edema Effusion --scenario class --epochs 1 --output run --encoder"
-    assert retune.main([*words.split(), str(encoder_folder), "--data-dir", folder]) == 0
-    table = retune.read_table(next(Path(folder).glob("Data_Entry*.csv")))
-    found = load_set("nih", folder).labels.sum(0)
-    assert found.tolist() == [table["Finding Labels"].str.contains(name).sum() for name in NIH_FINDINGS]
-    splits = retune.read_table(Path("run/splits.csv"))
-    tested = splits["image"][splits["split"] == "test"]
-    assert len(splits) == len(table) and set(tested) == set(Path(folder, "test_list.txt").read_text().split())
-    assert len(set(zip(splits["patient"], splits["split"]))) == len(set(splits["patient"]))
-    assert read_metrics(Path("run"))["after_task"][-1]["test"]["n"] == len(tested)

@@ -1,7 +1,5 @@
 """Encoders of open_clip and BioViL-T, hospitals as parts, decisions, subgroups, export, heat maps."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

