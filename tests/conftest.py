@@ -182,9 +182,8 @@ def write_masked(root: Path, name: str, n: int = 24) -> Path:
             Image.fromarray(image).save(root / f"images/a/id{i}.png")
         else:
             write_dicom(root / f"images/a/id{i}.dcm", image)
-        runs = " ".join(["59", "5", *["23", "5"] * 3])
-        cells = (f" {runs}" if i % 2 else " -1") if siim else ("2,3,4,5,1" if i % 2 else ",,,,0")
-        lines.append(f"id{i},{cells},{('train', 'val', 'test')[i // 2 % 3]}")
+        kinds = (" -1", " 59 5 23 5 23 5 23 5") if siim else (",,,,0", "2,3,4,5,1")
+        lines.append(f"id{i},{kinds[i % 2]},{('train', 'val', 'test')[i // 2 % 3]}")
     lines.append(lines[2].replace("59 5", "600 3").replace("2,3,4,5,1", "0,0,1,1,1"))  # a second line of id1
     (root / ("train-rle.csv" if siim else "stage_2_train_labels.csv")).write_text("\n".join(lines))
     return root

@@ -270,7 +270,6 @@ def test_exported_pair_is_the_adaptors(finished, encoder_folder):
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stop", ["pretraining", "adaptor-0.1-0", "bare-1-0"])
 def test_a_stopped_run_goes_on_to_the_same_bytes(finished, encoder_folder, stop, monkeypatch, tmp_path):
     original = retune.save_checkpoint
@@ -558,7 +557,7 @@ def test_decoders_have_the_published_sizes():
     assert sizes[0] == neck + up + double + 33 and sizes[1] == sizes[2] == sizes[0] + 512 * 512 * 4
 
 
-def test_losses_by_independent_formulae():
+def test_losses_and_dice_by_independent_formulae():
     draw = np.random.default_rng(0)
     z, m = draw.standard_normal((3, 1, 5, 4)), (draw.random((3, 1, 5, 4)) < 0.3).astype(float)
     m[2] = 0
@@ -571,9 +570,6 @@ def test_losses_by_independent_formulae():
     for kind, value in expected.items():
         found = segmentation.mask_loss(torch.from_numpy(z), torch.from_numpy(m), kind)
         assert abs(found.item() - value) <= 1e-9, kind
-
-
-def test_dice_by_hand():
     truth, guess = torch.zeros(4, 1, 4, 4, dtype=torch.bool), torch.zeros(4, 1, 4, 4, dtype=torch.bool)
     truth[0, 0, 0, :3] = guess[0, 0, 0, 1:] = True  # two of three each: 2 * 2 / (3 + 3)
     guess[1, 0, 0, 0] = True  # something where nothing is: 0

@@ -18,7 +18,7 @@ from cleft import captions, config, data, evaluation, model, tables, towers, tra
 from cleft.__main__ import main
 from cleft.config import Config, resolve_defaults
 from retune import DualEncoder, InputError
-from tests.conftest import ROOT, read_failure, write_masked
+from tests.conftest import ROOT, read_failure, write_masked, write_rows
 
 TEXTS = ["no edema", "a large left pleural effusion", "cardiomegaly", "a normal chest", "edema", "mass"]
 
@@ -101,7 +101,6 @@ def run_rank(rank, world, folder, local, target):
     torch.save((loss, gradients), f"{target}/{rank}.pt")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("local", [False, True])
 def test_four_processes_take_the_step_of_one(folder, tmp_path, local):
     arguments = (4, folder, local, tmp_path)
@@ -395,19 +394,17 @@ def write_image(path, value):
 
 def write_chexpert(root):
     """170 patients: even ones have a competition finding, odd ones Lung Opacity alone."""
-    names, columns = retune.CHEXPERT_FINDINGS, ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA"]
-    for part, patients in (("train", range(100)), ("valid", range(100, 130)), ("test", range(130, 170))):
+    names = retune.CHEXPERT_FINDINGS
+    for part, patients in {"train": range(100), "valid": range(100, 130), "test": range(130, 170)}.items():
         rows = []
         for p in patients:
-            path = f"CheXpert-v1.0-small/{part}/patient{p:05d}/study1/view1_frontal.jpg"
-            labels = dict.fromkeys(names, "")
-            labels[retune.COMPETITION_FINDINGS[p // 2 % 5] if p % 2 == 0 else "Lung Opacity"] = "1.0"
-            if part == "train" and p < 3:
-                labels = dict.fromkeys(names, "-1.0")
-            rows.append([path, "Male", 50, "Frontal", "AP", *labels.values()])
-            write_image(root / path.removeprefix("CheXpert-v1.0-small/"), p)
-        file = {"train": "train.csv", "valid": "valid.csv", "test": "test_labels.csv"}[part]
-        pd.DataFrame(rows, columns=[*columns, *names]).to_csv(root / file, index=False)
+            path = f"{part}/patient{p:05d}/study1/view1_frontal.jpg"
+            present = retune.COMPETITION_FINDINGS[p // 2 % 5] if p % 2 == 0 else "Lung Opacity"
+            labels = ["-1.0" if p < 3 else "1.0" if name == present else "" for name in names]
+            rows.append([f"CheXpert-v1.0-small/{path}", "Male", 50, "Frontal", "AP", *labels])
+            write_image(root / path, p)
+        file = root / ("test_labels.csv" if part == "test" else f"{part}.csv")
+        write_rows(file, rows, ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *names])
     return root
 
 
@@ -438,7 +435,6 @@ def command(folder, tmp_path, *argv):
     return main([*map(str, argv), *small])
 
 
-@pytest.mark.slow
 def test_chexpert_then_rsna_with_one_model(folder, tmp_path, capsys):
     """CheXpert by rule; with the same model 5x200, RSNA, probe and fine-tuning, other classes."""
     chexpert, output = write_chexpert(tmp_path / "CheXpert"), tmp_path / "run"

@@ -103,11 +103,10 @@ def test_the_pasted_model_trains_as_the_one_of_the_module(dtype):
     torch.testing.assert_close(found, step(vars(retune)), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
-def test_pasted_scenarios_and_metrics_give_those_of_the_module(dtype):
+def test_pasted_scenarios_and_metrics_give_those_of_the_module():
     names, generator = pasted("make_tasks", "evaluate", "continual_metrics"), np.random.default_rng(0)
-    labels, decisions = (generator.integers(0, 2, (60, 3)).astype(dtype) for _ in range(2))
-    scores, grid = generator.random((60, 3)).astype(dtype), generator.random((3, 3))
+    labels, decisions = (generator.integers(0, 2, (60, 3)).astype(float) for _ in range(2))
+    scores, grid = generator.random((60, 3)), generator.random((3, 3))
     for scenario in ("data", "class", "label", "joint", "zero"):
         arguments = (scenario, labels, "abc", None, 0)
         assert repr(names["make_tasks"](*arguments)) == repr(retune.make_tasks(*arguments))

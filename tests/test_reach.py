@@ -62,7 +62,6 @@ def write_open_clip(folder, config, **preprocess):
     save_file(state, folder / "open_clip_model.safetensors")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OPEN_CLIP)
 def test_open_clip_folder_gives_open_clips_embeddings(name, tmp_path):
     """RETUNE_FULL_SIZE=1 takes the published architectures whole: two minutes and several GB."""
@@ -107,7 +106,6 @@ def test_chexzero_state_dict_is_read_through_open_clip(tmp_path, monkeypatch):
     torch.testing.assert_close(grey, torch.full((3, 64, 64), (150 - 101.48761) / 83.43944))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_biovil_t_equals_hi_ml_on_a_single_image(tmp_path, monkeypatch):
     ImageModel, text = peers_of_biovil(monkeypatch)
@@ -189,7 +187,7 @@ def test_matrix_is_auroc_after_each_part_on_each_parts_test_images(finished):
     assert (folder / "parts.png").stat().st_size > 5000
 
 
-def test_parts_come_in_the_order_that_is_asked_for(hospitals, tmp_path):
+def test_parts_come_in_the_order_that_is_asked_for_and_share_no_patient(hospitals, tmp_path):
     data = retune.load_radiographs(configure(hospitals, tmp_path))
     order = ("hospital-c", "hospital-a", "hospital-b")
     tasks = retune.scenario_tasks(configure(hospitals, tmp_path, part_order=order), data)
@@ -200,10 +198,6 @@ def test_parts_come_in_the_order_that_is_asked_for(hospitals, tmp_path):
         retune.scenario_tasks(configure(hospitals, tmp_path, part_order=order[:1]), data)
     with pytest.raises(retune.InputError, match="needs --scenario data"):
         retune.scenario_tasks(configure(hospitals, tmp_path, scenario="class"), data)
-
-
-def test_parts_share_no_patient(hospitals, tmp_path):
-    data = retune.load_radiographs(configure(hospitals, tmp_path))
     data.patients[200] = data.patients[3]
     with pytest.raises(retune.InputError, match=r"csv row 202: patient hospital-a-.*parts share no patient"):
         retune.scenario_tasks(configure(hospitals, tmp_path), data)
