@@ -258,8 +258,7 @@ def test_a_run_writes_its_results(finished, encoder_folder):
 
 def test_exported_pair_is_the_adaptors(finished, encoder_folder):
     pair = DualEncoder.load(str(finished / "pair"))
-    name = str(encoder_folder)
-    backbones = encoders.load_backbones(Config(image_encoder=name, text_encoder=name))
+    backbones = load(encoder_folder.parent, "small", "small")
     model = load_adaptor(finished / "run", backbones)
     pixels = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     texts = ["no edema.", "there is a small pleural effusion on the left."]
