@@ -36,18 +36,16 @@ def pytest_configure(config):
 
 
 # --------------------------------------------------------------------------------------------------- encoders
-def word_tokenizer(words: list[str], end: str | None = None):
-    """A tokenizer of whole words in lower case, with an end token if one is given."""
+def word_tokenizer(words: list[str]):
+    """A tokenizer of whole words in lower case; an end token, number 2, follows every text."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    special = ["[PAD]", "[UNK]", *filter(None, [end])]
-    vocabulary = {word: i for i, word in enumerate([*special, *sorted(set(words))])}
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[END]", *sorted(set(words))])}
     plain = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     plain.normalizer, plain.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    if end:
-        plain.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 2)])
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": end}
+    plain.post_processor = processors.TemplateProcessing(single="$A [END]", special_tokens=[("[END]", 2)])
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[END]"}
     return PreTrainedTokenizerFast(tokenizer_object=plain, **names)
 
 

@@ -250,7 +250,7 @@ def published_clip(folder, kind, **text_options):
         config = transformers.SiglipConfig(text_config=text, vision_config=vision)
         model, processor = transformers.SiglipModel(config), transformers.SiglipImageProcessor()
         processor.size = {"height": 48, "width": 48}
-    for part in (randomise(model), processor, word_tokenizer(WORDS, "<end>")):
+    for part in (randomise(model), processor, word_tokenizer(WORDS)):
         part.save_pretrained(folder)
     return model
 
@@ -328,7 +328,7 @@ def small_encoder(**changes):
     }  # fmt: skip
     for part, change in changes.items():
         config[part] = config[part] | change
-    return randomise(DualEncoder(config, word_tokenizer(WORDS, "<end>")))
+    return randomise(DualEncoder(config, word_tokenizer(WORDS)))
 
 
 def test_pools():
