@@ -55,6 +55,7 @@ def mean_and_deviation(values: pd.Series) -> str:
 
 
 # -------------------------------------------------------------------------------------------- from the scores
+@pytest.mark.slow
 def test_sweep_runs_every_combination_and_skips_finished(results, capsys):
     assert len(list((results / "runs").rglob("metrics.json"))) == 32
     path = results / "runs" / "retune-False" / "class-27" / "metrics.json"
@@ -82,6 +83,7 @@ def auroc_after(folder: Path, task: int) -> np.ndarray:
     return np.array([roc_auc_score(data.labels[rows, c], score[:, c]) for c in range(score.shape[1])])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, whiten", [("retune", False), ("retune", True), ("linear", True)])
 def test_row_from_the_raw_scores(results, method, whiten):
     found = runs.read_runs(results)
@@ -106,6 +108,7 @@ def test_resampled_rate_is_the_share_among_the_drawn():
     assert found[8] == pytest.approx(expected) and found.shape == (1001, 2)
 
 
+@pytest.mark.slow
 def test_paired_interval_is_that_of_the_differences(results):
     found = runs.read_runs(results)
     first, second = (runs.pick(found, scenario="joint", method=m) for m in ("retune", "linear"))
@@ -117,6 +120,7 @@ def test_paired_interval_is_that_of_the_differences(results):
     assert runs.lead(second, first) == pytest.approx((-difference, -high, -low))
 
 
+@pytest.mark.slow
 def test_calibration_against_a_plain_loop(results):
     folder = results / "runs" / "retune-False" / "joint-27"
     _, data, embeddings, bank, model = scores.load_run(folder)
@@ -151,6 +155,7 @@ def small_tables(monkeypatch):
     monkeypatch.setattr(tables, "SCENARIOS", few)
 
 
+@pytest.mark.slow
 def test_differences_and_their_verdict(results, small_tables):
     found = runs.read_runs(results)
     table = tables.differences_table(found)
@@ -181,6 +186,7 @@ def test_bold_only_where_the_lead_excludes_zero():
     assert tables.leaders([low, high, made(0.81, 0.1), low, high], wanted) == {1}
 
 
+@pytest.mark.slow
 def test_formats_agree(results, small_tables):
     found = runs.read_runs(results)
     for name in ("main", "methods", "cost", "differences"):
@@ -195,6 +201,7 @@ def test_formats_agree(results, small_tables):
             assert word in texts[".md"] and word in texts[".tex"]
 
 
+@pytest.mark.slow
 def test_a_missing_run_is_named(results, tmp_path, capsys):
     shutil.copytree(results / "runs", tmp_path / "runs")
     assert retune.main([str(tmp_path), "--only", "main"], tables.make_tables) == 2
@@ -205,6 +212,7 @@ def test_a_missing_run_is_named(results, tmp_path, capsys):
     assert retune.main([str(tmp_path / "nothing")], tables.make_tables) == 2
 
 
+@pytest.mark.slow
 def test_runs_of_two_data_sets_are_refused(results, tmp_path):
     for name in ("joint-27", "class-27"):
         shutil.copytree(results / "runs" / "retune-False" / name, tmp_path / name)
