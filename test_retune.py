@@ -25,7 +25,8 @@ from PIL import Image
 from sklearn import metrics as sklearn_metrics
 
 import retune
-from tests.fixtures import (
+from tests.conftest import *
+from tests.conftest import (
     ROOT,
     load_csv,
     metrics_of,
@@ -41,7 +42,6 @@ NAMES = ("Edema", "Mass", "Nodule", "Hernia", "Fibrosis", "Pneumonia")
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
 NAN = float("nan")
 
-pytest_plugins = ["tests.fixtures"]
 pytestmark = [pytest.mark.usefixtures("in_empty_folder"), pytest.mark.filterwarnings("ignore:.*all alike")]
 quick = settings(max_examples=50, deadline=None)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import retune
-from tests.fixtures import ROOT, run_python
+from tests.conftest import ROOT, run_python
 
 PASTED = (  # what users copy
     "Adaptor", "RETune", "PromptBank", "prompt_contrastive_loss", "make_tasks", "evaluate",
@@ -88,6 +88,7 @@ def test_the_pasted_model_trains_as_the_one_of_the_module(dtype):
     images, prompts = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (9, 8))
     labels = torch.randint(0, 2, (9, 2), generator=generator).double()
     labels[0, 1] = torch.nan
+    images[1] = 0  # no direction
 
     def step(names: dict) -> tuple:
         with retune.seeded(0):
@@ -102,11 +103,10 @@ def test_the_pasted_model_trains_as_the_one_of_the_module(dtype):
     torch.testing.assert_close(found, step(vars(retune)), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
-def test_pasted_scenarios_and_metrics_give_those_of_the_module(dtype):
+def test_pasted_scenarios_and_metrics_give_those_of_the_module():
     names, generator = pasted("make_tasks", "evaluate", "continual_metrics"), np.random.default_rng(0)
-    labels, decisions = (generator.integers(0, 2, (60, 3)).astype(dtype) for _ in range(2))
-    scores, grid = generator.random((60, 3)).astype(dtype), generator.random((3, 3))
+    labels, decisions = (generator.integers(0, 2, (60, 3)).astype(float) for _ in range(2))
+    scores, grid = generator.random((60, 3)), generator.random((3, 3))
     for scenario in ("data", "class", "label", "joint", "zero"):
         arguments = (scenario, labels, "abc", None, 0)
         assert repr(names["make_tasks"](*arguments)) == repr(retune.make_tasks(*arguments))

@@ -1,6 +1,4 @@
-"""Encoders of open_clip and BioViL-T, hospitals as parts, decisions, subgroups, export, heat maps, DICOM."""
-
-from __future__ import annotations
+"""Encoders of open_clip and BioViL-T, hospitals as parts, decisions, subgroups, export, heat maps."""
 
 import copy
 import json
@@ -23,20 +21,10 @@ from demo.hospitals import draw_hospitals
 from experiments import decisions, deploy, subgroups
 from experiments.decisions import logits_of
 from experiments.runs import load_run
-from tests.test_encoders import SMALL_BERT, no_network, peers_of_biovil, randomise, write_vocabulary  # noqa: F401
-from tests.test_public_data import write_dicom
+from tests.test_encoders import difference, peers_of_biovil, randomise, write_vocabulary
 
-PROMPTS = [
-    "edema",
-    "there is no evidence of acute cardiomegaly",
-    "Small left pleural effusion, with atelectasis.",
-]
-
-
-def difference(ours, theirs):
-    return (ours - theirs).abs().max().item()
-
-
+pytestmark = pytest.mark.usefixtures("no_network")
+PROMPTS = ["edema", "no evidence of acute cardiomegaly", "Small left pleural effusion, with atelectasis."]
 SMALL = {"width": 64, "layers": 2}
 OPEN_CLIP = {  # the options of each architecture, with few layers; the full ones are open_clip's own configs
     "ViT-B-32-quickgelu": {
@@ -75,7 +63,6 @@ def write_open_clip(folder, config, **preprocess):
     save_file(state, folder / "open_clip_model.safetensors")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OPEN_CLIP)
 def test_open_clip_folder_gives_open_clips_embeddings(name, tmp_path):
     """RETUNE_FULL_SIZE=1 takes the published architectures whole: two minutes and several GB."""
@@ -120,7 +107,6 @@ def test_chexzero_state_dict_is_read_through_open_clip(tmp_path, monkeypatch):
     torch.testing.assert_close(grey, torch.full((3, 64, 64), (150 - 101.48761) / 83.43944))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_biovil_t_equals_hi_ml_on_a_single_image(tmp_path, monkeypatch):
     ImageModel, text = peers_of_biovil(monkeypatch)
@@ -202,7 +188,7 @@ def test_matrix_is_auroc_after_each_part_on_each_parts_test_images(finished):
     assert (folder / "parts.png").stat().st_size > 5000
 
 
-def test_parts_come_in_the_order_that_is_asked_for(hospitals, tmp_path):
+def test_parts_come_in_the_order_that_is_asked_for_and_share_no_patient(hospitals, tmp_path):
     data = retune.load_radiographs(configure(hospitals, tmp_path))
     order = ("hospital-c", "hospital-a", "hospital-b")
     tasks = retune.scenario_tasks(configure(hospitals, tmp_path, part_order=order), data)
@@ -213,10 +199,6 @@ def test_parts_come_in_the_order_that_is_asked_for(hospitals, tmp_path):
         retune.scenario_tasks(configure(hospitals, tmp_path, part_order=order[:1]), data)
     with pytest.raises(retune.InputError, match="needs --scenario data"):
         retune.scenario_tasks(configure(hospitals, tmp_path, scenario="class"), data)
-
-
-def test_parts_share_no_patient(hospitals, tmp_path):
-    data = retune.load_radiographs(configure(hospitals, tmp_path))
     data.patients[200] = data.patients[3]
     with pytest.raises(retune.InputError, match=r"csv row 202: patient hospital-a-.*parts share no patient"):
         retune.scenario_tasks(configure(hospitals, tmp_path), data)
@@ -367,7 +349,11 @@ def test_positions_go_through_the_embeddings_own_head(name):
     assert positions.shape[1] - size[0] * size[1] == (name in ("cls", "clip"))
 
 
-def test_heatmaps_are_drawn_or_refused_with_a_reason(hospitals, finished, tmp_path):
+def test_heatmaps_are_drawn_or_refused_with_a_reason(hospitals, finished, tmp_path, capsys):
+    for option in (["--heatmap", "maps"], ["--json"]):
+        with pytest.raises(SystemExit):
+            retune.main(option)
+        assert "go with --predict" in capsys.readouterr().err
     image = str(hospitals / "hospital-a/00000.png")
     command = ["--predict", image, "--run", str(finished[0]), "--heatmap", str(tmp_path / "maps")]
     assert retune.main(command) == 0
@@ -376,30 +362,3 @@ def test_heatmaps_are_drawn_or_refused_with_a_reason(hospitals, finished, tmp_pa
     encoder.image.pool = "pooler"
     with pytest.raises(retune.InputError, match="--heatmap: tiny pools its map by a layer of its own"):
         deploy.embed_positions(encoder, torch.zeros(1, 3, 64, 64))
-
-
-@pytest.mark.parametrize("kind", ["window", "lut", "plain"])
-@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-def test_dicom_is_read_as_pydicom_defines_it(tmp_path, kind, photometric):
-    pydicom = pytest.importorskip("pydicom")
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
-
-    lut = pydicom.Dataset()
-    lut.LUTDescriptor = [4096, 0, 16]
-    lut.LUTData = (np.sqrt(np.arange(4096) / 4095) * 4095).astype("<u2").tobytes()
-    lut["LUTData"].VR = "OW"
-    window = {"WindowCenter": 900, "WindowWidth": 800, "RescaleSlope": 0.5, "RescaleIntercept": 100}
-    changes = {"window": window, "lut": {"VOILUTSequence": pydicom.Sequence([lut])}, "plain": {}}[kind]
-    pixels = np.random.default_rng(0).integers(0, 4096, (40, 30))
-    path = write_dicom(tmp_path / "film.dcm", pixels, PhotometricInterpretation=photometric, **changes)
-    dataset = pydicom.dcmread(path)
-    values = apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset).astype(float)
-    values = -values if photometric == "MONOCHROME1" else values
-    expected = (values - values.min()) / np.ptp(values) * 255
-    assert np.abs(retune.read_image(path)[0].numpy() - expected).max() <= 0.51
-
-
-def test_dicom_of_several_frames_is_refused(tmp_path):
-    path = write_dicom(tmp_path / "cine.dcm", np.zeros((24, 8)), Rows=8, NumberOfFrames=3)
-    with pytest.raises(retune.InputError, match=r"cine.dcm.*\(3, 8, 8\).*one grey frame is read"):
-        retune.read_image(path)
