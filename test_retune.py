@@ -1107,11 +1107,11 @@ def test_several_seeds_give_mean_and_deviation_of_their_runs(demo_arguments, tmp
     ("--seed -1", "--seed -1"), ("--workers -1", "--workers -1"), ("--device abacus", "--device abacus"),
     ("--encoder nowhere/encoder", "nowhere/encoder"), ("--prompts none.json", "none.json"),
     ("--view pa", "--view pa"), ("--output labels.txt/run", "--output labels.txt/run"),
+    ("--scenario data --class-order Mass Edema", "is for"), ("--part-order a", "--part-order a goes with"),
     ("--output runs/{nonsense}", "--output runs/{nonsense}"), ("--method nonsense", "--method 'nonsense'"),
-    ("--method nonsense:Class", "--method nonsense:Class"),
-    ("--method pathlib:Path", "--method pathlib:Path"), ("--set memory=5", "--set memory=5")])  # fmt: skip
-def test_bad_options_exit_2_with_the_option_and_the_value(csv_set, capsys, monkeypatch, options, named):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ("--method nonsense:Class", "nonsense:Class"), ("--method pathlib:Path", "--method pathlib:Path"),
+    ("--set memory=5", "--set memory=5")])  # fmt: skip
+def test_bad_options_exit_2_with_the_option_and_the_value(csv_set, capsys, options, named):
     Path("labels.txt").write_text("a file where a folder should be")
     assert named in read_failure(capsys, [*csv_set[2], *options.split()])
 

@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -45,13 +47,18 @@ def test_pixels_of_every_kind_of_image_are_read_exactly(tmp_path):
     Image.fromarray(deep).save(tmp_path / "deep.TIF")
     Image.fromarray(np.stack([grey, 255 - grey], 2), "LA").save(tmp_path / "la.png")
     Image.new("I;16", (5, 7), 900).save(tmp_path / "constant.png")
+    Image.fromarray(deep).save(tmp_path / "white-is-zero.tif", tiffinfo={262: 0})
+    turned = Image.Exif()
+    turned[274] = 6  # a quarter turn to the right shows it upright
+    Image.fromarray(grey).save(tmp_path / "turned.png", exif=turned)
     Image.fromarray(np.full((16, 16), 77, np.uint8)).save(tmp_path / "flat.JPEG", quality=95)
     stretched = np.round((deep - deep.min()) / float(deep.max() - deep.min()) * 255)
     for name, wanted in {
         "grey.PNG": grey[None], "rgb.png": rgb.transpose(2, 0, 1),
         "rgba.png": rgba[..., :3].transpose(2, 0, 1), "la.png": grey[None], "deep.png": stretched[None],
         "constant.png": np.zeros((1, 7, 5)), "flat.JPEG": np.full((1, 16, 16), 77), "grey.tiff": grey[None],
-        "deep.TIF": stretched[None],
+        "deep.TIF": stretched[None], "turned.png": np.rot90(grey, -1)[None],
+        "white-is-zero.tif": np.round((deep.max() - deep) / float(deep.max() - deep.min()) * 255)[None],
     }.items():  # fmt: skip
         pixels = retune.read_image(tmp_path / name)
         assert pixels.dtype == torch.uint8, name
@@ -71,8 +78,16 @@ def test_unreadable_images_are_refused_by_name_and_reason(tmp_path, monkeypatch)
         with pytest.raises(InputError, match=rf"{name}.*PNG.*JPEG.*TIFF.*DICOM"):
             retune.read_image(tmp_path / name)
     Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "nan.tiff")
+    page = Image.new("L", (8, 8))
+    page.save(tmp_path / "pages.tif", save_all=True, append_images=[page])
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)  # 16-bit colour, which Pillow does not write
+    rows = zlib.compress(bytes(8 * (1 + 8 * 6)))
+    chunks = [(b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")]
+    blocks = [struct.pack(">I", len(x)) + t + x + struct.pack(">I", zlib.crc32(t + x)) for t, x in chunks]
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(blocks))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    reasons = {"none.png": "no such file", "nan.tiff": "not all numbers", "good.png": "4000 pixels"}
+    reasons = {"none.png": "no such file", "nan.tiff": "not all numbers", "good.png": "4000 pixels",
+               "pages.tif": "2 pages", "deep.png": "16 bits are of colour"}  # fmt: skip
     for name, reason in (reasons | {"": "directory"}).items():
         with pytest.raises(InputError, match=f"{(tmp_path / name).name}.*{reason}"):
             retune.read_image(tmp_path / name)
@@ -155,15 +170,17 @@ def test_paths_may_be_absolute_or_pass_through_links(csv_set, encoder):
 def test_columns_that_are_no_findings_are_left_out_and_named(csv_set):
     root, rows, _ = csv_set
     for i, row in enumerate(rows):
-        groups = {"age": f"{40 + i}", "sex": f"{i % 2}", "view": ("PA", "LATERAL")[i % 2], "part": "1"}
-        row |= groups | {"ward": "B2"}
+        groups = {"age": f"{40 + i}", "sex": f"{i % 2}", "VIEW": ("PA", "LATERAL ")[i % 2], "part": "1"}
+        row |= groups | {"ward": "B2", "Notes": "", "Patient": row.pop("patient")}
     write_rows(root / "labels.csv", rows)
     data = load_csv(root)
-    assert tuple(data.class_names) == ("Edema", "Mass") and "ward" in data.note
+    assert tuple(data.class_names) == ("Edema", "Mass") and "'ward', 'Notes'" in data.note
+    assert list(data.patients) == [row["Patient"] for row in rows]
     for name in groups:
-        assert list(getattr(data, name)) == [row[name] for row in rows], name
+        assert list(getattr(data, name.lower())) == [row[name].strip() for row in rows], name
     lateral = load_csv(root, view="lateral")
     assert list(lateral.names) == [row["path"] for row in rows[1::2]] and set(lateral.view) == {"LATERAL"}
+    assert "left out 12 images of other views" in lateral.note
     rows[3]["Mass"] = "unclear"
     write_rows(root / "labels.csv", rows)
     assert tuple(load_csv(root, classes=("Edema",)).class_names) == ("Edema",)
@@ -187,6 +204,9 @@ def drop(split):
     ({"path": ""}, ["labels.csv row 7", "path"]),
     ({"path": "images/01.png"}, ["labels.csv row 7", "'images/01.png'", "row 3"]),
     ({"path": "./images//01.png"}, ["labels.csv row 7", "row 3"]),
+    (lambda rows: rows[5].update(path=f"{Path.cwd()}/my x-rays/images/01.png"), ["row 7", "row 3"]),
+    (lambda rows: [row.update(Sex="F", sex="F") for row in rows], ["labels.csv", "upper and lower case"]),
+    (lambda rows: [row.update(patient_id=row.pop("patient")) for row in rows], ["'patient_id'"]),
     ({"patient": ""}, ["labels.csv row 7", "patient"]),
     ({"split": "validation"}, ["labels.csv row 7", "'validation'"]),
     ({"patient": "Patient-013-Kowalski"}, ["row", "'Patient-013-Kowalski'", "train", "test"]),

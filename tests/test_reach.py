@@ -1,6 +1,7 @@
 """Encoders of open_clip and BioViL-T, hospitals as parts, decisions, subgroups, export, heat maps."""
 
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -199,6 +200,9 @@ def test_parts_come_in_the_order_that_is_asked_for_and_share_no_patient(hospital
         retune.scenario_tasks(configure(hospitals, tmp_path, part_order=order[:1]), data)
     with pytest.raises(retune.InputError, match="needs --scenario data"):
         retune.scenario_tasks(configure(hospitals, tmp_path, scenario="class"), data)
+    whole = retune.data_fingerprint(data)
+    assert whole == retune.data_fingerprint(dataclasses.replace(data, part=list(data.part)))
+    assert whole != retune.data_fingerprint(dataclasses.replace(data, part=list(data.part)[::-1]))
     data.patients[200] = data.patients[3]
     with pytest.raises(retune.InputError, match=r"csv row 202: patient hospital-a-.*parts share no patient"):
         retune.scenario_tasks(configure(hospitals, tmp_path), data)
@@ -262,8 +266,13 @@ def test_images_of_folders_and_below_are_found(tmp_path):
     for path in ("b/x.PNG", "a.dcm", "notes.txt"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).touch()
-    found = [f"{tmp_path}/a.dcm", f"{tmp_path}/b/x.PNG", "c.png"]
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "c").symlink_to(tmp_path / "b")
+    found = [f"{tmp_path}/a.dcm", f"{tmp_path}/b/x.PNG", f"{tmp_path}/linked/c/x.PNG", "c.png"]
     assert retune.list_images([str(tmp_path), "c.png"]) == found
+    (tmp_path / "images.csv").write_text("path,age\nb/x.PNG,50\n,60\n")
+    with pytest.raises(retune.InputError, match="images.csv row 3: path '' is blank"):
+        retune.list_images([str(tmp_path / "images.csv")])
     with pytest.raises(retune.InputError, match="empty: no images"):
         (tmp_path / "empty").mkdir()
         retune.list_images([str(tmp_path / "empty")])

@@ -1,4 +1,4 @@
-"""experiments/folds.py on the real X-rays in RETUNE_NIH_DIR: the folds, the tables, the view as a score."""
+"""experiments/folds.py on real X-rays of 64 and of 320 pixels: the folds, the tables, the view as a score."""
 
 import os
 from pathlib import Path
@@ -11,26 +11,27 @@ from sklearn.metrics import roc_auc_score
 import retune
 from experiments import folds, runs
 
-NIH = os.environ.get("RETUNE_NIH_DIR")
-needs_xrays = pytest.mark.skipif(not NIH, reason="RETUNE_NIH_DIR is not set")
+
+@pytest.fixture(scope="module", params=["RETUNE_NIH_DIR", "RETUNE_NIH320_DIR"])
+def nih(request) -> str:
+    return os.environ.get(request.param) or pytest.skip(f"{request.param} is not set")
 
 
 @pytest.fixture(scope="module")
-def tables(tmp_path_factory) -> list[pd.DataFrame]:
-    paths = folds.write_folds(NIH, tmp_path_factory.mktemp("folds"))
+def tables(nih, tmp_path_factory) -> list[pd.DataFrame]:
+    paths = folds.write_folds(nih, tmp_path_factory.mktemp("folds"))
     return [pd.read_csv(path, dtype={"patient": str}) for path in paths]
 
 
-@needs_xrays
-def test_folds_share_rows_and_test_every_image_once(tables):
+def test_folds_share_rows_and_test_every_image_once(nih, tables):
     assert len(tables) == 5
     for table in tables:
         pd.testing.assert_frame_equal(table.drop(columns="split"), tables[0].drop(columns="split"))
         assert (table.groupby("patient")["split"].nunique() == 1).all()
         assert set(table["split"]) == {"train", "val", "test"}
     assert (sum((table["split"] == "test").astype(int) for table in tables) == 1).all()
-    data = retune.load_radiographs(retune.Config(data="nih", data_dir=NIH))
-    listed = Path(NIH, "test_list.txt").read_text().split()
+    data = retune.load_radiographs(retune.Config(data="nih", data_dir=nih))
+    listed = Path(nih, "test_list.txt").read_text().split()
     assert sorted(np.array(data.names)[data.where("test")]) == sorted(listed)
     assert tables[0]["patient"].tolist() == data.patients.tolist()
     findings = dict(zip(data.class_names, data.labels.T))
@@ -40,10 +41,9 @@ def test_folds_share_rows_and_test_every_image_once(tables):
     assert sorted(tables[0][chosen].sum()) == most
 
 
-@needs_xrays
 @pytest.mark.slow
-def test_small_run_gives_the_tables(tmp_path, encoder_folder, tables):
-    arguments = ["--data-dir", NIH, "--folds", tmp_path / "private", "--results", tmp_path / "tables"]
+def test_small_run_gives_the_tables(tmp_path, encoder_folder, nih, tables):
+    arguments = ["--data-dir", nih, "--folds", tmp_path / "private", "--results", tmp_path / "tables"]
     arguments += ["--scenarios", "class", "--grids", "method=retune", "method=lwf whiten=no,yes"]
     arguments += ["--", "--encoder", encoder_folder, "--epochs", 1, "--workers", 0]
     assert retune.main([str(argument) for argument in arguments], folds.folds) == 0
