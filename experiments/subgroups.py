@@ -23,22 +23,23 @@ MEASURES = ("AUROC", "sensitivity", "specificity")
 
 
 def group_names(values: Sequence[str], column: str) -> pd.Series:
-    """The group of every image, "" where it is unknown; ages (58, 058Y) fall into four bands."""
+    """The group of every image, "" where it is unknown; ages (58, 058Y, 030M) fall into four bands."""
     values = pd.Series(values).str.strip()
     if column != "age":
         return values
     bands = ["under 40", "40 to 59", "60 to 79", "80 and over"]
-    years = pd.to_numeric(values.str.extract(r"(\d+)")[0])
+    parts = values.str.extract(r"(\d+)\s*([DWM]?)")  # DICOM's units
+    years = pd.to_numeric(parts[0]) // parts[1].map({"D": 365, "W": 52, "M": 12}).fillna(1)
     return pd.cut(years, [-1, 39, 59, 79, 999], labels=bands).cat.add_categories("").fillna("")
 
 
-def measure_group(labels: np.ndarray, scores: np.ndarray, present: np.ndarray, patients) -> np.ndarray:
+def measure_group(findings, labels: np.ndarray, scores, present: np.ndarray, patients) -> np.ndarray:
     """[1 + R, C, 3]: MEASURES of each finding as they are, then on each resample; nan where there are none.
 
     Labels [N, C] are nan outside the group, so that its patients are drawn with those of all groups.
     """
     auroc = np.full((1001, labels.shape[1]), np.nan)
-    for c, value in enumerate(retune.evaluate(scores, present, labels)["auroc"].values()):
+    for c, value in enumerate(retune.evaluate(scores, present, labels, findings)["auroc"].values()):
         if not np.isnan(value):
             auroc[:, c] = [value, *retune.bootstrap_auroc(scores[:, [c]], labels[:, [c]], patients)]
     shares = [resampled_rate(present == value, labels == value, patients) for value in (1, 0)]
@@ -53,9 +54,8 @@ def compare_groups(group: pd.Series, findings, labels, scores, present, patients
     images = group.value_counts().drop("", errors="ignore").sort_index()
     images = images[images > 0]
     inside = [np.where((group == name).to_numpy()[:, None], labels, np.nan) for name in images.index]
-    points = [measure_group(known, scores, present, patients) for known in inside]
-    points = np.stack(points)  # [G, 1 + R, C, 3]
-    shared = ~np.isnan(points[:, 0]).any(0)  # [C, 3]
+    points = np.stack([measure_group(findings, known, scores, present, patients) for known in inside])
+    shared = ~np.isnan(points[:, 0]).any(0)  # [C, 3] of points [G, 1 + R, C, 3]
     mean = np.ma.masked_invalid(np.where(shared, points, np.nan)).mean(axis=2, keepdims=True)
     points = np.concatenate([points, mean.filled(np.nan)], axis=2)
     rows = []
@@ -104,8 +104,9 @@ def execute(argv: Sequence[str]) -> None:
     means = table[table["finding"] == "mean"]
     rows = []
     for (by, name, images), part in means.groupby(["by", "group", "images"], sort=False):
-        cells = [f"{r.value:.3f} ({r.low:.3f} to {r.high:.3f})" for r in part.itertuples()]
-        rows.append([f"{by}: {name}", images, *cells])
+        scored = part.dropna().itertuples()  # one group alone has no gap
+        cells = {r.measure: f"{r.value:.3f} ({r.low:.3f} to {r.high:.3f})" for r in scored}
+        rows.append([f"{by}: {name}", images, *map(cells.get, MEASURES)])
     text = retune.markdown_table(["test images, mean over findings", "images", *MEASURES], rows)
     retune.write_text(run / "subgroups.csv", table.to_csv(index=False, float_format="%.6f"))
     retune.write_text(run / "subgroups.md", text + "\n")

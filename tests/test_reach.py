@@ -299,6 +299,41 @@ def test_subgroups_equal_measures_of_the_groups_alone(finished, capsys):
     assert table["sex", "gap", "AUROC", "mean"] == pytest.approx(abs(values[0] - values[1]), abs=1e-6)
 
 
+def test_a_measure_without_a_gap_keeps_its_column(finished, monkeypatch, capsys):
+    settings, data, *rest = load_run(finished[0])
+    labels = np.where((np.array(data.sex) == "M")[:, None], 1, data.labels)
+    data = dataclasses.replace(data, labels=labels, view=None, age=None, part=None)
+    monkeypatch.setattr(subgroups, "load_run", lambda _: (settings, data, *rest))
+    assert retune.main([str(finished[0])], subgroups.execute) == 0
+    said = capsys.readouterr()
+    gap = re.search(r"sex: gap.*", said.out)[0].split("|")[2:-1]
+    assert [len(cell.strip()) > 1 for cell in gap] == [False, True, False]  # men have no negatives
+    assert "warning: Edema: known labels" in said.err and "0: known" not in said.err
+
+
+def test_ages_have_units():
+    ages = ["58", "058Y", "41 Y", "480M", "479M", "060M", "099W", "090D", ""]
+    bands = [*["40 to 59"] * 4, *["under 40"] * 4, ""]
+    assert subgroups.group_names(ages, "age").tolist() == bands
+
+
+def test_a_run_is_loaded_with_the_data_and_the_encoder_that_it_had(csv_set, tmp_path, capsys):
+    root, rows, arguments = csv_set
+    (root / rows[3]["path"]).write_bytes(b"")
+    arguments += ["--skip-bad-images", "--cache-dir", str(tmp_path / "cache")]
+    assert retune.main(arguments) == 0
+    assert load_run(tmp_path / "run")[1].where("unreadable").tolist() == [3]
+    assert retune.main(["--grid", "seed=27", "--", *arguments], sweep.sweep) == 0
+    assert "finished before" in capsys.readouterr().out
+    config = retune.read_json(tmp_path / "run/config.json")
+    rows[0]["Edema"] = "1"
+    other = {"labels_csv": str(write_rows(tmp_path / "other.csv", rows))}
+    for change, named in ((other, "data"), ({"encoder": "tiny"}, "encoder, embeddings")):
+        retune.write_json(tmp_path / "run/config.json", config | change)
+        with pytest.raises(retune.InputError, match=f"run: changed since the run: {named};"):
+            load_run(tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_onnx_file_equals_predict_and_holds_the_adaptors_alone(hospitals, finished, tmp_path):
     onnx = pytest.importorskip("onnx")
