@@ -3,6 +3,7 @@
 What only a run's scores tell, intervals by patient and calibration, is computed once from its saved adaptors.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -69,17 +70,25 @@ def embed_once(config: retune.Config) -> tuple:
         encoder, data, Path(config.cache_dir), batch_size=config.encode_batch, workers=config.workers,
         precision=config.precision, device=retune.pick_device(config.device),
         skip_bad_images=config.skip_bad_images)  # fmt: skip
-    data.split[list(retune.embedding_facts(embeddings)["unreadable"])] = "unreadable"
     return data, encoder, embeddings
 
 
 def load_run(folder: Path) -> tuple:
-    """(settings, data, embeddings [N, D], prompt bank, model) of a finished run, on the CPU."""
-    settings = read_json(folder / "metrics.json")["config"]
+    """(settings, data, embeddings [N, D], prompt bank, model) of a finished run, on the CPU.
+
+    InputError when its data, encoder or embeddings are no longer those that it was trained on.
+    """
+    settings = read_json(folder / "config.json")
     data, encoder, embeddings = load_inputs(settings)
+    facts = retune.embedding_facts(embeddings)
+    today = {"data_fingerprint": retune.data_fingerprint(data), "encoder_fingerprint": encoder.fingerprint()}
+    today["embeddings_sha256"] = facts["sha256"]
+    if changed := [key.partition("_")[0] for key, value in today.items() if settings[key] != value]:
+        raise InputError(f"{folder}: changed since the run: {', '.join(changed)}; restore or run again")
+    data = dataclasses.replace(data, split=data.split.copy())  # other runs share `data`
+    data.split[list(facts["unreadable"])] = "unreadable"
     bank = retune.embed_prompts(encoder, settings["prompt_texts"])
-    named = retune.Config(method=settings["method"])
-    model, _ = retune.load_model(folder / "adaptors.safetensors", named)
+    model, _ = retune.load_model(folder / "adaptors.safetensors", retune.Config(method=settings["method"]))
     return settings, data, embeddings, bank, model
 
 

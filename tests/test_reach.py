@@ -19,9 +19,10 @@ from sklearn.metrics import roc_auc_score
 
 import retune
 from demo.hospitals import draw_hospitals
-from experiments import decisions, deploy, subgroups
+from experiments import decisions, deploy, subgroups, sweep
 from experiments.decisions import logits_of
 from experiments.runs import load_run
+from tests.conftest import read_failure, write_rows
 from tests.test_encoders import difference, peers_of_biovil, randomise, write_vocabulary
 
 pytestmark = pytest.mark.usefixtures("no_network")
