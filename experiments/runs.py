@@ -140,7 +140,7 @@ def run_row(path: Path, folder: Path) -> dict:
         "train_n": sum(task["n_train"] for task in metrics["tasks"]),
         "val_n": metrics["zero_shot"]["val"]["n"], "test_n": metrics["zero_shot"]["test"]["n"]}  # fmt: skip
     scores = score_facts(path.parent)
-    last = metrics["after_task"][-1]
+    last = [metrics["zero_shot"], *metrics["after_task"]][-1]
     stages = {"zero": metrics["zero_shot"]["test"], "last": last["test"]}
     measured = {stage: {key: found[key] for key in QUALITY} for stage, found in stages.items()}
     measured["last"]["val_auroc_macro"] = last["val"]["auroc_macro"]

@@ -147,6 +147,12 @@ def test_temperature_finds_the_factor_that_was_taken_away():
     assert decisions.reliability(logits * 3, labels, 1.0)["ece"] > 0.02
 
 
+def test_zero_shot_is_its_own_last_stage(demo_arguments, tmp_path):
+    assert retune.main([*demo_arguments, "--scenario", "zero", "--output", str(tmp_path / "run")]) == 0
+    row = runs.collect(tmp_path).iloc[0]
+    assert row["last.auroc_macro"] == row["zero.auroc_macro"] > 0
+
+
 # ----------------------------------------------------------------------------------------------------- tables
 @pytest.fixture
 def small_tables(monkeypatch):
