@@ -73,8 +73,9 @@ def add_decisions(findings: dict[str, dict], logits: list[float], block: dict) -
     """Add "probability" and "decision" to each finding [C] of a prediction, if they could be fitted."""
     for (name, finding), logit in zip(findings.items(), logits):
         if block["threshold"][name] is not None:
-            probability = round(float(sigmoid(logit / block["temperature"][name])), 6)
-            finding |= {"probability": probability, "decision": probability >= block["threshold"][name]}
+            probability = float(sigmoid(logit / block["temperature"][name]))
+            finding["probability"] = round(probability, 6)
+            finding["decision"] = probability >= block["threshold"][name]
 
 
 def rates(present: np.ndarray, labels: np.ndarray, patients: np.ndarray) -> list[dict]:

@@ -227,6 +227,9 @@ def test_thresholds_follow_their_rules():
     reached, _, _, threshold = rates("sensitivity=0.95")
     assert reached >= 0.95 > rates(cuts[cuts > threshold][1])[0]
     assert decisions.fit_decision(probabilities, np.ones(300), "youden") == (None, None)
+    found = {"Edema": {}}  # below the threshold, and at it if rounded first
+    decisions.add_decisions(found, [1.0], {"temperature": {"Edema": 1.0}, "threshold": {"Edema": 0.7310588}})
+    assert found == {"Edema": {"probability": 0.731059, "decision": False}}
 
 
 def test_thresholds_never_see_the_test_labels(hospitals, finished, tmp_path):
