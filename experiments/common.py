@@ -91,6 +91,8 @@ class Grams:
 
     def add(self, features: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
         """Add rows with features [n, P], labels [n, C], nan where unknown, and weights [n]."""
+        if not len(features):
+            return
         known = ~labels.isnan()
         weighted = features if weights is None else features * weights[:, None]
         patterns, group = known.unique(dim=1, return_inverse=True)  # [n, U], [C]
