@@ -52,7 +52,8 @@ def zero_shot_logits(model: Method, images: Tensor, bank: PromptBank) -> Tensor:
     """cos(x, t+) - cos(x, t-) [B, C] of images [B, D] that went through the model's whitening, if any."""
     if not isinstance(model.whitening, Whitening):
         return F.normalize(images, dim=-1) @ prompt_directions(bank).T
-    weights, constant = zero_shot_weights(model.whitening, bank)
+    solved = isinstance(bank, SolvedBank)
+    weights, constant = bank.zero_shot if solved else zero_shot_weights(model.whitening, bank)
     return images @ weights.to(images).T + constant.to(images)
 
 
@@ -61,6 +62,14 @@ def zero_shot_weights(whitening: Whitening, bank: PromptBank) -> tuple[Tensor, T
     directions = prompt_directions(bank).cpu().double()
     weights = torch.linalg.solve(whitening.matrix.cpu().double(), directions.T).T
     return weights, directions @ whitening.mean.cpu().double()
+
+
+class SolvedBank(PromptBank):
+    """Prompts with their zero-shot weights for a whitening, for exporters, which cannot solve."""
+
+    def __init__(self, bank: PromptBank, whitening: Whitening):
+        super().__init__(bank.embeddings, bank.group)
+        self.zero_shot = zero_shot_weights(whitening, bank)
 
 
 def prompt_directions(bank: PromptBank) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import retune
+from experiments.common import SolvedBank
 from experiments.figures import new_figure
 
 
@@ -44,7 +45,8 @@ class Deployed(nn.Module):
 def freeze_prompts(model, bank) -> tuple:
     """The model without its text adaptor, and the bank of prompts that have been through it."""
     if not isinstance(model, retune.RETune):
-        return model, bank
+        plain = isinstance(model.whitening, nn.Identity)
+        return model, bank if plain else SolvedBank(bank, model.whitening)
     vectors = model.text_adaptor(bank.embeddings)
     group = bank.group
     if model.pool != "max":
@@ -70,8 +72,9 @@ def export(path: Path, run: Path, config) -> None:
     module = Deployed(encoder, model, bank, facts).eval().requires_grad_(False)
     example = torch.zeros(2, height, width, 3, dtype=torch.uint8)
     options = {"input_names": ["pixels"], "output_names": ["probability", "decision"], "verbose": False}
-    shapes = ({0: torch.export.Dim("batch")},)
-    graph = torch.onnx.export(module, (example,), dynamo=True, dynamic_shapes=shapes, **options).model_proto
+    options["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
+    with retune.input_errors("--export", f"{type(model).__name__} cannot be written as ONNX"):
+        graph = torch.onnx.export(module, (example,), dynamo=True, **options).model_proto
     if not graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
         raise retune.InputError(f"--export: {type(model).__name__} works on a fixed batch alone here")
     for node in graph.graph.node:  # notes of the exporter on the source files

@@ -17,7 +17,7 @@ import retune
 from experiments import METHODS, baselines
 from experiments.analytic import LAMBDAS, Analytic
 from experiments.baselines import EWC, MLP, Distil, LwF, Replay, fisher_diagonal
-from experiments.common import Grams, zero_shot_logits
+from experiments.common import Grams, SolvedBank, zero_shot_logits
 from experiments.streaming import L3A, NCM, SLDA, RanPAC
 from experiments.whitening import Whitening
 from retune import Config, InputError, PromptBank, RETune, Task
@@ -291,6 +291,8 @@ def test_ranpac_with_zero_shot_for_unseen_findings():
         images = model.whitening(X)
         torch.testing.assert_close(model.logits(images, BANK)[:, 1:], COSINES[:, 1:], atol=1e-5, rtol=0)
         torch.testing.assert_close(zero_shot_logits(model, images, BANK), COSINES, atol=1e-5, rtol=0)
+        solved = SolvedBank(BANK, model.whitening) if whiten else BANK
+        assert torch.equal(model.logits(images, solved), model.logits(images, BANK))
         assert (model.logits(images, BANK)[:, 0] - COSINES[:, 0]).abs().max() > 0.1
 
 
