@@ -62,6 +62,7 @@ def export(path: Path, run: Path, config) -> None:
     with retune.input_errors("--export", "needs pip install onnx onnxscript"):
         import onnx
         import onnxscript  # noqa: F401, the exporter's
+    path.parent.mkdir(parents=True, exist_ok=True)
     encoder, model, bank, known = retune.load_predictor(run, config)
     facts = {"findings": known["classes"]}
     facts |= {key: encoder.config["transform"][key] for key in ("resize", "crop", "interpolation")}
@@ -167,6 +168,7 @@ def write_scores(path: Path, predictions: list[dict]) -> None:
     table["error"] = table.pop("error")  # last
     flags = table.filter(regex=" (present|decision)$").columns
     table[flags] = table[flags].astype("Int64")  # 1 and 0; blank where the image was unreadable
+    path.parent.mkdir(parents=True, exist_ok=True)
     retune.write_text(path, table.to_csv(index=False))
     print(f"written to {path}: {len(table)} images")
 

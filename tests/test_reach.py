@@ -249,12 +249,12 @@ def test_decisions_are_saved_printed_and_measured(hospitals, finished, tmp_path,
     folder, metrics = finished
     block = metrics["decisions"]
     assert retune.load_tensors(folder / "adaptors.safetensors")[1]["decisions"] == block
-    files = ["--output", str(tmp_path / "scores.csv"), "--json"]
+    files = ["--output", str(tmp_path / "new/scores.csv"), "--json"]
     assert retune.main(["--predict", str(hospitals / "hospitals.csv"), "--run", str(folder), *files]) == 0
     predictions = json.loads(capsys.readouterr().out.rpartition("written to")[0])
     assert set(predictions[0]["findings"]["Edema"]) == {"score", "present", "probability", "decision"}
     table = retune.read_table(hospitals / "hospitals.csv")
-    written = pd.read_csv(tmp_path / "scores.csv")
+    written = pd.read_csv(tmp_path / "new/scores.csv")
     for name in metrics["classes"]:
         present = np.array([p["findings"][name]["decision"] for p in predictions])
         assert present.tolist() == (written[f"{name} decision"] == 1).tolist()
@@ -346,7 +346,7 @@ def test_onnx_file_equals_predict_and_holds_the_adaptors_alone(hospitals, finish
     folder, _ = finished
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone/adaptors.safetensors").write_bytes((folder / "adaptors.safetensors").read_bytes())
-    files = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
+    files = [tmp_path / "new/a.onnx", tmp_path / "new/b.onnx"]
     for run, file in zip((folder, tmp_path / "alone"), files):
         assert retune.main(["--export", str(file), "--run", str(run)]) == 0
     assert files[0].read_bytes() == files[1].read_bytes()  # made without anything else of the run
@@ -403,9 +403,9 @@ def test_heatmaps_are_drawn_or_refused_with_a_reason(hospitals, finished, tmp_pa
             retune.main(option)
         assert "go with --predict" in capsys.readouterr().err
     image = str(hospitals / "hospital-a/00000.png")
-    command = ["--predict", image, "--run", str(finished[0]), "--heatmap", str(tmp_path / "maps")]
+    command = ["--predict", image, "--run", str(finished[0]), "--heatmap", str(tmp_path / "new/maps")]
     assert retune.main(command) == 0
-    assert (tmp_path / "maps/0000-00000.png").stat().st_size > 10_000
+    assert (tmp_path / "new/maps/0000-00000.png").stat().st_size > 10_000
     encoder = retune.DualEncoder.load("tiny")
     encoder.image.pool = "pooler"
     with pytest.raises(retune.InputError, match="--heatmap: tiny pools its map by a layer of its own"):
