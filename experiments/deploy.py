@@ -20,6 +20,7 @@ from torch import nn
 import retune
 from experiments.common import SolvedBank
 from experiments.figures import new_figure
+from experiments.runs import full_name
 
 
 class Deployed(nn.Module):
@@ -89,9 +90,17 @@ def export(path: Path, run: Path, config) -> None:
 def write_card(run: Path) -> None:
     """Write the card of docs/model_card.md, filled in with a run, into the run's folder as README.md."""
     metrics = retune.read_json(run / "metrics.json")
+    config = metrics["config"]
     card = (retune.HERE / "docs" / "model_card.md").read_text(encoding="utf-8").split("<!-- card -->\n")[1]
-    values = metrics["config"] | {"name": run.resolve().name, "findings": ", ".join(metrics["classes"])}
-    values |= {"encoder": Path(values["encoder"]).name, "patients": metrics["cost"]["train_patients"]}
+    used = ["seed"]
+    if metrics["tasks"] and config["method"] == "retune":
+        used += ["adaptor", "adapt"]
+    if metrics["cost"]["trainable_parameters"]:
+        used += ["lr", "batch_size", *(["epochs"] if config["method"] != "joint" else [])]  # it converges
+    method = full_name(config | {"set": " ".join(config["set"])}) if metrics["tasks"] else "zero-shot"
+    values = config | {"name": run.resolve().name, "findings": ", ".join(metrics["classes"])}
+    values |= {"encoder": Path(config["encoder"]).name, "patients": metrics["cost"]["train_patients"]}
+    values |= {"method": method, "settings": ", ".join(f"{name} {config[name]}" for name in used)}
     values["table"] = (run / "table.md").read_text(encoding="utf-8").strip()
     for key, value in values.items():
         card = card.replace(f"{{{key}}}", str(value))

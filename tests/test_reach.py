@@ -364,12 +364,34 @@ def test_onnx_file_equals_predict_and_holds_the_adaptors_alone(hospitals, finish
             assert decision == str(values["decision"])
 
 
-def test_model_card_has_the_runs_results_and_no_blank(finished):
-    folder, _ = finished
-    assert retune.main(["--export-card", "--run", str(folder)]) == 0
-    card = (folder / "README.md").read_text()
-    assert (folder / "table.md").read_text().strip() in card and card.startswith("---\nlicense: other")
-    assert "{" not in card and "| training patients | " in card
+@pytest.mark.slow
+def test_onnx_needs_no_solve_and_what_it_lacks_is_one_line(hospitals, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxscript")
+    options = {"method": "ranpac", "set": ("features=20", "zero_shot=1"), "whiten": True, "figures": False}
+    retune.run(configure(hospitals, tmp_path / "run", **options))
+    command = ["--export", tmp_path / "a.onnx", "--run", tmp_path / "run"]
+    assert retune.main([*map(str, command)]) == 0
+    monkeypatch.setattr(deploy, "SolvedBank", lambda bank, _: bank)
+    assert "--export: RanPAC cannot be written as ONNX (" in read_failure(capsys, command)
+
+
+CARDS = {  # options, what the card calls the method, the settings that it used
+    "retune": ({}, "RE-tune", "seed 27, adaptor mlp, adapt both, lr 0.001, batch_size 64, epochs 3"),
+    "linear": ({"whiten": True}, "linear head, whitened", "seed 27, lr 0.001, batch_size 64, epochs 3"),
+    "joint": ({}, "MLP head, all data", "seed 27, lr 0.001, batch_size 64"),
+    "ncm": ({}, "NCM", "seed 27"),
+    "lwf": ({"scenario": "zero", "parts": None, "whiten": True}, "zero-shot", "seed 27"),
+}
+
+
+@pytest.mark.parametrize("method", CARDS)
+def test_model_card_is_true_of_its_run_and_has_no_blank(hospitals, tmp_path, method):
+    options, name, settings = CARDS[method]
+    retune.run(configure(hospitals, tmp_path, method=method, figures=False, **options))
+    assert retune.main(["--export-card", "--run", str(tmp_path)]) == 0
+    card = (tmp_path / "README.md").read_text()
+    assert (tmp_path / "table.md").read_text().strip() in card and card.startswith("---\nlicense: other")
+    assert "{" not in card and f"| method | {name} |\n| settings | {settings} |\n" in card
 
 
 SMALL_VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
