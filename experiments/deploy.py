@@ -3,9 +3,9 @@
 The ONNX file goes from pixels to probabilities: image tower, image adaptor, the prompts' adapted vectors,
 temperatures, thresholds. It is made of `adaptors.safetensors` and the encoder, which hold no patient's data.
 
-A heat map shows cos+ - cos- of each patch, or position of the last map, before and after the adaptors, over
-the image that the encoder saw: what the score is made of, not why a finding is there. It needs a tower whose
-positions go through its embedding's head.
+A heat map shows cos+ - cos- (cos+ with --no-negatives) of each patch, or position of the last map, before
+and after the adaptors, over the image that the encoder saw: what the score is made of, not why a finding is
+there. It needs a tower whose positions go through its embedding's head.
 """
 
 import copy
@@ -131,12 +131,12 @@ def embed_positions(encoder, pixels: torch.Tensor) -> tuple[torch.Tensor, tuple[
 
 @torch.inference_mode()
 def similarity_maps(encoder, model, bank, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """cos+ - cos- of pixels [3,H,W] at each position, before and after the adaptors: [C,h,w] each."""
+    """cos+ - cos-, or cos+ without negatives, of pixels [3,H,W] before and after: [C,h,w] each."""
     positions, size = embed_positions(encoder, pixels[None])
     x = positions[0, -size[0] * size[1] :]  # [h*w,D]
-    before = retune.RETune(encoder.dim, adapt="none", pool=model.pool).logits(x, bank)
+    before = retune.RETune(encoder.dim, adapt="none", pool=model.pool, negatives=model.negatives)
     after = model.logits(model.whitening(x), bank) / model.logit_scale
-    maps = {"before: frozen encoder": before.T, "after: adaptors": after.T}
+    maps = {"before: frozen encoder": before.logits(x, bank).T, "after: adaptors": after.T}
     return {title: values.unflatten(1, size) for title, values in maps.items()}
 
 
@@ -166,7 +166,8 @@ def draw_heatmaps(images: Sequence[str], run: Path, folder: Path, config) -> Non
                 for axis, name, overlay in zip(row, known["classes"], values.numpy()):
                     axis.set_title(name, fontsize=9)
                     picture = axis.imshow(overlay, interpolation="bilinear", **style)
-                figure.colorbar(picture, ax=[first, *row], label="cos+ - cos-")
+                label = "cos+ - cos-" if model.negatives else "cos+"
+                figure.colorbar(picture, ax=[first, *row], label=label)
     print(f"written to {folder}: {len(images)} figures")
 
 

@@ -429,6 +429,10 @@ def test_heatmaps_are_drawn_or_refused_with_a_reason(hospitals, finished, tmp_pa
     assert retune.main(command) == 0
     assert (tmp_path / "new/maps/0000-00000.png").stat().st_size > 10_000
     encoder = retune.DualEncoder.load("tiny")
+    bank = retune.PromptBank(torch.randn(4, encoder.dim), torch.arange(4))
+    model = retune.RETune(encoder.dim, adapt="none", negatives=False)
+    before, after = deploy.similarity_maps(encoder, model, bank, torch.rand(3, 64, 64)).values()
+    torch.testing.assert_close(before, after)  # both are cos+ alone
     encoder.image.pool = "pooler"
     with pytest.raises(retune.InputError, match="--heatmap: tiny pools its map by a layer of its own"):
         deploy.embed_positions(encoder, torch.zeros(1, 3, 64, 64))
