@@ -279,11 +279,8 @@ def test_the_demos_towers_are_trained_once(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_encoders, "train_towers", None)
     again = demo_encoders.demo_encoder(tmp_path)
     assert again.fingerprint() == first.fingerprint() and not again.training
-    assert (
-        again.encode_images(torch.zeros(2, 3, 64, 64)).shape
-        == again.encode_texts(["a", "b"]).shape
-        == (2, 128)
-    )
+    embeddings = (again.encode_images(torch.zeros(2, 3, 64, 64)), again.encode_texts(["a", "b"]))
+    assert [found.shape for found in embeddings] == [(2, 128)] * 2
 
 
 def test_a_run_writes_its_results(finished, towers):
@@ -403,9 +400,7 @@ def test_texts_are_reports_or_captions_and_it_says_so(towers, csv_set, tmp_path,
     ("--image-encoder nowhere/x", "--image-encoder nowhere/x"),
     ("--image-encoder torchxrayvision:50=x", "101-elastic"), ("--data siim --data-dir none", "none"),
     ("--data csv --data-dir . --stages segmentation", "masks")])  # fmt: skip
-def test_bad_options_exit_2_with_the_option_and_the_value(
-    towers, csv_set, tmp_path, capsys, monkeypatch, more, named
-):
+def test_bad_options_are_named(towers, csv_set, tmp_path, capsys, monkeypatch, more, named):
     monkeypatch.chdir(csv_set[0])
     assert named in read_failure(capsys, options(towers, tmp_path, *more.split()), main)
     assert "--export" not in more or not (tmp_path / "run").exists()
@@ -414,9 +409,8 @@ def test_bad_options_exit_2_with_the_option_and_the_value(
 @pytest.fixture(scope="session")
 def published(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("published")
-    tokenizer = demo_encoders.build_tokenizer(
-        ["no edema. there is a pleural effusion", "the lungs are clear and"]
-    )
+    texts = ["no edema. there is a pleural effusion", "the lungs are clear and"]
+    tokenizer = demo_encoders.build_tokenizer(texts)
     small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     bert = transformers.BertConfig(vocab_size=len(tokenizer), **small)
     with retune.seeded(1):
@@ -774,13 +768,11 @@ def test_covidx_lists(tmp_path):
     assert list(found.class_names) == ["Normal", "Pneumonia", "COVID-19"]
     assert (found.labels.sum(1) == 1).all() and found.labels[:3].argmax(1).tolist() == [0, 1, 2]
     assert len(found.where("test")) == 9 and 0 < len(found.where("val")) < 15
-    assert found.rows[1].endswith("train_COVIDx5.txt row 2") and found.images[1].is_file()
+    assert found.rows[1].endswith("train_COVIDx5.txt row 2") and Path(found.images[1]).is_file()
     (tmp_path / "val.txt").write_text("p1 a.png normal\n")
     assert len(data.load_data(Config(data="covidx", data_dir=str(tmp_path))).where("val")) == 1
-    for line, problem in (
-        ("p1 a.png", "'p1 a.png'"),
-        ("train0 a.png normal cohen", "'cohen/train0' is in train"),
-    ):
+    wrong = {"p1 a.png": "'p1 a.png'", "train0 a.png normal cohen": "'cohen/train0' is in train"}
+    for line, problem in wrong.items():
         (tmp_path / "val.txt").write_text(f"{line}\n")
         with pytest.raises(InputError, match=f"val.txt row 1: .*{problem}"):
             data.load_data(Config(data="covidx", data_dir=str(tmp_path)))
