@@ -180,8 +180,6 @@ def test_probe_gives_one_half_where_labels_teach_nothing():
 def test_dummy_text_needs_a_token(finished, encoder_folder, tmp_path, monkeypatch, capsys):
     name = str(encoder_folder)
     encoder = encoders.load_backbones(Config(image_encoder=name, text_encoder=name))
-        Config(image_encoder=str(encoder_folder), text_encoder=str(encoder_folder))
-    )
     encoder.tokenizer.backend_tokenizer.post_processor = None
     monkeypatch.setattr(adaptor_run, "load_backbones", lambda config: encoder)
     argv = ["--pretrained", finished / "run", "--stages", "classification", "--dummy-text"]
