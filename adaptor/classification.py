@@ -137,11 +137,13 @@ def probe(images: np.ndarray, data: Radiographs) -> list[list]:
     test = data.where("test")
     linear = LogisticRegressionCV(Cs=np.logspace(-5, 0, 6), scoring="roc_auc", max_iter=2000)
     model = make_pipeline(StandardScaler(), linear)
-    columns = []
-    for labels in data.labels.T:
+    probed = np.full((len(test), len(data.class_names)), 0.5)  # stays so where too little is known to learn
+    for c, labels in enumerate(data.labels.T):
         known = train[~np.isnan(labels[train])]
-        columns.append(model.fit(images[known], labels[known]).predict_proba(images[test])[:, 1])
-    scores = {"linear probe, bare backbone": np.stack(columns, 1)}
+        counts = np.bincount(labels[known].astype(int), minlength=2)
+        if counts.min() > 0 and counts.max() >= 5:  # else scikit-learn cannot make its five folds
+            probed[:, c] = model.fit(images[known], labels[known]).predict_proba(images[test])[:, 1]
+    scores = {"linear probe, bare backbone": probed}
     for view in sorted(set(data.view or ()))[:-1]:
         alone = np.array([data.view[row] == view for row in test], float)
         scores[f"view alone ({view})"] = np.tile(alone[:, None], len(data.class_names))

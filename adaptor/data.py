@@ -100,7 +100,7 @@ def load_covidx(config) -> Radiographs:
     found = table["kind"].str.lower().map(COVIDX)
     classes = [name for name in dict.fromkeys(COVIDX.values()) if name in set(found)]
     labels = np.stack([found == name for name in classes], 1)
-    images = [config.root / name for name in names]
+    images = [str(config.root / name) for name in names]
     return Radiographs(images, labels, classes, patients, split, names, table.index, note=note)
 
 

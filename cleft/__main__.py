@@ -13,6 +13,7 @@ Reference: Du, Chang & Dvornek, arXiv 2407.21011. What is ours and not the paper
 
 import contextlib
 import dataclasses
+import hashlib
 import sys
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def run(command: str, config: Config) -> None:
     if source.resolve() != folder.resolve():  # this folder belongs to an evaluation
         kept = {*DATA_SETTINGS, *EVALUATION}
     identity = {name: value for name, value in dataclasses.asdict(config).items() if name in kept}
+    identity["data_fingerprint"] = retune.data_fingerprint(data)
+    identity["captions_sha256"] = hashlib.sha256(repr(data.reports).encode()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     with retune.locked(folder, wait=False) if retune.ranks()[0] == 0 else contextlib.nullcontext():
         if retune.ranks()[0] == 0:
@@ -59,11 +62,10 @@ def run(command: str, config: Config) -> None:
 
 def export(config: Config, target: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the tuned encoder in retune.py's folder format, the weights of --peft merged."""
-    source = config.model or str(config.folder)
-    config = model_config(dataclasses.replace(config, model=source))
+    config = model_config(dataclasses.replace(config, model=config.model or str(config.folder)))
     if config.peft == "prefix":
         raise InputError("--peft prefix: virtual tokens do not merge into weights; export lora, ia3 or none")
-    encoder = load_model(Path(source), config).encoder
+    encoder = load_model(Path(config.model), config).encoder
     if config.peft not in ("none", "frozen"):
         encoder.text.tower = encoder.text.tower.merge_and_unload()
     encoder.config["name"] = target.name

@@ -55,17 +55,16 @@ def train(
     rates: learning_rate's peak, warmup, floor. Returns the model, frozen, with the last weights or those of
     the lowest `validate`, measured at every checkpoint. InputError when the loss is not finite."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    name = path.stem
     state = load_checkpoint(path, model, optimizer)
     first = state["step"]
-    bar = retune.progress(batches(first), desc=name, unit="step", total=steps, initial=first)
+    bar = retune.progress(batches(first), desc=path.stem, unit="step", total=steps, initial=first)
     for step, batch in enumerate(bar, first):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, *rates)
         optimizer.zero_grad(set_to_none=True)
         loss = compute(step, batch).item()
         if not math.isfinite(loss):
-            raise InputError(f"{name}, step {step + 1}: the loss is {loss}; lower the learning rate")
+            raise InputError(f"{path.stem}, step {step + 1}: the loss is {loss}; lower the learning rate")
         if retune.ranks()[1] > 1:
             for p in trained:
                 torch.distributed.all_reduce(p.grad if p.grad is not None else torch.zeros_like(p))
@@ -134,14 +133,13 @@ def pretrain(config: Config, data: Radiographs) -> Cleft:
     if rank == 0:
         encoder.tokenizer.backend_tokenizer.save(str(config.folder / "tokenizer.json"))
         retune.write_json(config.folder / "parameters.json", counts)
-    transform = make_transform(encoder, config, training=True)
     first_draw = config.seed * 1_000_003  # numbers the random draws of a run
 
     def batches(first: int) -> Iterator[tuple[list[int], Tensor]]:
         whole = batch_rows(rows, config.batch_size, first, config.steps, config.seed)
         drawn = enumerate(whole, first_draw + first)
         own = ((draw, np.split(batch, world)[rank].tolist()) for draw, batch in drawn)
-        return load_batches(data, transform, own, config.workers)
+        return load_batches(data, make_transform(encoder, config, training=True), own, config.workers)
 
     def compute(step: int, batch: tuple[list[int], Tensor]) -> Tensor:
         with retune.seeded((first_draw + step) * world + rank):  # dropout

@@ -20,6 +20,7 @@ from torch import nn
 
 import retune
 from adaptor import classification, data, demo_encoders, encoders, pretraining, segmentation
+from adaptor import run as adaptor_run
 from adaptor.__main__ import main
 from adaptor.config import Config, resolve_defaults
 from adaptor.model import Adaptor, Layer, contrastive_loss, count_parameters, load_adaptor
@@ -160,6 +161,30 @@ def test_retrieval_by_hand():
     constant = torch.ones(40, 3) / math.sqrt(3)  # ties count against the model
     found = pretraining.retrieval(constant, constant, [str(i) for i in range(40)])
     assert found["image_to_text"]["recall_10"] == 0 and found["text_to_image"]["median_rank"] == 40
+
+
+def test_probe_gives_one_half_where_labels_teach_nothing():
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, 2, (60, 4)).astype(np.float32)
+    images = np.repeat(labels[:, :1], 8, axis=1) + 0.1 * draw.standard_normal((60, 8)).astype(np.float32)
+    labels[:40, 1] = 0  # no positive to learn from
+    labels[:40, 2] = math.nan
+    labels[8:40, 3] = math.nan
+    labels[:8, 3] = np.arange(8) % 2  # fewer than five of either kind
+    split = np.repeat(["train", "val", "test"], [40, 5, 15])
+    xrays = retune.Radiographs(images, labels, "abcd", np.arange(60), split)
+    ((_, auroc, low, high),) = classification.probe(images, xrays)
+    assert auroc == (1 + 3 * 0.5) / 4 and low == high == auroc
+
+
+def test_dummy_text_needs_a_token(finished, encoder_folder, tmp_path, monkeypatch, capsys):
+    name = str(encoder_folder)
+    encoder = encoders.load_backbones(Config(image_encoder=name, text_encoder=name))
+    encoder.tokenizer.backend_tokenizer.post_processor = None
+    monkeypatch.setattr(adaptor_run, "load_backbones", lambda config: encoder)
+    argv = ["--pretrained", finished / "run", "--stages", "classification", "--dummy-text"]
+    line = read_failure(capsys, options(encoder_folder, tmp_path, *argv), main)
+    assert "--dummy-text: the tokenizer makes no token of an empty report" in line
 
 
 def test_subsets_are_nested_by_patient_seeded_and_segmentations_too():
@@ -326,6 +351,9 @@ def test_texts_are_reports_or_captions_and_it_says_so(encoder_folder, csv_set, t
     assert "labels.csv row 4" in line and "--skip-unpaired" in line
     assert main([*argv, "--skip-unpaired"]) == 0
     assert "23 pairs; 1 images without a text" in capsys.readouterr().out
+    for name, value in {"split": "val", "Mass": "", "patient": "another", "report": "edema"}.items():
+        write_rows(root / "labels.csv", [*rows[:-1], rows[-1] | {name: value}])
+        assert "labels changed" in read_failure(capsys, [*argv, "--skip-unpaired"], main)
     names = ["Edema", "Pleural_Effusion"]
     assert pretraining.caption([1, 1], names) == "a chest X-ray of a patient with edema, pleural effusion."
     assert pretraining.caption([0, math.nan], names) == "a chest X-ray of a patient with no finding."
@@ -654,7 +682,7 @@ def test_covidx_lists(tmp_path):
     assert list(found.class_names) == ["Normal", "Pneumonia", "COVID-19"]
     assert (found.labels.sum(1) == 1).all() and found.labels[:3].argmax(1).tolist() == [0, 1, 2]
     assert len(found.where("test")) == 9 and 0 < len(found.where("val")) < 15
-    assert found.rows[1].endswith("train_COVIDx5.txt row 2") and found.images[1].is_file()
+    assert found.rows[1].endswith("train_COVIDx5.txt row 2") and Path(found.images[1]).is_file()
     (tmp_path / "val.txt").write_text("p1 a.png normal\n")
     assert len(data.load_data(Config(data="covidx", data_dir=str(tmp_path))).where("val")) == 1
     taken = "train0 a.png normal cohen"

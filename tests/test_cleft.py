@@ -526,6 +526,21 @@ def test_evaluation_is_checked_before_the_training(folder, tmp_path, capsys):
     assert not (tmp_path / "run" / "stage1.pt").exists()
 
 
+def test_a_folder_keeps_to_its_labels_split_patients_and_reports(folder, csv_set, tmp_path, capsys):
+    root, rows, _ = csv_set
+    rows = [row | {"report": f"number {i}"} for i, row in enumerate(rows)]
+    argv = ["--data", "csv", "--data-dir", root, "--balanced", 0, "--output", tmp_path / "run"]
+    write_rows(root / "labels.csv", rows)
+    assert command(folder, tmp_path, "pretrain", *argv) == 0
+    for name, value in {"split": "train", "Mass": "", "patient": "another", "report": "edema"}.items():
+        write_rows(root / "labels.csv", [*rows[:-1], rows[-1] | {name: value}])
+        for stage in ("pretrain", "all", "evaluate"):
+            line = read_failure(capsys, [stage, *argv], lambda words: command(folder, tmp_path, *words))
+            assert "another run" in line and ("captions" if name == "report" else "labels changed") in line
+    write_rows(root / "labels.csv", rows)
+    assert command(folder, tmp_path, "all", *argv) == 0, capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_tables_skip_finished_runs(folder, tmp_path, capsys, monkeypatch):
     kinds = {"text tower: lora": {}, "text tower: ia3": {"peft": "ia3"}}
