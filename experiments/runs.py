@@ -83,7 +83,7 @@ def load_run(folder: Path) -> tuple:
     facts = retune.embedding_facts(embeddings)
     today = {"data_fingerprint": retune.data_fingerprint(data), "encoder_fingerprint": encoder.fingerprint()}
     today["embeddings_sha256"] = facts["sha256"]
-    if changed := [key.partition("_")[0] for key, value in today.items() if settings[key] != value]:
+    if changed := [key.partition("_")[0] for key, value in today.items() if settings.get(key) != value]:
         raise InputError(f"{folder}: changed since the run: {', '.join(changed)}; restore or run again")
     data = dataclasses.replace(data, split=data.split.copy())  # other runs share `data`
     data.split[list(facts["unreadable"])] = "unreadable"
