@@ -300,14 +300,11 @@ def fork():
     context = multiprocessing.get_context("forkserver")
     models = [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "resnet")]
     heavy = ["pandas", "sklearn.metrics", "torchvision.transforms.v2", "matplotlib.backends.backend_agg"]
-    programs = ["adaptor.__main__", "cleft.__main__"]
-    trust = ["tests.trust.test_processes", "tests.trust.test_damaged_files"]
-    modules = [*trust, *programs, *heavy, *models, "safetensors.torch", "PIL.PngImagePlugin"]
-    context.set_forkserver_preload(modules)
-    here = os.getcwd()
-    os.chdir(ROOT)
-    multiprocessing.forkserver.ensure_running()
-    os.chdir(here)
+    ours = ["tests.trust.test_processes", "adaptor.__main__", "cleft.__main__"]
+    context.set_forkserver_preload([*ours, *heavy, *models, "safetensors.torch", "PIL.PngImagePlugin"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        multiprocessing.forkserver.ensure_running()
 
     def start(function, *arguments):
         process = context.Process(target=function, args=arguments)
