@@ -187,12 +187,6 @@ def test_columns_that_are_no_findings_are_left_out_and_named(csv_set):
             load_csv(root, classes=classes)
 
 
-def one_patient(rows):
-    for row in rows:
-        row["patient"] = "p1"
-        del row["split"]
-
-
 def drop(split):
     return lambda rows: rows.__setitem__(slice(None), [row for row in rows if row["split"] != split])
 
@@ -211,7 +205,8 @@ def drop(split):
     (lambda rows: [row.update(Edema="", Mass="") for row in rows], ["label", "Edema, Mass"]),
     (lambda rows: [row.update(Edema="x", Mass="y") for row in rows], ["labels.csv", "--classes"]),
     (lambda rows: write_rows(Path("my x-rays/b.csv"), rows), ["--labels-csv"]),
-    (one_patient, ["split", "patients: 1"]), (drop("val"), ["val split"]), (drop("test"), ["test split"]),
+    (lambda rows: [row.pop("split") and row.update(patient="p1") for row in rows], ["split", "patients: 1"]),
+    (drop("val"), ["val split"]), (drop("test"), ["test split"]),
     (drop("train"), ["train split"])])  # fmt: skip
 def test_bad_rows_of_a_csv_set_exit_2_naming_file_row_and_value(csv_set, capsys, change, named):
     """A dictionary changes row 7 of the file."""
@@ -389,26 +384,24 @@ def test_mimic_joins_study_labels_to_images(tmp_path, end):
         assert len(names) == 58 and {name[-5] for name in names} == set(kept)
 
 
-NIH, TRAIN = "Data_Entry_2017_v2020.csv", "train.csv"
-STUDIES, SPLIT = "mimic-cxr-2.0.0-chexpert.csv", "mimic-cxr-2.0.0-split.csv"
 FIRST, TWICE = r"(?s)^([^\n]*\n)([^\n]*\n)", r"\1\2\2"
 
 
 @pytest.mark.parametrize("name, file, old, new, message", [
-    ("nih", NIH, "Hernia", "Hernya", "row 2: .*'Hernya"),
+    ("nih", "Data_Entry_2017_v2020.csv", "Hernia", "Hernya", "row 2: .*'Hernya"),
     ("nih", "test_list.txt", "00000030_001.png", "", "row 63: .*'00000030_001.png'"),
     ("nih", "test_list.txt", None, None, "test_list.txt"),
     ("nih", "Data_Entry_2017.csv", None, "", "2 files .*--labels-csv"),
-    ("chexpert", TRAIN, None, None, "train.csv: no such file"),
+    ("chexpert", "train.csv", None, None, "train.csv: no such file"),
     ("chexpert", "valid.csv", None, None, "valid.csv: no such file"),
-    ("chexpert", TRAIN, "Atelectasis", "Atelectases", "'Atelectasis'"),
-    ("chexpert", TRAIN, "Path", "X", "'Path'"),
-    ("chexpert", TRAIN, "-1.0,-1.0,-1.0", "0,0,a", "row 4: Cardiomegaly 'a'"),
-    ("chexpert", TRAIN, "(?m)^Che[^,]*", "b.jpg", "row 2: Path 'b.jpg'"),
-    ("chexpert", TRAIN, FIRST, TWICE, "row 3: .*'train/patient00001/study1/view1_frontal.jpg'.*row 2"),
+    ("chexpert", "train.csv", "Atelectasis", "Atelectases", "'Atelectasis'"),
+    ("chexpert", "train.csv", "Path", "X", "'Path'"),
+    ("chexpert", "train.csv", "-1.0,-1.0,-1.0", "0,0,a", "row 4: Cardiomegaly 'a'"),
+    ("chexpert", "train.csv", "(?m)^Che[^,]*", "b.jpg", "row 2: Path 'b.jpg'"),
+    ("chexpert", "train.csv", FIRST, TWICE, "row 3: .*'train/patient00001/study1/view1_frontal.jpg'.*row 2"),
     ("chexpert", "test_labels.csv", "patient00071", "patient00001", "'patient00001'"),
-    ("mimic", STUDIES, FIRST, TWICE, "chexpert.csv row 3: .*'50414267'"),
-    ("mimic", SPLIT, "validate", "valid", "split.csv row 8: .*'valid'"),
+    ("mimic", "mimic-cxr-2.0.0-chexpert.csv", FIRST, TWICE, "chexpert.csv row 3: .*'50414267'"),
+    ("mimic", "mimic-cxr-2.0.0-split.csv", "validate", "valid", "split.csv row 8: .*'valid'"),
     ("mimic", "mimic-cxr-2.0.0-metadata.csv", None, None, "metadata.csv.*: no such file")])  # fmt: skip
 def test_bad_tables_of_published_sets_are_refused(tmp_path, name, file, old, new, message):
     """The first `old` becomes `new`; without `old` the file is written, or deleted if `new` is None."""

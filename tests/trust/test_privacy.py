@@ -42,6 +42,7 @@ def test_no_model_of_any_program_holds_anything_of_a_patient(encoder_folder, tmp
     write_rows(data / "labels.csv", rows)
     results.mkdir()
     monkeypatch.chdir(results)
+    monkeypatch.setattr(retune, "CHUNK", 64)  # call_program sets it
     source = ["--data", "csv", "--data-dir", str(data)]
     options = [*program_arguments("retune", encoder_folder), *source, "--parts", "2", "--output"]
     for method in ("retune", "linear", "mlp", "ewc", "lwf", "replay", "analytic"):

@@ -111,9 +111,9 @@ def test_two_ranks_give_the_run_of_one_process(demo_arguments, fork, finished, t
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     two, cache = tmp_path / "two", Path(demo_arguments[demo_arguments.index("--cache-dir") + 1])
     arguments = [*demo_arguments, "--cache-dir", str(tmp_path / "cache"), "--output", str(two)]
-    ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    processes = [fork(run_and_exit, arguments, common | rank) for rank in ranks]
-    assert [exit_code(process) for process in processes] == [0, 0]
+    ranks = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    processes = [fork(run_and_exit, arguments, rank) for rank in ranks]
+    assert [*map(exit_code, processes)] == [0, 0]
     found, wanted = (np.load(next(folder.rglob("embeddings.npy"))) for folder in (tmp_path / "cache", cache))
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     for name in ("task_1", "task_2", "task_3"):
