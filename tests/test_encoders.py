@@ -92,25 +92,22 @@ def images(size):
     return torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-BIOMEDBERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
-OPEN_CLIP_CONFIG = {
-    "model_cfg": {
-        "embed_dim": 512,
-        "vision_cfg": {"timm_model_name": "vit_base_patch16_224", "timm_model_pretrained": False,
-                       "timm_pool": "", "timm_proj": "linear", "image_size": 224},
-        "text_cfg": {"hf_model_name": BIOMEDBERT, "hf_tokenizer_name": BIOMEDBERT, "hf_proj_type": "mlp",
-                     "hf_pooler_type": "cls_last_hidden_state_pooler", "context_length": 256},
-    },
-    "preprocess_cfg": {"mean": [0.48145466, 0.4578275, 0.40821073],
-                       "std": [0.26862954, 0.26130258, 0.27577711]}}  # fmt: skip
-
-
 def test_biomedclip_equals_open_clip(tmp_path, monkeypatch):
     """open_clip's own class, its state dict in the published layout, read by us: the same embeddings."""
     open_clip = pytest.importorskip("open_clip")
-    config, ours = copy.deepcopy(OPEN_CLIP_CONFIG["model_cfg"]), copy.deepcopy(retune.BIOMEDCLIP)
+    name = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
+    config = {
+        "embed_dim": 512,
+        "vision_cfg": {"timm_model_name": "vit_base_patch16_224", "timm_model_pretrained": False,
+                       "timm_pool": "", "timm_proj": "linear", "image_size": 224},
+        "text_cfg": {"hf_model_name": name, "hf_tokenizer_name": name, "hf_proj_type": "mlp",
+                     "hf_pooler_type": "cls_last_hidden_state_pooler", "context_length": 256}}  # fmt: skip
+    normalise = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
+    published = {"model_cfg": config, "preprocess_cfg": normalise}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(published))
     config["text_cfg"]["hf_model_pretrained"] = False
     config["vision_cfg"]["timm_model_name"] = "vit_tiny_patch16_224"
+    ours = copy.deepcopy(retune.BIOMEDCLIP)
     ours["image"]["model"] |= {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3}
     ours["image"]["head"][0][1]["in_features"] = 192
     ours["text"]["model"] |= SMALL_BERT
@@ -121,14 +118,12 @@ def test_biomedclip_equals_open_clip(tmp_path, monkeypatch):
     monkeypatch.setattr("open_clip.hf_model.AutoConfig.from_pretrained", lambda *_, **__: bert)
     peer = open_clip.model.CustomTextCLIP(**config)
     torch.save(randomise(peer).state_dict(), tmp_path / "open_clip_pytorch_model.bin")
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP_CONFIG))
     write_vocabulary(tmp_path)
     encoder, pixels = DualEncoder.load("biomedclip", tmp_path), images(224)
     assert encoder.dim == 512 and not encoder.training
     tokens = encoder.tokenizer(PROMPTS, padding="max_length", max_length=64, return_tensors="pt")["input_ids"]
     with torch.inference_mode():  # the peer's padding is masked, so its length does not matter
         assert_parity(encoder, pixels, peer.encode_image(pixels), PROMPTS, peer.encode_text(tokens))
-    normalise = OPEN_CLIP_CONFIG["preprocess_cfg"]
     assert_same_transform(encoder, open_clip.image_transform(224, is_train=False, **normalise))
 
 
