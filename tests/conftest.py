@@ -3,6 +3,7 @@
 One thread for torch, also in processes that tests start, as bits depend on the number of threads; no network.
 """
 
+import functools
 import importlib
 import json
 import multiprocessing
@@ -141,20 +142,17 @@ def load_set(name: str, root: Path, **options) -> retune.Radiographs:
     return retune.load_radiographs(retune.Config(data=name, data_dir=str(root), **options))
 
 
-def load_csv(root: Path, **options) -> retune.Radiographs:
-    return load_set("csv", root, **options)
-
-
-VIEWS = ("PA", "AP", "LATERAL", "LL", "", "SWIMMERS")
+load_csv = functools.partial(load_set, "csv")
 
 
 def mimic_tree(root: Path, end=".csv") -> Path:
     """30 patients, a study each of six images, one a view; the study of the last patient has no labels."""
+    positions = ("PA", "AP", "LATERAL", "LL", "", "SWIMMERS")
     images, views, studies = [], [], []
     for p in range(30):
         subject, study = 10000032 + p, 50414267 + p
         split = ("train", "validate", "test")[p % 3]
-        for v, view in enumerate(VIEWS):
+        for v, view in enumerate(positions):
             images.append((f"{p:02d}-{v}", study, subject, split))
             views.append((f"{p:02d}-{v}", subject, study, view))
         if p < 29:
@@ -240,8 +238,8 @@ SMALL_RUNS = {
 
 def program_arguments(program: str, encoder: Path) -> list[str]:
     """A small run of one of the three programs on the demo."""
-    shared = ["--device", "cpu", "--cache-dir", "cache", "--output", "run"]
-    return [*SMALL_RUNS[program].format(encoder=encoder).split(), *shared]
+    words = f"{SMALL_RUNS[program]} --device cpu --cache-dir cache --output run"
+    return words.format(encoder=encoder).split()
 
 
 def call_program(program: str, arguments: list[str]) -> int:
@@ -286,9 +284,8 @@ def read_failure(capsys, arguments, main=retune.main) -> str:
 
 def run_python(folder: Path, *arguments, **environment) -> subprocess.CompletedProcess:
     """Run Python in `folder`, where nothing of this project can be imported but what lies there."""
-    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment
     command = [sys.executable, *map(str, arguments)]
-    environment = inherited | environment
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -300,14 +297,11 @@ def fork():
     context = multiprocessing.get_context("forkserver")
     models = [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "resnet")]
     heavy = ["pandas", "sklearn.metrics", "torchvision.transforms.v2", "matplotlib.backends.backend_agg"]
-    programs = ["adaptor.__main__", "cleft.__main__"]
-    trust = ["tests.trust.test_processes", "tests.trust.test_damaged_files"]
-    modules = [*trust, *programs, *heavy, *models, "safetensors.torch", "PIL.PngImagePlugin"]
-    context.set_forkserver_preload(modules)
-    here = os.getcwd()
-    os.chdir(ROOT)
-    multiprocessing.forkserver.ensure_running()
-    os.chdir(here)
+    ours = ["tests.trust.test_processes", "adaptor.__main__", "cleft.__main__"]
+    context.set_forkserver_preload([*ours, *heavy, *models, "safetensors.torch", "PIL.PngImagePlugin"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        multiprocessing.forkserver.ensure_running()
 
     def start(function, *arguments):
         process = context.Process(target=function, args=arguments)

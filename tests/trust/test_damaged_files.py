@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import shutil
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -96,28 +95,30 @@ def make_cache(folder, encoder):
 CASES = {name[5:]: make for name, make in list(globals().items()) if name.startswith("make_")}
 
 
+def write(contents: dict[Path, bytes]) -> None:
+    for file, content in contents.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+
+
 def read_damaged(folder: Path, encoder_folder: str, name: str, report: Path) -> None:
-    """Damage a case's files 20 times and read them; every error that is no InputError goes to the report."""
+    """Damage a case's files 20 times; each is read or refused in one line, some are refused."""
     encoder = retune.DualEncoder.load(encoder_folder)
     encoder.source = encoder_folder
     files, read = CASES[name](folder, encoder)
-    valid, bugs, refused = {file: file.read_bytes() for file in files}, {}, 0
+    valid, refused = {file: file.read_bytes() for file in files}, []
     read()
     for i in range(20):
-        report.write_text(json.dumps([refused, {"died": f"input {i}"}]))
         generator = np.random.default_rng((1, i))
-        for file, content in valid.items():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
         victim = files[generator.integers(len(files))]
-        victim.write_bytes(damage(generator, valid[victim]))
+        write(valid | {victim: damage(generator, valid[victim])})
+        report.write_text(f"input {i}, {victim.name}")
         try:
             read()
         except retune.InputError as error:
-            refused += bool(str(error)) and "\n" not in str(error)
-        except Exception as error:
-            bugs[f"{i}, {victim.name}"] = "".join(traceback.format_exception(error)[-3:])
-    report.write_text(json.dumps([refused, bugs]))
+            refused.append(str(error))
+    report.write_text(f"refused: {refused}")
+    assert refused and all(message and "\n" not in message for message in refused)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -125,9 +126,7 @@ def test_a_damaged_file_is_read_or_refused(name, fork, encoder_folder, tmp_path)
     """In another process, since a decoder may end its process."""
     (tmp_path / "files").mkdir()
     process = fork(read_damaged, tmp_path / "files", str(encoder_folder), name, tmp_path / "report")
-    code, (refused, bugs) = exit_code(process), json.loads((tmp_path / "report").read_text())
-    assert code == 0 and not bugs, (code, bugs)
-    assert refused > 0
+    assert exit_code(process) == 0, (tmp_path / "report").read_text()
 
 
 @pytest.mark.parametrize("name", ["pickles", "npz", "cache", "encoder", "adaptors"])
@@ -149,8 +148,6 @@ def test_no_file_runs_code(name, encoder, encoder_folder, tmp_path):
             with contextlib.suppress(retune.InputError):
                 read()
             assert not executed.exists(), (file, content[:80])
-            for path, whole in valid.items():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(whole)
+            write(valid)
     pickle.loads(evils[0])
     assert executed.exists()

@@ -12,36 +12,6 @@ from tests.conftest import call_program, csv_rows, program_arguments, write_rows
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(scope="module")
-def everything(encoder_folder, tmp_path_factory) -> tuple[Path, Path]:
-    """(data, results) of all programs and methods, finished and interrupted; names that are not ASCII."""
-    root = tmp_path_factory.mktemp("places") / "Ordner mit Ä ü 影像"
-    rows = csv_rows(root / "Daten 胸部", 48)
-    for i, row in enumerate(rows):
-        row |= {"report": f"report of ärztin number {i}", "Mass": str((i * i // 3 + i // 8) % 2)}
-    write_rows(root / "Daten 胸部" / "labels.csv", rows)
-    (root / "Ergebnisse").mkdir()
-    data = ["--data", "csv", "--data-dir", str(root / "Daten 胸部")]
-    options = [*program_arguments("retune", encoder_folder), *data, "--parts", "2", "--output"]
-    fit, trained = retune.fit, []
-
-    def interrupted(*positional, **options):
-        if trained:
-            raise KeyboardInterrupt
-        trained.append(fit(*positional, **options))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root / "Ergebnisse")
-        for method in ("retune", "linear", "mlp", "ewc", "lwf", "replay", "analytic"):
-            assert retune.main([*options, method, "--method", method]) == 0
-        for program, more in {"adaptor": ["--export", "pair"], "cleft": []}.items():
-            arguments = [*program_arguments(program, encoder_folder), *data, "--output", program, *more]
-            assert call_program(program, arguments) == 0
-        patch.setattr(retune, "fit", interrupted)
-        assert retune.main([*options, "interrupted"]) == 130
-    return root / "Daten 胸部", root / "Ergebnisse"
-
-
 def secrets(data: Path, results: Path) -> set[bytes]:
     """What no model may hold: patients' texts, pixel rows, labels, 3 neighbouring numbers of an embedding."""
     table = retune.read_table(data / "labels.csv")
@@ -63,8 +33,32 @@ def secrets(data: Path, results: Path) -> set[bytes]:
 
 
 @pytest.mark.slow
-def test_no_model_of_any_program_holds_anything_of_a_patient(everything):
-    data, results = everything
+def test_no_model_of_any_program_holds_anything_of_a_patient(encoder_folder, tmp_path, monkeypatch):
+    """All programs and methods, finished and interrupted, in folders whose names are not ASCII."""
+    data, results = (tmp_path / "Ordner mit Ä ü 影像" / name for name in ("Daten 胸部", "Ergebnisse"))
+    rows = csv_rows(data, 48)
+    for i, row in enumerate(rows):
+        row |= {"report": f"report of ärztin number {i}", "Mass": str((i * i // 3 + i // 8) % 2)}
+    write_rows(data / "labels.csv", rows)
+    results.mkdir()
+    monkeypatch.chdir(results)
+    monkeypatch.setattr(retune, "CHUNK", 64)  # call_program sets it
+    source = ["--data", "csv", "--data-dir", str(data)]
+    options = [*program_arguments("retune", encoder_folder), *source, "--parts", "2", "--output"]
+    for method in ("retune", "linear", "mlp", "ewc", "lwf", "replay", "analytic"):
+        assert retune.main([*options, method, "--method", method]) == 0
+    for program, more in {"adaptor": ["--export", "pair"], "cleft": []}.items():
+        arguments = [*program_arguments(program, encoder_folder), *source, "--output", program, *more]
+        assert call_program(program, arguments) == 0
+    fit, trained = retune.fit, []
+
+    def interrupted(*positional, **options):
+        if trained:
+            raise KeyboardInterrupt
+        trained.append(fit(*positional, **options))
+
+    monkeypatch.setattr(retune, "fit", interrupted)
+    assert retune.main([*options, "interrupted"]) == 130
     kinds = (".safetensors", ".pt")
     models = [p for p in results.rglob("*") if p.is_file() and (p.suffix in kinds or p.parent.name == "pair")]
     folders = {p.relative_to(results).parts[0] for p in models}

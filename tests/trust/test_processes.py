@@ -53,17 +53,15 @@ def contents(folder: Path) -> dict:
     """What every file below `folder` holds, except for measured times; JSON and pickles by content."""
     measured = {"seconds", "embed_seconds", "train_seconds", "images_per_second", "peak_memory_mb"}
 
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items() if key not in measured}
-        if isinstance(value, torch.Tensor):
-            return value.dtype, value.shape, value.detach().numpy().tobytes()
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    def without_times(values: dict) -> dict:
+        return {key: value for key, value in values.items() if key not in measured}
 
     def read(path: Path):
+        text = path.read_bytes()
         if path.suffix == ".pt":
-            return plain(torch.load(path, weights_only=True))
-        return plain(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes()
+            saved = torch.load(path, weights_only=True)
+            text = json.dumps(saved, default=lambda tensor: [str(tensor.dtype), tensor.tolist()])
+        return json.loads(text, object_hook=without_times) if path.suffix in (".pt", ".json") else text
 
     return {str(p.relative_to(folder)): p.is_dir() or read(p) for p in sorted(folder.rglob("*"))}
 
@@ -108,15 +106,14 @@ def test_processes_share_one_cache_and_one_wins_the_output_folder(demo_arguments
 
 def test_two_ranks_give_the_run_of_one_process(demo_arguments, fork, finished, tmp_path):
     """Sharded embedding is the same array; adaptors agree within 1e-5."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     two, cache = tmp_path / "two", Path(demo_arguments[demo_arguments.index("--cache-dir") + 1])
     arguments = [*demo_arguments, "--cache-dir", str(tmp_path / "cache"), "--output", str(two)]
-    ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    processes = [fork(run_and_exit, arguments, common | rank) for rank in ranks]
-    assert [exit_code(process) for process in processes] == [0, 0]
+    ranks = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    processes = [fork(run_and_exit, arguments, rank) for rank in ranks]
+    assert [*map(exit_code, processes)] == [0, 0]
     found, wanted = (np.load(next(folder.rglob("embeddings.npy"))) for folder in (tmp_path / "cache", cache))
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     for name in ("task_1", "task_2", "task_3"):
