@@ -13,9 +13,9 @@ TOP = {
     "retune.py", "prompts.json", "run_experiments.sh", "test_retune.py", "requirements.txt", "README.md",
     "LICENSE", ".gitignore", ".ruff.toml", ".ci", "adaptor", "cleft", "experiments", "demo", "tests", "docs",
 }  # fmt: skip
-BOUNDS = {
+BOUNDS = {  # lines in all; of experiments/ lines of code
     "retune.py": 2223, "test_retune.py": 1200, "README.md": 150, "adaptor/**/*.py": 1900,
-    "cleft/**/*.py": 1400, "experiments/**/*.py": 2715, "tests/**/*.py": 4600}  # fmt: skip
+    "cleft/**/*.py": 1400, "experiments/**/*.py": 1900, "tests/**/*.py": 4600}  # fmt: skip
 
 
 def sources(*patterns: str) -> list[Path]:
@@ -81,9 +81,20 @@ def test_nothing_else_lies_at_the_top():
     assert {line.split("/")[0] for line in listed.stdout.splitlines()} <= TOP
 
 
+def lines_of_code(text: str) -> int:
+    """Lines that are not blank, a comment or part of a docstring."""
+    docstrings = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            docstrings |= set(range(node.lineno, node.end_lineno + 1))
+    lines = enumerate(map(str.strip, text.splitlines()), 1)
+    return sum(bool(line) and line[0] != "#" and number not in docstrings for number, line in lines)
+
+
 @pytest.mark.parametrize("pattern", BOUNDS)
 def test_files_keep_their_bounds(pattern):
-    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sources(pattern)}
+    count = lines_of_code if pattern.startswith("experiments") else lambda text: len(text.splitlines())
+    lines = {path: count(path.read_text(encoding="utf-8")) for path in sources(pattern)}
     print(f"{pattern}: {sum(lines.values())} of {BOUNDS[pattern]} lines")
     assert lines and sum(lines.values()) <= BOUNDS[pattern], lines
 
