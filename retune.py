@@ -256,12 +256,13 @@ def read_table(path: str | Path, required: Sequence[str] = (), optional: Sequenc
 
     with input_errors(path, "not a readable CSV"):
         opener = gzip.open if str(path).endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            text = file.read().rstrip()
-        header = [name.strip() for name in next(csv.reader([text.partition("\n")[0]]), [])]
-        n = text.count("\n")
-        if '"' in text or text.count(",") != (n + 1) * (len(header) - 1):  # then row by row, which is slow
-            widths = [len(fields) for fields in csv.reader(io.StringIO(text))]
+        with opener(path, "rb") as file:
+            content = file.read().rstrip()
+        first = content.partition(b"\n")[0].decode("utf-8-sig")
+        header = [name.strip() for name in next(csv.reader([first]), [])]
+        n = content.count(b"\n")
+        if b'"' in content or content.count(b",") != (n + 1) * (len(header) - 1):  # row by row, which is slow
+            widths = [len(fields) for fields in csv.reader(io.StringIO(content.decode("utf-8-sig")))]
             n = len(widths) - 1
             if wrong := [i for i, width in enumerate(widths) if width != len(header)]:
                 fields = f"{widths[wrong[0]]} fields where the header has {len(header)}"
@@ -272,10 +273,10 @@ def read_table(path: str | Path, required: Sequence[str] = (), optional: Sequenc
             raise ValueError("the table has a header and no rows" if header else "the file is empty")
         if duplicated := [name for name in header if header.count(name) > 1]:
             raise ValueError(f"column {duplicated[0]!r} is duplicated")
-        options = {"skiprows": 1, "nrows": n, "skip_blank_lines": False, "encoding": "utf-8-sig"}
-        options["index_col"] = False  # a row that is too long is an error, not an index
+        # index_col: a row that is too long is an error, not an index
+        options = {"skiprows": 1, "skip_blank_lines": False, "keep_default_na": False, "index_col": False}
         options["usecols"] = [name for name in header if optional is None or name in (*required, *optional)]
-        table = pandas.read_csv(path, names=header, dtype=str, keep_default_na=False, **options)
+        table = pandas.read_csv(io.BytesIO(content), names=header, dtype=str, **options)
     if missing := [name for name in required if name not in header]:
         raise InputError(f"{path}: no column {missing[0]!r}; the columns are {', '.join(header)}")
     table.index = [f"{path} row {i + 2}" for i in range(len(table))]
