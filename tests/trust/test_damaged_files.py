@@ -136,10 +136,13 @@ def test_no_file_runs_code(name, encoder, encoder_folder, tmp_path):
     (tmp_path / "files").mkdir()
     files, read = CASES[name](tmp_path / "files", encoder)
     np.save(array := io.BytesIO(), np.array([evil], object), allow_pickle=True)
+    labels = {"train_labels": np.array([evil], object)}
+    np.savez(arrays := io.BytesIO(), **chestmnist_arrays(28) | labels)
     torch.save({"model": {"a": evil}}, archive := io.BytesIO())
     code = f"import os; os.mkdir({str(executed)!r})\nclass A: pass\n"
-    automatic = {"auto_map": {k: "code.A" for k in ("AutoTokenizer", "AutoModel")}, "tokenizer_class": "A"}
-    evils = [pickle.dumps(evil), array.getvalue(), archive.getvalue(), json.dumps(automatic).encode()]
+    classes = {"AutoTokenizer": ["code.A", None], "AutoModel": "code.A"}
+    automatic = json.dumps({"auto_map": classes, "tokenizer_class": "A"}).encode()
+    evils = [pickle.dumps(evil), array.getvalue(), arrays.getvalue(), archive.getvalue(), automatic]
     valid = {file: file.read_bytes() for file in files}
     for file in files:
         (file.parent / "code.py").write_text(code)
