@@ -14,7 +14,7 @@ TOP = {
     "LICENSE", ".gitignore", ".ruff.toml", ".ci", "adaptor", "cleft", "experiments", "demo", "tests", "docs",
 }  # fmt: skip
 BOUNDS = {  # lines in all; of experiments/ lines of code
-    "retune.py": 2223, "test_retune.py": 1200, "README.md": 150, "adaptor/**/*.py": 1900,
+    "retune.py": 2226, "test_retune.py": 1200, "README.md": 150, "adaptor/**/*.py": 1900,
     "cleft/**/*.py": 1400, "experiments/**/*.py": 1900, "tests/**/*.py": 4600}  # fmt: skip
 
 
