@@ -143,7 +143,7 @@ def reliability(logits: np.ndarray, labels: np.ndarray, temperature: float) -> d
     measured = []
     for logit, label in zip(logits.T, labels.T.astype(np.float64)):
         y = label[~np.isnan(label)]
-        p = 1 / (1 + np.exp(-logit[~np.isnan(label)] / temperature))
+        p = sigmoid(logit[~np.isnan(label)] / temperature)
         if len(y):
             gaps = np.bincount(np.minimum((p * 15).astype(int), 14), p - y, 15)
             measured.append([np.abs(gaps).sum() / len(y), np.mean((p - y) ** 2)])
